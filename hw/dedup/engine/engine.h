@@ -1,0 +1,442 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The dedup engine's public face: regions of RAM in, figures out.
+ *
+ * What it is for: find pages of equal content in the regions that a process
+ * hands over (and in those of other processes of the same group), map all of
+ * them to one immutable copy with copy-on-write, and give the memory back.
+ * It knows nothing of QEMU; QEMU's side is hw/dedup/.
+ *
+ * Terms (those of docs/devel/dedup.rst):
+ *   region   a contiguous piece of this process's RAM that may be merged
+ *   own      a page in the state that the region's owner mapped it
+ *   merged   a page that is a private mapping of a segment page
+ *   broken   a merged page that was written since: the kernel copied it
+ *   segment  a sealed memfd with one copy of each page that is wanted twice
+ *   group    the processes that share an index and segments
+ *   window   the time in which a short range of RAM is write-protected,
+ *            compared and remapped
+ *
+ * Threads: the caller makes one thread and lets it call dedup_engine_run();
+ * that is the scanner. All other functions may be called from any thread
+ * unless their comment says otherwise.  The engine never calls up except
+ * through DedupCallbacks, and holds none of its locks when it does.
+ *
+ * Lock order: a lock of the caller (QEMU's BQL) may be held around any call
+ * here except dedup_engine_run(); the engine never waits for one.
+ */
+
+#ifndef DEDUP_ENGINE_H
+#define DEDUP_ENGINE_H
+
+#include <glib.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+G_BEGIN_DECLS
+
+typedef struct DedupEngine DedupEngine;
+typedef struct DedupRegion DedupRegion;
+
+/**
+ * DEDUP_PIN_SHIFT: one pin counter covers 1 << DEDUP_PIN_SHIFT bytes of a
+ * region (64 KiB).
+ */
+#define DEDUP_PIN_SHIFT 16
+
+/**
+ * DEDUP_WINDOW_PAGES: the longest range, in pages, that is write-protected
+ * at a time.
+ */
+#define DEDUP_WINDOW_PAGES 64
+
+/**
+ * enum DedupError - codes of the GErrors that the engine returns, in the
+ * domain DEDUP_ERROR
+ * @DEDUP_ERROR_USERFAULTFD: no userfaultfd that covers kernel faults
+ * @DEDUP_ERROR_GROUP: the group's directory cannot be used
+ * @DEDUP_ERROR_MEMORY: the host or the memory cgroup lacks the memory
+ * @DEDUP_ERROR_SYSTEM: any other system call that failed
+ * @DEDUP_ERROR_STATE: not possible in the state that the engine is in
+ */
+typedef enum DedupError {
+    DEDUP_ERROR_USERFAULTFD,
+    DEDUP_ERROR_GROUP,
+    DEDUP_ERROR_MEMORY,
+    DEDUP_ERROR_SYSTEM,
+    DEDUP_ERROR_STATE,
+} DedupError;
+
+#define DEDUP_ERROR (dedup_error_quark())
+GQuark dedup_error_quark(void);
+
+/**
+ * enum DedupState - what the engine is doing
+ * @DEDUP_STATE_SCANNING: looking for equal pages
+ * @DEDUP_STATE_IDLE: still looking, but the last full scan found nothing
+ * @DEDUP_STATE_LIMITED: a limit keeps it from merging more, see
+ *     DedupStats.limits
+ * @DEDUP_STATE_UNMERGING: giving every page its own memory
+ * @DEDUP_STATE_STOPPED: @run is off; what is merged stays merged
+ * @DEDUP_STATE_BLOCKED: the caller called dedup_engine_block(), or the group
+ *     could not be joined
+ */
+typedef enum DedupState {
+    DEDUP_STATE_SCANNING,
+    DEDUP_STATE_IDLE,
+    DEDUP_STATE_LIMITED,
+    DEDUP_STATE_UNMERGING,
+    DEDUP_STATE_STOPPED,
+    DEDUP_STATE_BLOCKED,
+} DedupState;
+
+/**
+ * enum DedupLimit - bits of DedupStats.limits: what ran short in the last
+ * full scan.  Each is retried in every scan (I9).
+ * @DEDUP_LIMIT_MAPS: the budget of memory mappings (max_maps)
+ * @DEDUP_LIMIT_MEMORY: the memory cgroup has no room to publish in
+ * @DEDUP_LIMIT_FDS: no more file descriptors
+ * @DEDUP_LIMIT_INDEX: the group's index or its table of segments is full
+ */
+typedef enum DedupLimit {
+    DEDUP_LIMIT_MAPS = 1 << 0,
+    DEDUP_LIMIT_MEMORY = 1 << 1,
+    DEDUP_LIMIT_FDS = 1 << 2,
+    DEDUP_LIMIT_INDEX = 1 << 3,
+} DedupLimit;
+
+/**
+ * enum DedupMemory - how a region's memory is mapped
+ * @DEDUP_MEMORY_SHARED: MAP_SHARED of a memfd or a tmpfs file
+ * @DEDUP_MEMORY_ANON: MAP_PRIVATE | MAP_ANONYMOUS
+ * @DEDUP_MEMORY_PRIVATE_FILE: MAP_PRIVATE of a memfd or a tmpfs file
+ */
+typedef enum DedupMemory {
+    DEDUP_MEMORY_SHARED,
+    DEDUP_MEMORY_ANON,
+    DEDUP_MEMORY_PRIVATE_FILE,
+} DedupMemory;
+
+/**
+ * enum DedupRegionFlags - the madvise() state of a region, re-applied to
+ * every new mapping, and what its owner wants
+ * @DEDUP_REGION_DONTFORK: MADV_DONTFORK
+ * @DEDUP_REGION_DONTDUMP: MADV_DONTDUMP
+ * @DEDUP_REGION_HUGEPAGE: MADV_HUGEPAGE
+ * @DEDUP_REGION_MERGEABLE: MADV_MERGEABLE was set: taken from KSM while the
+ *     region is ours, given back by dedup_region_remove()
+ * @DEDUP_REGION_NORESERVE: mapped with MAP_NORESERVE
+ * @DEDUP_REGION_NAMED: the file has a name that others may open: removing
+ *     the region restores its contents first
+ */
+typedef enum DedupRegionFlags {
+    DEDUP_REGION_DONTFORK = 1 << 0,
+    DEDUP_REGION_DONTDUMP = 1 << 1,
+    DEDUP_REGION_HUGEPAGE = 1 << 2,
+    DEDUP_REGION_MERGEABLE = 1 << 3,
+    DEDUP_REGION_NORESERVE = 1 << 4,
+    DEDUP_REGION_NAMED = 1 << 5,
+} DedupRegionFlags;
+
+/**
+ * struct DedupRegionInfo - a region as its owner describes it
+ * @id: name for messages, copied
+ * @host: start of the mapping, page aligned
+ * @size: its length in bytes, a multiple of the page size
+ * @memory: how it is mapped
+ * @fd: the file behind it, -1 for DEDUP_MEMORY_ANON; stays the caller's and
+ *     must stay open until dedup_region_remove()
+ * @fd_offset: offset of @host in @fd in bytes
+ * @pins: one counter per 64 KiB of the region, counted from @host: how many
+ *     asynchronous writes (DMA mappings) are in flight there; or NULL.  The
+ *     caller raises a counter with a sequentially consistent
+ *     read-modify-write before it lets the device write.  Stays the
+ *     caller's.
+ * @flags: bits of enum DedupRegionFlags
+ */
+typedef struct DedupRegionInfo {
+    const char *id;
+    void *host;
+    uint64_t size;
+    DedupMemory memory;
+    int fd;
+    uint64_t fd_offset;
+    const uint16_t *pins;
+    unsigned flags;
+} DedupRegionInfo;
+
+/**
+ * struct DedupParams - what may be changed while the engine runs
+ * @run: scan and merge; false keeps what is merged
+ * @pages_to_scan: pages per batch, at least 1
+ * @sleep_millisecs: pause between two batches
+ * @zero_pages: drop pages that are all zero
+ * @huge_pages_split: split transparent huge pages that hold equal pages;
+ *     false leaves them alone
+ * @max_maps: share of vm.max_map_count that the process may use, in percent
+ */
+typedef struct DedupParams {
+    bool run;
+    uint32_t pages_to_scan;
+    uint32_t sleep_millisecs;
+    bool zero_pages;
+    bool huge_pages_split;
+    uint32_t max_maps;
+} DedupParams;
+
+/**
+ * struct DedupCallbacks - the engine's only calls to the outside.  Called on
+ * the scanner's thread with no lock held; they must not wait for a lock that
+ * is held by a caller of this API.  Each may be NULL.
+ * @state_changed: the state is another one now
+ * @restored: what dedup_engine_unmerge() or dedup_engine_restore() began has
+ *     ended; @pages_left pages are still merged, @error says why (NULL when
+ *     none is left)
+ */
+typedef struct DedupCallbacks {
+    void (*state_changed)(void *opaque, DedupState state);
+    void (*restored)(void *opaque, uint64_t pages_left, const GError *error);
+} DedupCallbacks;
+
+/**
+ * struct DedupConfig - what an engine is made with
+ * @group_dir: absolute path of the group's directory, or NULL: this process
+ *     only.  The directory is opened at once, joined when the thread runs
+ *     (the user id may change in between).
+ * @params: initial parameters
+ * @callbacks: copied
+ * @opaque: for the callbacks
+ */
+typedef struct DedupConfig {
+    const char *group_dir;
+    DedupParams params;
+    DedupCallbacks callbacks;
+    void *opaque;
+} DedupConfig;
+
+/**
+ * dedup_engine_new() - make an engine and open what it needs
+ *
+ * Opens userfaultfd (/dev/userfaultfd, else the system call), the process's
+ * pagemap, and the group's directory, and starts no thread.
+ *
+ * A directory that exists but may not be read or belongs to somebody else
+ * is no error here: the engine is blocked, see dedup_engine_group_error().
+ *
+ * Returns: the engine; or NULL and @error: DEDUP_ERROR_USERFAULTFD, or
+ * DEDUP_ERROR_GROUP when the directory does not exist or is none.
+ */
+DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error);
+
+/**
+ * dedup_engine_run() - the scanner: scans until dedup_engine_stop()
+ *
+ * Call once, on a thread of its own with all signals blocked.  Joins the
+ * group first.
+ */
+void dedup_engine_run(DedupEngine *engine);
+
+/**
+ * dedup_engine_stop() - make dedup_engine_run() return soon; does not wait.
+ * Nothing is restored.
+ */
+void dedup_engine_stop(DedupEngine *engine);
+
+/**
+ * dedup_engine_free() - free a stopped engine
+ *
+ * Leaves the group.  Whatever is still merged stays mapped as it is: guest
+ * contents stay right, memory stays saved (a process that exits must not
+ * copy everything back).
+ */
+void dedup_engine_free(DedupEngine *engine);
+
+/**
+ * dedup_engine_group_error() - why the group could not be joined
+ *
+ * Returns: a text to free with g_free(), or NULL when there is no group, or
+ * it was joined, or was not tried yet.
+ */
+char *dedup_engine_group_error(DedupEngine *engine);
+
+/** dedup_engine_get_params() - the parameters in force */
+void dedup_engine_get_params(DedupEngine *engine, DedupParams *params);
+
+/**
+ * dedup_engine_set_params() - change parameters; they hold from the next
+ * batch on.  Values are the caller's to check.  Turning @run on ends what
+ * dedup_engine_unmerge() began.
+ */
+void dedup_engine_set_params(DedupEngine *engine, const DedupParams *params);
+
+/**
+ * dedup_engine_block() - stop scanning and merging, or allow it again
+ *
+ * When it returns with @block true no window is open, no page is
+ * write-protected or registered with a userfaultfd, and none will be until
+ * it is called with false.  What is merged stays merged.  Does not nest.
+ * dedup_engine_restore() works while blocked, except with @hard.
+ *
+ * @hard: nothing at all may be remapped (somebody else's userfaultfd or a
+ *     snapshot works on the RAM); also stops a restore that is under way,
+ *     which goes on when @hard is lifted.
+ */
+void dedup_engine_block(DedupEngine *engine, bool block, bool hard);
+
+/**
+ * dedup_region_add() - let the engine scan a region
+ *
+ * Returns: the region; or NULL and @error.  The memory must stay mapped as
+ * described until dedup_region_remove().
+ */
+DedupRegion *dedup_region_add(DedupEngine *engine,
+                              const DedupRegionInfo *info, GError **error);
+
+/**
+ * dedup_region_remove() - take a region from the engine and free it
+ *
+ * @keep_contents: put the region's own mapping back with its contents first,
+ *     as dedup_engine_restore() would (needed when the memory goes on
+ *     living); else the mappings stay as they are, for a caller that unmaps
+ *     them.
+ *
+ * Waits for a window that is open.  Returns false, and removes nothing, if
+ * @keep_contents was asked for and failed (memory).
+ */
+bool dedup_region_remove(DedupRegion *region, bool keep_contents,
+                         GError **error);
+
+/**
+ * dedup_engine_discard() - the caller is about to throw pages away
+ *
+ * Puts the region's own mapping back for every page of the range that is
+ * merged, broken or dropped, without its contents: the file's hole, or fresh
+ * anonymous memory.  After it madvise(), fallocate() and mmap() on the range
+ * do what they did before the engine came.  Ranges outside all regions are
+ * ignored.  Takes the remap lock, so it waits at most for one window.
+ */
+void dedup_engine_discard(DedupEngine *engine, void *host, uint64_t size);
+
+/**
+ * dedup_engine_restore_range() - give a range its own memory back, now, on
+ * the calling thread
+ *
+ * Returns: true when no page of the range is merged any more.
+ */
+bool dedup_engine_restore_range(DedupEngine *engine, void *host,
+                                uint64_t size, GError **error);
+
+/**
+ * dedup_engine_restore() - give every page its own memory, on the scanner's
+ * thread; ends with the callback @restored
+ *
+ * @unmerge: also turn the parameter @run off (KSM's run=2)
+ * @force: go on even if the host seems to lack the memory
+ *
+ * Returns at once.  False and @error (DEDUP_ERROR_MEMORY with the figures)
+ * when the memory is not there: nothing is changed then.  Members of a group
+ * reserve what they are about to use.
+ */
+bool dedup_engine_restore(DedupEngine *engine, bool unmerge, bool force,
+                          GError **error);
+
+/**
+ * dedup_engine_lean() - true when no page is merged or dropped any more and
+ * no mapping of ours is left in any region
+ */
+bool dedup_engine_lean(DedupEngine *engine);
+
+/**
+ * struct DedupGroupStats - the group as a whole, the same for all members;
+ * as of each member's last batch
+ * @members: processes in the group, this one included
+ * @members_incompatible: processes in the same directory with another
+ *     protocol version or page size
+ * @pages_shared: segment pages that are used
+ * @pages_sharing: pages mapped to them beyond the first of each
+ * @bytes_saved: net of metadata, unused segment pages, slab and maps
+ */
+typedef struct DedupGroupStats {
+    uint64_t members;
+    uint64_t members_incompatible;
+    uint64_t pages_shared;
+    uint64_t pages_sharing;
+    int64_t bytes_saved;
+} DedupGroupStats;
+
+/**
+ * struct DedupStats - figures of one engine; pages are counted in pages of
+ * the host, as of the last presence check of each page unless noted
+ * @state: what it is doing
+ * @limits: bits of enum DedupLimit
+ * @pages_total: all pages of all regions
+ * @pages_present: have memory of their own, or are merged
+ * @pages_merged: mapped to segments
+ * @pages_merged_within: of these, the segment page is used by this process
+ *     only
+ * @pages_merged_between: of these, by other members too
+ * @zero_pages: dropped because they were zero, and still absent
+ * @pages_unshared: unique, and unchanged since the scan before
+ * @pages_volatile: changed since the scan before
+ * @pages_pinned: left alone because of a pin counter
+ * @pages_swapped: on swap
+ * @pages_huge_kept: left alone because of a huge page
+ * @pages_left: still to restore while the state is unmerging
+ * @cow_breaks: merged pages found written, since the engine started
+ * @full_scans: passes completed
+ * @pages_scanned: pages hashed since the engine started
+ * @cpu_time_ns: of the scanner's thread and the peer thread
+ * @last_pass_ms: duration of the last full pass
+ * @window_max_ns: longest window since the last call with @reset_max
+ * @metadata_bytes: private metadata, and this member's share of the shared
+ * @maps_used: mappings of the process, as of the last count
+ * @maps_limit: the budget: max_maps percent of vm.max_map_count
+ * @bytes_saved: this process's share, net: the members' add up to the group's
+ * @in_group: @group is valid
+ * @group: the group
+ */
+typedef struct DedupStats {
+    DedupState state;
+    unsigned limits;
+    uint64_t pages_total;
+    uint64_t pages_present;
+    uint64_t pages_merged;
+    uint64_t pages_merged_within;
+    uint64_t pages_merged_between;
+    uint64_t zero_pages;
+    uint64_t pages_unshared;
+    uint64_t pages_volatile;
+    uint64_t pages_pinned;
+    uint64_t pages_swapped;
+    uint64_t pages_huge_kept;
+    uint64_t pages_left;
+    uint64_t cow_breaks;
+    uint64_t full_scans;
+    uint64_t pages_scanned;
+    uint64_t cpu_time_ns;
+    uint64_t last_pass_ms;
+    uint64_t window_max_ns;
+    uint64_t metadata_bytes;
+    uint64_t maps_used;
+    uint64_t maps_limit;
+    int64_t bytes_saved;
+    bool in_group;
+    DedupGroupStats group;
+} DedupStats;
+
+/**
+ * dedup_engine_get_stats() - the figures; cheap, never waits for a window
+ * @reset_max: start a new maximum of @window_max_ns
+ */
+void dedup_engine_get_stats(DedupEngine *engine, DedupStats *stats,
+                            bool reset_max);
+
+/** dedup_region_pages_merged() - pages of one region mapped to segments */
+uint64_t dedup_region_pages_merged(DedupRegion *region);
+
+/** dedup_state_str() - the state's name for traces and messages */
+const char *dedup_state_str(DedupState state);
+
+G_END_DECLS
+
+#endif /* DEDUP_ENGINE_H */

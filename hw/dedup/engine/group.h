@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A group: the processes that share an index and segments, and the shared
+ * file (a sealed memfd) with the index, the member slots, the table of
+ * segments and who uses them.
+ *
+ * A group without a directory has one member, this process, and no sockets;
+ * all else is the same, so there is one way through the code.
+ *
+ * Everything in the shared file may be wrong (a hostile or dead member):
+ * numbers are bounds-checked here before they are handed out.  Slots, table
+ * and usage are read with pread() and written with pwrite(), never through a
+ * mapping, so that a hole costs no memory and a lack of memory is an error
+ * code.  Only the index is mapped.
+ *
+ * Thread: the scanner's, unless a comment says otherwise.
+ */
+
+#ifndef DEDUP_GROUP_H
+#define DEDUP_GROUP_H
+
+#include <glib.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "index.h"
+#include "segment.h"
+
+#define DEDUP_MAX_MEMBERS (1u << DEDUP_MEMBER_BITS)
+/* Segments that can exist at a time; a gid is this plus a generation. */
+#define DEDUP_MAX_SEGMENTS (1u << 18)
+
+typedef struct DedupGroup DedupGroup;
+
+/*
+ * What a member tells the others about itself: a slot of the shared file.
+ * Written by its owner as a whole, read by all, possibly torn.
+ */
+typedef struct DedupMemberInfo {
+    uint32_t pid;
+    uint32_t scanning;        /* 1: it makes passes */
+    uint64_t full_scans;
+    uint64_t pages_merged;
+    uint64_t zero_pages;
+    uint64_t overhead_bytes;  /* private metadata and maps */
+    uint64_t reserved_bytes;  /* about to be used by a restore */
+    uint64_t owed_bytes;      /* its RAM may still grow by this */
+    uint64_t cgroup_id;       /* inode of the cgroup that limits it, or 0 */
+} DedupMemberInfo;
+
+/* How one member uses one segment. */
+typedef struct DedupSegmentUse {
+    uint32_t gid;                              /* 0: does not */
+    uint32_t mapped;                           /* guest pages merged to it */
+    uint64_t pages[DEDUP_SEGMENT_PAGES / 64];  /* which segment pages */
+} DedupSegmentUse;
+
+/* What the engine answers for its peers; called on the peer thread. */
+typedef struct DedupGroupOps {
+    /*
+     * The keyed hash of own page @page into @hash; false if there is no such
+     * page or it is not present.  Must not populate memory (I7).
+     */
+    bool (*keyed_hash)(void *opaque, uint32_t page, const uint8_t *secret,
+                       DedupHash128 *hash);
+    /* A duplicate of the fd of segment @gid, or -1. */
+    int (*segment_fd)(void *opaque, uint32_t gid);
+} DedupGroupOps;
+
+/* A page that another member is asked to prove. */
+typedef struct DedupProof {
+    uint32_t page;            /* the other member's page number */
+    const void *content;      /* our copy, stable while the call lasts */
+    bool proven;              /* out */
+} DedupProof;
+
+/* At most this many proofs or segments in one request. */
+#define DEDUP_PEER_BATCH 128
+
+/*
+ * Make a group.  @dir NULL: this process only.  A directory is opened here
+ * and joined later.  NULL and DEDUP_ERROR_GROUP when it does not exist or is
+ * no directory.  One that cannot be read or is not ours is reported by
+ * dedup_group_join() instead: the VM must start (I9).
+ */
+DedupGroup *dedup_group_new(const char *dir, GError **error);
+
+/*
+ * Join: find a live member and take the shared file from it, or make it;
+ * take a slot; listen; start the peer thread.  Removes stale socket names.
+ * The directory must belong to our effective uid or root and be writable by
+ * its owner only.
+ */
+bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
+                      GError **error);
+
+/* Leave and free; stops the peer thread, removes our socket's name. */
+void dedup_group_free(DedupGroup *g);
+
+bool dedup_group_has_dir(const DedupGroup *g);
+unsigned dedup_group_self(const DedupGroup *g);
+uint64_t dedup_group_salt(const DedupGroup *g);
+DedupIndex *dedup_group_index(const DedupGroup *g);
+/* CPU time of the peer thread; any thread. */
+uint64_t dedup_group_cpu_ns(const DedupGroup *g);
+/* Memory of the shared file in bytes: what is allocated. */
+uint64_t dedup_group_shared_bytes(const DedupGroup *g);
+
+/*
+ * Look which members live (an OFD lock each) and count those of other
+ * versions.  Call once a pass, and after a peer did not answer.
+ */
+void dedup_group_refresh(DedupGroup *g);
+bool dedup_group_alive(const DedupGroup *g, unsigned member);
+unsigned dedup_group_members(const DedupGroup *g);
+unsigned dedup_group_members_incompatible(const DedupGroup *g);
+
+/* The own slot out, and another's in (false: not alive or not written). */
+bool dedup_group_publish(DedupGroup *g, const DedupMemberInfo *info);
+bool dedup_group_member(DedupGroup *g, unsigned member,
+                        DedupMemberInfo *info);
+
+/*
+ * The table of segments.  alloc: a free gid for a new segment of this member
+ * (0: table full, or the table's lock is held by somebody who does not move;
+ * try again later).  lookup: who published it and its length; false if the
+ * gid is stale.  release: nobody uses it any more; done by the publisher,
+ * or by anyone if the publisher is gone.
+ */
+uint32_t dedup_group_segment_alloc(DedupGroup *g, unsigned npages);
+bool dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
+                                unsigned *member, unsigned *npages);
+void dedup_group_segment_release(DedupGroup *g, uint32_t gid);
+
+/*
+ * Usage: the own row of @gid out; and the sum over all *other* live members
+ * in.  @use->pages is the union, @use->mapped the sum (saturating).
+ */
+bool dedup_group_publish_use(DedupGroup *g, const DedupSegmentUse *use);
+bool dedup_group_clear_use(DedupGroup *g, uint32_t gid);
+void dedup_group_others_use(DedupGroup *g, uint32_t gid,
+                            DedupSegmentUse *use);
+
+/*
+ * Walk all segments that exist (for the group's figures): calls @fn with the
+ * segment's length and the usage of all live members together.
+ */
+typedef void (*DedupSegmentFn)(void *opaque, uint32_t gid, unsigned npages,
+                               const DedupSegmentUse *use);
+void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
+                                 void *opaque);
+
+/*
+ * Ask member @member to prove that it has the pages: peer.c tells how.  Sets
+ * @proven of each.  Returns false when it does not answer (in time).
+ */
+bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
+                       unsigned n);
+
+/*
+ * Get the fds of @n segments from @member or, where it has none, from any
+ * other live user.  @fds[i] is -1 where nobody had it.  They are unchecked.
+ */
+void dedup_group_fetch(DedupGroup *g, unsigned member, const uint32_t *gids,
+                       unsigned n, int *fds);
+
+#endif /* DEDUP_GROUP_H */

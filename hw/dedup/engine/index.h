@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The index: a table of hints "a page with this hash was seen there", in
+ * memory that all members of a group share and write without a lock.
+ *
+ * It only hints: an entry may be stale, torn between two meanings, lost, or
+ * written by an enemy.  Every number read from it is bounds-checked by who
+ * uses it; the byte compare under write protection decides.  See index.c for
+ * why each kind of loss is harmless.
+ */
+
+#ifndef DEDUP_INDEX_H
+#define DEDUP_INDEX_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct DedupIndex DedupIndex;
+
+typedef enum DedupHintKind {
+    DEDUP_HINT_NONE = 0,
+    DEDUP_HINT_CANDIDATE = 1,     /* a member has it: (member, page) */
+    DEDUP_HINT_PUBLISHED = 2,     /* a segment has it: (gid, page) */
+} DedupHintKind;
+
+#define DEDUP_MEMBER_BITS 8       /* 256 members */
+#define DEDUP_MEMBER_PAGE_BITS 30 /* 4 TiB of 4 KiB pages each */
+#define DEDUP_GID_BITS 29
+#define DEDUP_GID_PAGE_BITS 9     /* DEDUP_SEGMENT_PAGES */
+
+typedef struct DedupHint {
+    DedupHintKind kind;
+    uint32_t where;               /* member number, or segment gid */
+    uint32_t page;                /* the member's page number, or the segment's */
+    uint64_t raw;                 /* the entry as read, for replace/remove */
+} DedupHint;
+
+#define DEDUP_INDEX_HITS 4
+
+/* The part of the shared file's header that belongs to the index. */
+typedef struct DedupIndexHeader DedupIndexHeader;
+
+/* Bytes that the header and the (sparse) table take in the shared file. */
+size_t dedup_index_header_size(void);
+size_t dedup_index_table_size(void);
+
+/*
+ * A view of the index in a mapped shared file.  @fd and @table_offset are
+ * used to allocate table pages before they are touched (I9).  A new file is
+ * all zero: that is an empty index.
+ */
+DedupIndex *dedup_index_new(DedupIndexHeader *header, void *table, int fd,
+                            uint64_t table_offset);
+void dedup_index_free(DedupIndex *index);
+
+void dedup_index_prefetch(const DedupIndex *index, uint64_t hash);
+
+/* Fills @hits, published ones first; returns how many. */
+unsigned dedup_index_lookup(const DedupIndex *index, uint64_t hash,
+                            DedupHint hits[DEDUP_INDEX_HITS]);
+
+/*
+ * Adds a hint, growing the table if need be.  When both lines of a hash are
+ * full a candidate is replaced.  Returns false if there was no room at all
+ * (all entries published and the table cannot grow).
+ */
+bool dedup_index_insert(DedupIndex *index, uint64_t hash,
+                        const DedupHint *hint);
+
+/* Replaces the entry that was read as @old; false if it changed meanwhile. */
+bool dedup_index_replace(DedupIndex *index, uint64_t hash,
+                         const DedupHint *old, const DedupHint *hint);
+bool dedup_index_remove(DedupIndex *index, uint64_t hash,
+                        const DedupHint *old);
+
+/* Memory that the table takes, and how often it grew (hints may be lost). */
+uint64_t dedup_index_bytes(const DedupIndex *index);
+uint64_t dedup_index_growths(const DedupIndex *index);
+
+#endif /* DEDUP_INDEX_H */

@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Segments: sealed memfds, each with up to DEDUP_SEGMENT_PAGES pages that
+ * can never change again (I2).
+ *
+ * A builder is a segment that is being filled: nobody but this process can
+ * see it.  dedup_builder_finish() cuts it to length, seals it and makes it a
+ * segment.  A segment that came from another member is checked by
+ * dedup_segment_accept() before its first byte is looked at: the seals, the
+ * size, the kind of file system.
+ *
+ * Owner: the scanner's thread, but for @fd, which the peer thread may
+ * duplicate under the table's lock (DedupSegmentTable).
+ */
+
+#ifndef DEDUP_SEGMENT_H
+#define DEDUP_SEGMENT_H
+
+#include <glib.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "page.h"
+
+#define DEDUP_SEGMENT_PAGES 512
+
+/*
+ * Kernel memory of one memfd (inode, dentry, file), in bytes: what slabinfo
+ * gives on Linux 6.18, see docs/devel/dedup.rst.
+ */
+#define DEDUP_SEGMENT_SLAB 1280
+
+typedef struct DedupSegment {
+    uint32_t gid;         /* name in the group, see group.h; 0: none */
+    uint32_t no;          /* number in this process's table */
+    uint16_t npages;
+    bool mine;            /* this process published it */
+    int fd;
+    const uint8_t *map;   /* read-only mapping of all pages */
+    uint32_t refs;        /* guest pages merged or broken: maps hold it */
+    uint32_t mapped;      /* guest pages merged */
+    uint64_t lean_since;  /* policy's memory, see publish.c; 0: it pays */
+    uint32_t use[DEDUP_SEGMENT_PAGES]; /* guest pages merged to each page */
+} DedupSegment;
+
+typedef struct DedupBuilder DedupBuilder;
+
+/* Returns NULL and @error when no memfd can be made. */
+DedupBuilder *dedup_builder_new(GError **error);
+
+/*
+ * Room for the next page, writable, or NULL when full.  It counts as part of
+ * the segment only after dedup_builder_commit(), which returns its number.
+ */
+uint8_t *dedup_builder_next(DedupBuilder *b);
+unsigned dedup_builder_commit(DedupBuilder *b);
+unsigned dedup_builder_count(const DedupBuilder *b);
+const uint8_t *dedup_builder_page(const DedupBuilder *b, unsigned i);
+
+/* Frees @b in any case.  Returns NULL and @error on failure. */
+DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
+                                   GError **error);
+void dedup_builder_free(DedupBuilder *b);
+
+/*
+ * Check a received fd and map it.  Takes @fd in any case.  @npages is what
+ * the group's table says.  Returns NULL and @error if it is not sealed
+ * against every change, not of that size, or not on shmem.
+ */
+DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
+                                   GError **error);
+
+/* Unmaps, closes, frees.  Guest mappings keep the pages alive. */
+void dedup_segment_free(DedupSegment *s);
+
+#endif /* DEDUP_SEGMENT_H */

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the host says about processes and memory, from outside QEMU."""
+
+import os
+import re
+import subprocess
+import time
+
+import tap
+from qmp import fields
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOP = os.path.dirname(os.path.dirname(HERE))
+BUILD = os.environ.get('BUILD_DIR', os.path.join(TOP, 'build'))
+QEMU = os.environ.get('QEMU_SYSTEM',
+                      os.path.join(BUILD, 'bin', 'qemu-system-x86_64'))
+IMAGES = os.path.join(BUILD, 'guest')
+MIB = 1 << 20
+PAGE = 4096
+
+
+def image(name):
+    """Path of something that build-images makes."""
+    return os.path.join(IMAGES, name)
+
+
+def build_images():
+    """Build what the guests need; a moment if it is there."""
+    subprocess.run([os.path.join(HERE, 'build-images'), IMAGES], check=True,
+                   stdout=subprocess.DEVNULL, timeout=200)
+
+
+def make_disk(path, blocks, seed, distinct):
+    """Write a disk for the agent's dio-start."""
+    subprocess.run([image('mkdisk'), path, str(blocks), str(seed),
+                    str(distinct)], check=True, timeout=60)
+
+
+def meminfo():
+    """/proc/meminfo in bytes."""
+    with open('/proc/meminfo', encoding='ascii') as f:
+        return {line.split(':')[0]: int(line.split()[1]) * 1024 for line in f}
+
+
+def status(pid, name):
+    """A field of /proc/PID/status in bytes (those with kB)."""
+    with open('/proc/%d/status' % pid, encoding='ascii') as f:
+        for line in f:
+            if line.startswith(name + ':'):
+                return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def count_maps(pid):
+    """The number of mappings of a process."""
+    with open('/proc/%d/maps' % pid, encoding='ascii') as f:
+        return sum(1 for line in f)
+
+
+def smaps(pid, start, end):
+    """Sum of the figures in smaps, in bytes, over mappings in the range."""
+    total = {}
+    inside = False
+    with open('/proc/%d/smaps' % pid, encoding='ascii') as f:
+        for line in f:
+            m = re.match(r'([0-9a-f]+)-([0-9a-f]+) ', line)
+            if m:
+                inside = (int(m.group(1), 16) >= start and
+                          int(m.group(2), 16) <= end)
+                continue
+            m = re.match(r'(\w+): +(\d+) kB', line)
+            if inside and m:
+                total[m.group(1)] = (total.get(m.group(1), 0) +
+                                     int(m.group(2)) * 1024)
+    return total
+
+
+def count_pages(ranges):
+    """Count equal pages; @ranges are (pid, start, end) of paused VMs."""
+    if os.geteuid() != 0:
+        tap.skip('counting pages from outside needs root')
+    out = subprocess.run(
+        [image('pagecount')] + ['%d:%x-%x' % r for r in ranges],
+        check=True, capture_output=True, text=True, timeout=120).stdout
+    return fields(out)
+
+
+def find_page(pid, start, end, first_words):
+    """Address of the first page in the range that begins with these bytes."""
+    with open('/proc/%d/mem' % pid, 'rb', buffering=0) as f:
+        for address in range(start, end, MIB):
+            f.seek(address)
+            data = f.read(min(MIB, end - address))
+            at = data.find(first_words)
+            while at >= 0:
+                if at % PAGE == 0:
+                    return address + at
+                at = data.find(first_words, at + 1)
+    raise LookupError('no such page')
+
+
+def poke(pid, address, data):
+    """Write into another process's memory."""
+    with open('/proc/%d/mem' % pid, 'r+b', buffering=0) as f:
+        f.seek(address)
+        f.write(data)
+
+
+def peek(pid, address, size):
+    """Read from another process's memory."""
+    with open('/proc/%d/mem' % pid, 'rb', buffering=0) as f:
+        f.seek(address)
+        return f.read(size)
+
+
+class Cgroup:
+    """A fresh memory cgroup below this process's own; version 1 or 2."""
+
+    serial = 0
+
+    def __init__(self):
+        Cgroup.serial += 1
+        name = 'qemu-dedup-test-%d-%d' % (os.getpid(), Cgroup.serial)
+        self.v2, parent = self._parent()
+        self.path = os.path.join(parent, name)
+        try:
+            os.mkdir(self.path)
+        except OSError as e:
+            tap.skip('cannot make a memory cgroup: %s' % e)
+        tap.cleanup(self.remove)
+        current = 'memory.current' if self.v2 else 'memory.usage_in_bytes'
+        if not os.path.exists(os.path.join(self.path, current)):
+            tap.skip('the memory controller is not delegated to us')
+        self._current = current
+
+    @staticmethod
+    def _parent():
+        mounts = []
+        with open('/proc/self/mountinfo', encoding='ascii') as f:
+            for line in f:
+                left, right = line.split(' - ')
+                kind, _, options = right.split()[:3]
+                mounts.append((kind, options.split(','),
+                               left.split()[3], left.split()[4]))
+        own = {}
+        with open('/proc/self/cgroup', encoding='ascii') as f:
+            for line in f:
+                _, names, path = line.rstrip('\n').split(':', 2)
+                for n in names.split(','):
+                    own[n] = path
+        for kind, options, root, where in mounts:
+            if kind == 'cgroup' and 'memory' in options:
+                below = os.path.relpath(own['memory'], root)
+                for p in (os.path.join(where, below), where):
+                    if os.path.isdir(p):
+                        return False, p
+        for kind, options, root, where in mounts:
+            if kind == 'cgroup2':
+                below = os.path.relpath(own.get('', '/'), root)
+                for p in (os.path.join(where, below), where):
+                    control = os.path.join(p, 'cgroup.subtree_control')
+                    if os.path.exists(control):
+                        with open(control, encoding='ascii') as f:
+                            if 'memory' in f.read():
+                                return True, p
+        tap.skip('no memory cgroup here')
+        return None
+
+    def _read(self, name):
+        with open(os.path.join(self.path, name), encoding='ascii') as f:
+            return f.read()
+
+    def _write(self, name, value):
+        with open(os.path.join(self.path, name), 'w', encoding='ascii') as f:
+            f.write(str(value))
+
+    def enter_command(self):
+        """Shell words that put the shell itself into the group."""
+        return 'echo $$ > %s/cgroup.procs' % self.path
+
+    def usage(self):
+        """Bytes charged to the group."""
+        return int(self._read(self._current))
+
+    def stat(self):
+        """memory.stat."""
+        return {line.split()[0]: int(line.split()[1])
+                for line in self._read('memory.stat').splitlines()}
+
+    def shmem(self):
+        """Bytes of shared memory charged, whoever maps it."""
+        return self.stat()['shmem']
+
+    def limit(self, value):
+        """Set the hard limit in bytes; no swap beyond it."""
+        self._write('memory.max' if self.v2 else 'memory.limit_in_bytes',
+                    value)
+
+    def kills(self):
+        """How many processes the group's limit has killed."""
+        name = 'memory.events' if self.v2 else 'memory.oom_control'
+        for line in self._read(name).splitlines():
+            if line.split()[0] == 'oom_kill':
+                return int(line.split()[1])
+        return 0
+
+    def remove(self):
+        """Remove the group; the last process may be on its way out."""
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                os.rmdir(self.path)
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# The few commands that people type; "make help" names them.  The work is in
+# scripts/.  Every target may run at the same time as any other: they take
+# turns at a lock.
+
+SHELL := /bin/bash
+export PATH := /usr/sbin:/usr/bin:/sbin:/bin:$(PATH)
+
+top := $(CURDIR)
+B := $(top)/build
+PYTHON ?= /usr/bin/python3
+prefix ?= /usr/local
+SANITIZE ?=
+JOBS ?= $(shell nproc)
+
+# The standalone build of the engine, one directory per kind of sanitizer.
+engine := $(B)/engine$(if $(SANITIZE),-$(SANITIZE))$(if $(CC_SUFFIX),-$(CC_SUFFIX))
+sanitizer_address := address,undefined
+sanitizer_thread := thread
+ifneq ($(SANITIZE),)
+  ifeq ($(sanitizer_$(SANITIZE)),)
+    $(error SANITIZE is "address" or "thread")
+  endif
+  engine_options := -Db_sanitize=$(sanitizer_$(SANITIZE)) -Db_lundef=false
+endif
+
+lock = mkdir -p $(B) && flock $(B)/.lock
+
+.PHONY: all deps tree qemu engine demo check check-engine bench install clean \
+        help
+all: qemu
+
+help:
+	@echo 'make                build QEMU with dedup: build/bin/qemu-system-x86_64'
+	@echo '                    (QEMU_SRC=DIR: from your own source of QEMU 10.0.x)'
+	@echo 'make demo           three guests share their memory, with a live table'
+	@echo 'make check          all tests'
+	@echo 'make check-engine   the engine alone; SANITIZE=address or thread'
+	@echo 'make bench          the engine, measured beside KSM'
+	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR'
+	@echo 'make clean          remove what was built; keeps what was downloaded'
+	@echo 'As root, missing Debian packages are installed first.'
+
+deps:
+	@scripts/install-deps
+
+tree: deps
+	@$(lock) scripts/build-qemu --tree-only
+
+qemu: deps
+	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu
+
+engine: deps
+	@$(lock) sh -ec 'test -f $(engine)/build.ninja || \
+	    meson setup $(engine_options) $(engine) $(top) > $(engine)-setup.log || \
+	    { cat $(engine)-setup.log; exit 1; }; \
+	    ninja -j$(JOBS) -C $(engine) $(if $(V),,--quiet)'
+
+check-engine: engine
+	@scripts/run-tests --engine $(engine)
+
+check: qemu engine
+	@scripts/run-tests
+
+demo: qemu
+	@tests/guest/demo
+
+bench: engine
+	@meson test --benchmark -C $(engine) --no-rebuild --verbose
+
+install: qemu
+	@$(lock) env DESTDIR=$(DESTDIR) ninja -C $(B)/qemu install
+
+clean:
+	rm -rf $(B)/qemu $(B)/qemu-src $(B)/bin $(B)/engine* $(B)/test-logs

@@ -1,0 +1,283 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What the rest of QEMU tells whoever replaces guest RAM under a running VM
+ *
+ * Three small mechanisms that know nothing of deduplication; see
+ * hw/dedup/ram-guard.h for what they are for.
+ *
+ * DMA-write counters.  A page that the kernel has pinned for a write in
+ * flight (O_DIRECT, io_uring, vmsplice) must not be replaced: the data would
+ * land in the page that was thrown away.  Every buffer of that kind comes
+ * from address_space_map(is_write = true) and goes to address_space_unmap(),
+ * so these two count, per chunk of each block.  What does not need counting:
+ *
+ * - MemoryRegionCache, address_space_rw(), memory_region_get_ram_ptr(),
+ *   read(2) into guest RAM: stores through page tables, which wait like a
+ *   vCPU's;
+ * - vfio, vdpa, iommufd, nvme://, blkio, RDMA: pin for good, and disable
+ *   discards (ram_block_discard_disable()), which excludes replacing;
+ * - incoming migration from a file with direct I/O: nothing is replaced
+ *   before the VM has arrived.
+ *
+ * The counters are kept for every block from its birth, whether somebody
+ * replaces RAM or not: counters that start with I/O in flight would be wrong
+ * for as long as the VM lives.  They fail only to the safe side.  Unmapping
+ * less than was mapped leaves a chunk counted; a counter at its maximum
+ * stays there; a counter at zero is not lowered.
+ *
+ * The order that makes them safe: the mapper raises (a full barrier), then
+ * the I/O is submitted and the kernel pins.  The replacer takes write access
+ * away, passes a full barrier, then reads.  Either it sees the counter
+ * raised, or the pin is attempted after access was taken away and waits for
+ * it like any other writer.
+ *
+ * Discards.  The registered one may have put foreign mappings over a block.
+ * Discarding those would bring the foreign contents back instead of zeros,
+ * so it is asked first to put the block's own mapping in place.
+ *
+ * Whole RAM.  A counted list of users' names per block, and one for all RAM.
+ * All of it is protected by the BQL.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/main-loop.h"
+#include "qemu/rcu.h"
+#include "exec/cpu-common.h"
+#include "exec/memory.h"
+#include "hw/dedup/ram-guard.h"
+#include "trace/trace-hw_dedup.h"
+
+typedef struct RamGuard {
+    struct rcu_head rcu;
+    const RamGuardOps *ops;
+    void *opaque;
+} RamGuard;
+
+/* Written under the BQL, read under RCU or the BQL. */
+static RamGuard *guard;
+
+/* One entry for each get that was not put yet.  BQL. */
+typedef struct RamGuardUser {
+    const RAMBlock *rb;
+    char *name;
+    QTAILQ_ENTRY(RamGuardUser) next;
+} RamGuardUser;
+
+static QTAILQ_HEAD(, RamGuardUser) whole_users =
+    QTAILQ_HEAD_INITIALIZER(whole_users);
+
+/* How many whole_begin callbacks are running.  BQL. */
+static unsigned whole_busy;
+
+bool ram_guard_register(const RamGuardOps *ops, void *opaque)
+{
+    RamGuard *new;
+
+    assert(bql_locked());
+    if (guard) {
+        return false;
+    }
+    new = g_new0(RamGuard, 1);
+    new->ops = ops;
+    new->opaque = opaque;
+    qatomic_rcu_set(&guard, new);
+    return true;
+}
+
+void ram_guard_unregister(void)
+{
+    RamGuard *old = guard;
+
+    assert(bql_locked());
+    assert(old && !whole_busy);
+    qatomic_rcu_set(&guard, NULL);
+    /* A discard callback on another thread may be running: it needs no BQL. */
+    synchronize_rcu();
+    g_free(old);
+}
+
+bool ram_guard_whole_busy(void)
+{
+    assert(bql_locked());
+    return whole_busy;
+}
+
+void ram_guard_block_add(RAMBlock *rb)
+{
+    /* Pages of the array that no I/O touches are never populated. */
+    rb->dma_writes = g_new0(uint16_t,
+                            DIV_ROUND_UP(rb->max_length,
+                                         1ULL << RAM_GUARD_CHUNK_SHIFT));
+}
+
+void ram_guard_block_free(RAMBlock *rb)
+{
+    g_clear_pointer(&rb->dma_writes, g_free);
+}
+
+const uint16_t *ram_guard_dma_writes(const RAMBlock *rb)
+{
+    return rb->dma_writes;
+}
+
+/*
+ * Both changes are read-modify-writes with full barriers, of which the
+ * raising one pairs with the barrier between "write access is taken away"
+ * and the replacer's read.
+ */
+static void counter_raise(uint16_t *counter)
+{
+    uint16_t old = qatomic_read(counter), seen;
+
+    while (old != UINT16_MAX) {
+        seen = qatomic_cmpxchg(counter, old, old + 1);
+        if (seen == old) {
+            return;
+        }
+        old = seen;
+    }
+    /* Nothing was written here, and yet the caller relies on the order. */
+    smp_mb();
+}
+
+static void counter_lower(uint16_t *counter)
+{
+    uint16_t old = qatomic_read(counter), seen;
+
+    while (old != 0 && old != UINT16_MAX) {
+        seen = qatomic_cmpxchg(counter, old, old - 1);
+        if (seen == old) {
+            return;
+        }
+        old = seen;
+    }
+}
+
+static void counters_change(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
+                            void (*change)(uint16_t *))
+{
+    ram_addr_t chunk, last;
+
+    if (!length || start >= rb->max_length) {
+        return;
+    }
+    last = MIN(start + length, rb->max_length) - 1;
+    for (chunk = start >> RAM_GUARD_CHUNK_SHIFT;
+         chunk <= last >> RAM_GUARD_CHUNK_SHIFT; chunk++) {
+        change(&rb->dma_writes[chunk]);
+    }
+}
+
+void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length)
+{
+    counters_change(rb, start, length, counter_raise);
+}
+
+void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length)
+{
+    counters_change(rb, start, length, counter_lower);
+}
+
+bool ram_guard_discard(RAMBlock *rb, ram_addr_t start, size_t length)
+{
+    RamGuard *g;
+
+    RCU_READ_LOCK_GUARD();
+    g = qatomic_rcu_read(&guard);
+    return !g || g->ops->discard(g->opaque, rb, start, length);
+}
+
+bool ram_guard_discard_host(void *host, size_t length)
+{
+    RAMBlock *rb;
+    ram_addr_t offset;
+
+    RCU_READ_LOCK_GUARD();
+    rb = qemu_ram_block_from_host(host, false, &offset);
+    return !rb || ram_guard_discard(rb, offset, length);
+}
+
+static unsigned whole_count(const RAMBlock *rb)
+{
+    RamGuardUser *u;
+    unsigned n = 0;
+
+    QTAILQ_FOREACH(u, &whole_users, next) {
+        n += u->rb == rb;
+    }
+    return n;
+}
+
+static void whole_remove(const RAMBlock *rb, RamGuardUser *u)
+{
+    QTAILQ_REMOVE(&whole_users, u, next);
+    g_free(u->name);
+    g_free(u);
+    if (guard && !whole_count(rb)) {
+        guard->ops->whole_end(guard->opaque, (RAMBlock *)rb);
+    }
+}
+
+bool ram_guard_whole_get(RAMBlock *rb, const char *user, Error **errp)
+{
+    ERRP_GUARD();
+    RamGuardUser *u;
+    bool ok = true;
+
+    assert(bql_locked());
+    /* On the list first: nothing is replaced any more while we wait. */
+    u = g_new0(RamGuardUser, 1);
+    u->rb = rb;
+    u->name = g_strdup(user);
+    QTAILQ_INSERT_TAIL(&whole_users, u, next);
+
+    if (guard) {
+        whole_busy++;
+        ok = guard->ops->whole_begin(guard->opaque, rb, errp);
+        whole_busy--;
+    }
+    trace_ram_guard_whole_get(user, whole_count(rb), ok);
+    if (!ok) {
+        error_prepend(errp, "%s needs guest RAM that is not merged: ", user);
+        whole_remove(rb, u);
+    }
+    return ok;
+}
+
+void ram_guard_whole_put(RAMBlock *rb, const char *user)
+{
+    RamGuardUser *u;
+
+    assert(bql_locked());
+    QTAILQ_FOREACH(u, &whole_users, next) {
+        if (u->rb == rb && g_str_equal(u->name, user)) {
+            break;
+        }
+    }
+    assert(u);
+    trace_ram_guard_whole_put(user, whole_count(rb) - 1);
+    whole_remove(rb, u);
+}
+
+bool ram_guard_is_whole(const RAMBlock *rb)
+{
+    assert(bql_locked());
+    return whole_count(NULL) || (rb && whole_count(rb));
+}
+
+char *ram_guard_whole_users(const RAMBlock *rb)
+{
+    g_autoptr(GString) names = g_string_new(NULL);
+    RamGuardUser *u;
+
+    assert(bql_locked());
+    QTAILQ_FOREACH(u, &whole_users, next) {
+        if (u->rb == rb) {
+            g_string_append_printf(names, "%s%s", names->len ? ", " : "",
+                                   u->name);
+        }
+    }
+    return names->len ? g_string_free(g_steal_pointer(&names), false) : NULL;
+}

@@ -1,0 +1,222 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What the rest of QEMU tells whoever replaces guest RAM under a running VM
+ *
+ * Something (the memory deduplication scanner, hw/dedup/) may exchange the
+ * host memory behind a guest page for other memory with the same contents.
+ * That is invisible to everybody who reaches guest RAM through page tables.
+ * It is not invisible to three kinds of users, and each has calls here:
+ *
+ * - I/O that the kernel completes by DMA into pages that it pinned earlier:
+ *   counted per chunk, from address_space_map() to address_space_unmap();
+ * - whoever takes memory away from guest RAM (discards): a hook is called
+ *   first, so that the block's own mapping is back in place;
+ * - whoever hands out the RAM's file descriptor or maps the RAM's file:
+ *   needs RAM to be "whole", that is all contents in the block's own memory.
+ *
+ * The calls are cheap and correct when nobody replaces anything.
+ *
+ * Who replaces RAM registers RamGuardOps; there is at most one.
+ */
+
+#ifndef HW_DEDUP_RAM_GUARD_H
+#define HW_DEDUP_RAM_GUARD_H
+
+#include "exec/ramblock.h"
+
+/* One counter stands for this many bytes of a block: 64 KiB. */
+#define RAM_GUARD_CHUNK_SHIFT 16
+
+/**
+ * struct RamGuardOps - what the one who replaces RAM does when it is told
+ *
+ * @discard: memory of @rb from @start on is about to be thrown away by
+ *   madvise() or fallocate().  Put the block's own mapping back there, the
+ *   contents need not survive.  Called on any thread, with or without the
+ *   BQL, inside an RCU read-side critical section; must not take the BQL.
+ *   Returns false if the memory for it cannot be had; then nothing is
+ *   discarded.
+ *
+ * @whole_begin: stop replacing memory of @rb (of all blocks if @rb is NULL),
+ *   and give every page there memory of its own.  Called with the BQL held,
+ *   on any thread; may release and take the BQL while it waits, and must
+ *   when it waits for long.  May be called again for the same @rb while it
+ *   is whole or on the way.  Returns false with @errp set if the memory
+ *   cannot be had; what it had restored by then may stay restored.
+ *
+ * @whole_end: nobody needs @rb (all blocks if NULL) whole any more; also
+ *   called when the only @whole_begin failed.  Called with the BQL held.
+ *   RAM that is still needed by a get of the other kind stays whole:
+ *   see ram_guard_is_whole().
+ */
+typedef struct RamGuardOps {
+    bool (*discard)(void *opaque, RAMBlock *rb, ram_addr_t start,
+                    size_t length);
+    bool (*whole_begin)(void *opaque, RAMBlock *rb, Error **errp);
+    void (*whole_end)(void *opaque, RAMBlock *rb);
+} RamGuardOps;
+
+#ifdef CONFIG_LINUX
+
+/**
+ * ram_guard_register - become the one who replaces guest RAM
+ * @ops: what to call; must stay valid until ram_guard_unregister()
+ * @opaque: passed to every call
+ *
+ * BQL held.  Does not call back for users that are there already: look at
+ * ram_guard_is_whole() before anything is replaced.
+ *
+ * Returns: false if somebody else is registered.
+ */
+bool ram_guard_register(const RamGuardOps *ops, void *opaque);
+
+/**
+ * ram_guard_unregister - undo ram_guard_register()
+ *
+ * BQL held.  When it returns no callback is running, nor will be.  Must not
+ * be called while @whole_begin runs, see ram_guard_whole_busy().
+ */
+void ram_guard_unregister(void);
+
+/* Is a @whole_begin callback waiting?  BQL held. */
+bool ram_guard_whole_busy(void);
+
+/* Set up and free what a block carries for this file. */
+void ram_guard_block_add(RAMBlock *rb);
+void ram_guard_block_free(RAMBlock *rb);
+
+/**
+ * ram_guard_dma_map - bytes of a block are going to be written by I/O
+ * @rb: the block
+ * @start: offset in the block
+ * @length: how many bytes; 0 is nothing
+ *
+ * Any thread.  A full barrier: what the caller does next is ordered after
+ * it.  Raises the counter of each chunk that the bytes touch.
+ */
+void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
+
+/**
+ * ram_guard_dma_unmap - the I/O is done
+ *
+ * As ram_guard_dma_map().  Unmapping less than was mapped leaves the other
+ * chunks counted for ever, which is safe.
+ */
+void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
+
+/**
+ * ram_guard_dma_writes - the counters of a block
+ *
+ * One for every 1 << RAM_GUARD_CHUNK_SHIFT bytes of @rb->max_length; not 0
+ * while I/O may write there.  Read them after write access to the memory was
+ * taken away and a full barrier: then a 0 says that no I/O that bypasses the
+ * page tables is under way, and none can begin before access is given back.
+ * Valid as long as the block is (RCU).
+ */
+const uint16_t *ram_guard_dma_writes(const RAMBlock *rb);
+
+/**
+ * ram_guard_discard - say that memory of a block is about to be discarded
+ * @rb: the block
+ * @start: offset in the block
+ * @length: how many bytes
+ *
+ * Any thread.  Call it before madvise() or fallocate().
+ *
+ * Returns: false when the memory must not be discarded, because the block's
+ * own mapping could not be put back: out of memory.
+ */
+bool ram_guard_discard(RAMBlock *rb, ram_addr_t start, size_t length);
+
+/**
+ * ram_guard_discard_host - the same, by host address
+ *
+ * An address outside guest RAM is nothing to care about: returns true.
+ */
+bool ram_guard_discard_host(void *host, size_t length);
+
+/**
+ * ram_guard_whole_get - make RAM whole and keep it so
+ * @rb: the block, or NULL for all RAM, also of blocks that are added later
+ * @user: who needs it, for people to read: "vhost-user (chardev 'c0')"
+ * @errp: set on failure: not enough memory for the copies
+ *
+ * BQL held.  It may be released and taken again inside: call it first thing
+ * in realize, before anything is set up, and before the fd is handed out.
+ *
+ * Returns: true, and ram_guard_whole_put() must follow some day; false when
+ * the memory cannot be had, nothing is held then.
+ */
+bool ram_guard_whole_get(RAMBlock *rb, const char *user, Error **errp);
+
+/**
+ * ram_guard_whole_put - the RAM need not be whole any more for @user
+ * @rb: as it was for ram_guard_whole_get()
+ * @user: likewise
+ *
+ * BQL held.
+ */
+void ram_guard_whole_put(RAMBlock *rb, const char *user);
+
+/**
+ * ram_guard_is_whole - must this block stay whole?
+ * @rb: a block; NULL asks for all RAM
+ *
+ * BQL held.  For a block true also if all RAM must stay whole.
+ */
+bool ram_guard_is_whole(const RAMBlock *rb);
+
+/**
+ * ram_guard_whole_users - who needs exactly this block, or (NULL) all RAM
+ *
+ * BQL held.
+ *
+ * Returns: their names, joined by ", "; NULL if there is none.  To be freed.
+ */
+char *ram_guard_whole_users(const RAMBlock *rb);
+
+#else /* !CONFIG_LINUX: nobody replaces RAM */
+
+static inline void ram_guard_block_add(RAMBlock *rb)
+{
+}
+
+static inline void ram_guard_block_free(RAMBlock *rb)
+{
+}
+
+static inline void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start,
+                                     ram_addr_t length)
+{
+}
+
+static inline void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start,
+                                       ram_addr_t length)
+{
+}
+
+static inline bool ram_guard_discard(RAMBlock *rb, ram_addr_t start,
+                                     size_t length)
+{
+    return true;
+}
+
+static inline bool ram_guard_discard_host(void *host, size_t length)
+{
+    return true;
+}
+
+static inline bool ram_guard_whole_get(RAMBlock *rb, const char *user,
+                                       Error **errp)
+{
+    return true;
+}
+
+static inline void ram_guard_whole_put(RAMBlock *rb, const char *user)
+{
+}
+
+#endif /* CONFIG_LINUX */
+
+#endif /* HW_DEDUP_RAM_GUARD_H */

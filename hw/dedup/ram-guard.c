@@ -44,8 +44,8 @@
 #include "qapi/error.h"
 #include "qemu/main-loop.h"
 #include "qemu/rcu.h"
-#include "exec/cpu-common.h"
 #include "exec/memory.h"
+#include "exec/ramblock.h"
 #include "hw/dedup/ram-guard.h"
 #include "trace/trace-hw_dedup.h"
 
@@ -59,11 +59,11 @@ typedef struct RamGuard {
 static RamGuard *guard;
 
 /* One entry for each get that was not put yet.  BQL. */
-typedef struct RamGuardUser {
-    const RAMBlock *rb;
+struct RamGuardUser {
+    RAMBlock *rb;
     char *name;
     QTAILQ_ENTRY(RamGuardUser) next;
-} RamGuardUser;
+};
 
 static QTAILQ_HEAD(, RamGuardUser) whole_users =
     QTAILQ_HEAD_INITIALIZER(whole_users);
@@ -210,27 +210,37 @@ static unsigned whole_count(const RAMBlock *rb)
     return n;
 }
 
-static void whole_remove(const RAMBlock *rb, RamGuardUser *u)
+void ram_guard_whole_put(RamGuardUser **user)
 {
+    RamGuardUser *u = *user;
+
+    assert(bql_locked());
+    if (!u) {
+        return;
+    }
+    *user = NULL;
     QTAILQ_REMOVE(&whole_users, u, next);
+    trace_ram_guard_whole_put(u->name, whole_count(u->rb));
+    if (guard && !whole_count(u->rb)) {
+        guard->ops->whole_end(guard->opaque, u->rb);
+    }
     g_free(u->name);
     g_free(u);
-    if (guard && !whole_count(rb)) {
-        guard->ops->whole_end(guard->opaque, (RAMBlock *)rb);
-    }
 }
 
-bool ram_guard_whole_get(RAMBlock *rb, const char *user, Error **errp)
+bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb, const char *name,
+                         Error **errp)
 {
     ERRP_GUARD();
     RamGuardUser *u;
     bool ok = true;
 
     assert(bql_locked());
+    assert(!*user);
     /* On the list first: nothing is replaced any more while we wait. */
-    u = g_new0(RamGuardUser, 1);
+    u = *user = g_new0(RamGuardUser, 1);
     u->rb = rb;
-    u->name = g_strdup(user);
+    u->name = g_strdup(name);
     QTAILQ_INSERT_TAIL(&whole_users, u, next);
 
     if (guard) {
@@ -238,27 +248,12 @@ bool ram_guard_whole_get(RAMBlock *rb, const char *user, Error **errp)
         ok = guard->ops->whole_begin(guard->opaque, rb, errp);
         whole_busy--;
     }
-    trace_ram_guard_whole_get(user, whole_count(rb), ok);
+    trace_ram_guard_whole_get(name, whole_count(rb), ok);
     if (!ok) {
-        error_prepend(errp, "%s needs guest RAM that is not merged: ", user);
-        whole_remove(rb, u);
+        error_prepend(errp, "%s needs guest RAM that is not merged: ", name);
+        ram_guard_whole_put(user);
     }
     return ok;
-}
-
-void ram_guard_whole_put(RAMBlock *rb, const char *user)
-{
-    RamGuardUser *u;
-
-    assert(bql_locked());
-    QTAILQ_FOREACH(u, &whole_users, next) {
-        if (u->rb == rb && g_str_equal(u->name, user)) {
-            break;
-        }
-    }
-    assert(u);
-    trace_ram_guard_whole_put(user, whole_count(rb) - 1);
-    whole_remove(rb, u);
 }
 
 bool ram_guard_is_whole(const RAMBlock *rb)

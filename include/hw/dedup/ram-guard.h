@@ -23,10 +23,13 @@
 #ifndef HW_DEDUP_RAM_GUARD_H
 #define HW_DEDUP_RAM_GUARD_H
 
-#include "exec/ramblock.h"
+#include "exec/cpu-common.h"
 
 /* One counter stands for this many bytes of a block: 64 KiB. */
 #define RAM_GUARD_CHUNK_SHIFT 16
+
+/* Somebody who needs RAM whole: from ram_guard_whole_get() to _put(). */
+typedef struct RamGuardUser RamGuardUser;
 
 /**
  * struct RamGuardOps - what the one who replaces RAM does when it is told
@@ -138,26 +141,27 @@ bool ram_guard_discard_host(void *host, size_t length);
 
 /**
  * ram_guard_whole_get - make RAM whole and keep it so
+ * @user: where to store the handle; must point to NULL
  * @rb: the block, or NULL for all RAM, also of blocks that are added later
- * @user: who needs it, for people to read: "vhost-user (chardev 'c0')"
+ * @name: who needs it, for people to read: "vhost-user (chardev 'c0')"
  * @errp: set on failure: not enough memory for the copies
  *
  * BQL held.  It may be released and taken again inside: call it first thing
  * in realize, before anything is set up, and before the fd is handed out.
  *
- * Returns: true, and ram_guard_whole_put() must follow some day; false when
- * the memory cannot be had, nothing is held then.
+ * Returns: false when the memory cannot be had; nothing is held then.
  */
-bool ram_guard_whole_get(RAMBlock *rb, const char *user, Error **errp);
+bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb, const char *name,
+                         Error **errp);
 
 /**
  * ram_guard_whole_put - the RAM need not be whole any more for @user
- * @rb: as it was for ram_guard_whole_get()
- * @user: likewise
+ * @user: set by ram_guard_whole_get(), is set to NULL; if it points to NULL
+ *   nothing is done
  *
  * BQL held.
  */
-void ram_guard_whole_put(RAMBlock *rb, const char *user);
+void ram_guard_whole_put(RamGuardUser **user);
 
 /**
  * ram_guard_is_whole - must this block stay whole?
@@ -207,13 +211,13 @@ static inline bool ram_guard_discard_host(void *host, size_t length)
     return true;
 }
 
-static inline bool ram_guard_whole_get(RAMBlock *rb, const char *user,
-                                       Error **errp)
+static inline bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb,
+                                       const char *name, Error **errp)
 {
     return true;
 }
 
-static inline void ram_guard_whole_put(RAMBlock *rb, const char *user)
+static inline void ram_guard_whole_put(RamGuardUser **user)
 {
 }
 

@@ -4,6 +4,7 @@
 import os
 import re
 import subprocess
+import sys
 import time
 
 import tap
@@ -24,8 +25,12 @@ def image(name):
     return os.path.join(IMAGES, name)
 
 
-def build_images():
-    """Build what the guests need; a moment if it is there."""
+def prepare():
+    """Build what the guests need; a moment if it is there.  QEMU itself is
+    the business of make."""
+    if not os.access(QEMU, os.X_OK):
+        print('Bail out! %s is not built' % QEMU, flush=True)
+        sys.exit(1)
     subprocess.run([os.path.join(HERE, 'build-images'), IMAGES], check=True,
                    stdout=subprocess.DEVNULL, timeout=200)
 

@@ -99,9 +99,12 @@ class VM:
             args += ['-bios', bios, '-serial',
                      'unix:%s,server=on,wait=on' % self.path('serial')]
         else:
+            # A free page keeps what it held: it is still merged when the
+            # guest's balloon takes it.
             args += ['-kernel', host.image('vmlinuz'),
                      '-initrd', host.image('initramfs.gz'),
-                     '-append', 'console=ttyS0 quiet panic=-1',
+                     '-append', 'console=ttyS0 quiet panic=-1 '
+                     'init_on_alloc=0',
                      '-serial', 'file:' + self.path('console'),
                      '-device', 'virtio-serial-pci',
                      '-chardev', 'socket,id=agent,path=%s,server=on,wait=off'

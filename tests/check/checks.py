@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the checks of the source share."""
+
+import os
+import subprocess
+import sys
+
+TOP = os.path.dirname(os.path.dirname(os.path.dirname(
+    os.path.abspath(__file__))))
+BUILD = os.path.join(TOP, 'build')
+TREE = os.path.join(BUILD, 'qemu-src')
+
+sys.path.insert(0, os.path.join(TOP, 'tests', 'guest'))
+
+
+def tracked(*suffixes):
+    """The project's files whose names end so, new ones included."""
+    out = subprocess.run(
+        ['git', '-C', TOP, 'ls-files', '-z', '--cached', '--others',
+         '--exclude-standard'], stdout=subprocess.PIPE, check=True, text=True)
+    return sorted(f for f in set(out.stdout.split('\0'))
+                  if f.endswith(suffixes) and
+                  os.path.isfile(os.path.join(TOP, f)))
+
+
+def run(*command, **kwargs):
+    """The completed process, stdout and stderr in one text."""
+    return subprocess.run(command, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True,
+                          errors='replace', check=False, **kwargs)

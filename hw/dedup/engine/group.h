@@ -142,11 +142,13 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
                             DedupSegmentUse *use);
 
 /*
- * Walk all segments that exist (for the group's figures): calls @fn with the
- * segment's length and the usage of all live members together.
+ * Walk all segments that exist (for the figures and for what becomes of
+ * them): calls @fn with the segment's length, this member's usage as it was
+ * published, and that of all other live members together.
  */
 typedef void (*DedupSegmentFn)(void *opaque, uint32_t gid, unsigned npages,
-                               const DedupSegmentUse *use);
+                               const DedupSegmentUse *own,
+                               const DedupSegmentUse *others);
 void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
                                  void *opaque);
 

@@ -54,6 +54,14 @@ DedupIndex *dedup_index_new(DedupIndexHeader *header, void *table, int fd,
                             uint64_t table_offset);
 void dedup_index_free(DedupIndex *index);
 
+/*
+ * The table grows for no more than about @entries; beyond that, a new hint
+ * takes the place of a candidate.  Hints of pages that were rewritten since
+ * stay until then, so without a limit the table of a busy group grows to its
+ * maximum: set it to some multiple of the group's pages.
+ */
+void dedup_index_set_limit(DedupIndex *index, uint64_t entries);
+
 void dedup_index_prefetch(const DedupIndex *index, uint64_t hash);
 
 /* Fills @hits, published ones first; returns how many. */

@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the files of the group share: group.c (the members and the public
+ * face), group-file.c (the shared file), group-table.c (segments and their
+ * use) and group-join.c (the directory).
+ */
+
+#ifndef DEDUP_GROUP_INTERNAL_H
+#define DEDUP_GROUP_INTERNAL_H
+
+#include "group.h"
+#include "peer.h"
+
+/*
+ * The shared file, all offsets in bytes:
+ *   header     one page: DedupFileHeader, and the index's header behind it
+ *   slots      DEDUP_MAX_MEMBERS of DedupSlot
+ *   table      DEDUP_MAX_SEGMENTS of DedupTableEntry
+ *   use        a row of DEDUP_MAX_SEGMENTS DedupSegmentUse for each member
+ *   index      dedup_index_table_size()
+ * It has its full size from the start and is sparse.
+ */
+#define DEDUP_FILE_MAGIC 0x717564656475ull
+#define DEDUP_FILE_VERSION 1
+#define DEDUP_FILE_INDEX_HEADER 1024
+#define DEDUP_FILE_SLOTS DEDUP_PAGE_SIZE
+#define DEDUP_FILE_TABLE \
+    (DEDUP_FILE_SLOTS + DEDUP_MAX_MEMBERS * sizeof(DedupSlot))
+#define DEDUP_FILE_USE \
+    (DEDUP_FILE_TABLE + DEDUP_MAX_SEGMENTS * sizeof(DedupTableEntry))
+#define DEDUP_FILE_ROW (DEDUP_MAX_SEGMENTS * sizeof(DedupSegmentUse))
+#define DEDUP_FILE_INDEX \
+    (DEDUP_FILE_USE + DEDUP_MAX_MEMBERS * DEDUP_FILE_ROW)
+
+typedef struct DedupFileHeader {
+    uint64_t magic;
+    uint32_t version;
+    uint32_t page_size;
+    uint64_t salt;
+    uint32_t segments;          /* entries of the table ever used; grows */
+    uint32_t spare;
+} DedupFileHeader;
+
+typedef struct DedupSlot {
+    uint64_t incarnation;       /* random, of this taking of the slot */
+    uint32_t rows;              /* entries of the use row ever written */
+    uint32_t written;           /* @info is valid */
+    DedupMemberInfo info;
+    uint8_t spare[128 - 16 - sizeof(DedupMemberInfo)];
+} DedupSlot;
+
+/*
+ * An entry of the table of segments.  A gid is the number of its entry and a
+ * generation that changes with each use of the entry; 0 is never a gid.
+ */
+typedef struct DedupTableEntry {
+    uint32_t gid;               /* of the last use, kept when it is free */
+    uint16_t npages;            /* 0: free */
+    uint8_t member;             /* the publisher */
+    uint8_t spare;
+    uint64_t incarnation;       /* of the publisher */
+} DedupTableEntry;
+
+#define DEDUP_GID_SLOT(gid) ((gid) & (DEDUP_MAX_SEGMENTS - 1))
+
+typedef struct DedupGroupFile {
+    int fd;
+    DedupFileHeader *header;    /* mapped: one page */
+    void *table;                /* mapped: the index's table */
+    DedupIndex *index;
+    uint64_t salt;
+} DedupGroupFile;
+
+struct DedupGroup {
+    /* The directory; without one @path is NULL and the fds are -1. */
+    char *path;
+    int dirfd;                  /* O_PATH, opened by dedup_group_new() */
+    int open_errno;             /* why not, 0 otherwise */
+    int subfd;                  /* DIR/v1-4k */
+    int slots_fd;               /* our locks: the slot, the table */
+
+    DedupGroupFile file;
+    bool joined;
+    unsigned self;
+    uint64_t incarnation;
+    DedupPeerServer *server;    /* atomic: dedup_group_cpu_ns() */
+
+    bool alive[DEDUP_MAX_MEMBERS];
+    unsigned members;
+    unsigned members_incompatible;
+
+    struct {
+        DedupPeer peer;
+        bool skip;              /* did not answer; until the next refresh */
+        bool used;              /* since the last refresh */
+    } client[DEDUP_MAX_MEMBERS];
+
+    uint32_t rows;              /* of our slot */
+    uint32_t free_hint;         /* where to look for a free table entry */
+    GArray *orphans;            /* gids without user and publisher, sorted */
+};
+
+/* group-file.c */
+bool dedup_group_file_create(DedupGroupFile *f, GError **error);
+/* Checks @fd and maps it; takes @fd in any case. */
+bool dedup_group_file_accept(DedupGroupFile *f, int fd, GError **error);
+void dedup_group_file_close(DedupGroupFile *f);
+uint64_t dedup_group_file_size(void);
+/* All of it, or false with errno set. */
+bool dedup_group_file_read(const DedupGroupFile *f, void *data, size_t size,
+                           uint64_t offset);
+bool dedup_group_file_write(const DedupGroupFile *f, const void *data,
+                            size_t size, uint64_t offset);
+bool dedup_group_slot_read(const DedupGroup *g, unsigned member,
+                           DedupSlot *slot);
+/* Makes the slot @g->self ours: whatever its last owner left is gone. */
+bool dedup_group_slot_clear(DedupGroup *g, GError **error);
+
+/* group-table.c: does @member use @gid, by its own word? */
+bool dedup_group_uses(const DedupGroup *g, unsigned member, uint32_t gid);
+
+/* group-join.c */
+bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
+                                void *opaque, GError **error);
+void dedup_group_leave_directory(DedupGroup *g);
+/* Does a living process hold the slot?  Our own reads as free. */
+bool dedup_group_slot_locked(int slots_fd, unsigned member);
+/* Other versions' live members in the same directory. */
+unsigned dedup_group_count_incompatible(const DedupGroup *g);
+/* The lock of the table of segments; false: somebody else sits on it. */
+bool dedup_group_table_lock(DedupGroup *g);
+void dedup_group_table_unlock(DedupGroup *g);
+
+#endif /* DEDUP_GROUP_INTERNAL_H */

@@ -1,0 +1,422 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A group's directory: who may use it, how to join and leave, and who lives.
+ *
+ *   DIR/v1-4k/       one sub-group per protocol version and page size
+ *     lock           locked (byte 0) while somebody joins
+ *     slots          member k holds a lock on byte k as long as it lives;
+ *                    byte TABLE_BYTE is the lock of the table of segments
+ *     m<k>.sock      where member k listens
+ *
+ * The locks are OFD locks on descriptions that each process opens itself, so
+ * the kernel drops them when it dies, however it dies.  A name of a socket
+ * whose slot is not locked is stale and removed by who joins next.
+ *
+ * A joiner holds the join lock from before it looks for members until it
+ * listens.  So there is never more than one that finds nobody and makes a
+ * new file, and whoever holds a slot can be asked.
+ *
+ * Thread: the scanner's.
+ */
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "group-internal.h"
+
+#define SUBDIR "v1-4k"
+#define TABLE_BYTE 4096
+
+/* A join gives up after this: somebody was stopped in the middle of it. */
+#define JOIN_TIMEOUT_MS 3000
+#define JOIN_RETRY_US 10000
+
+/* The table's lock is held for microseconds: 2 ms is long. */
+#define TABLE_TRIES 40
+#define TABLE_RETRY_US 50
+
+/* Returns 0 or errno. */
+static int byte_lock(int fd, short type, off_t byte)
+{
+    struct flock lock = {
+        .l_type = type,
+        .l_whence = SEEK_SET,
+        .l_start = byte,
+        .l_len = 1,
+    };
+
+    return fcntl(fd, F_OFD_SETLK, &lock) < 0 ? errno : 0;
+}
+
+bool dedup_group_slot_locked(int slots_fd, unsigned member)
+{
+    struct flock lock = {
+        .l_type = F_WRLCK,
+        .l_whence = SEEK_SET,
+        .l_start = member,
+        .l_len = 1,
+    };
+
+    return fcntl(slots_fd, F_OFD_GETLK, &lock) == 0 &&
+           lock.l_type != F_UNLCK;
+}
+
+bool dedup_group_table_lock(DedupGroup *g)
+{
+    if (g->slots_fd < 0) {
+        return true;            /* nobody else is there */
+    }
+    /* There is no way to wait for such a lock with a time limit. */
+    for (unsigned i = 0; i < TABLE_TRIES; i++) {
+        if (byte_lock(g->slots_fd, F_WRLCK, TABLE_BYTE) == 0) {
+            return true;
+        }
+        g_usleep(TABLE_RETRY_US);
+    }
+    return false;
+}
+
+void dedup_group_table_unlock(DedupGroup *g)
+{
+    if (g->slots_fd >= 0) {
+        byte_lock(g->slots_fd, F_UNLCK, TABLE_BYTE);
+    }
+}
+
+G_GNUC_PRINTF(3, 4)
+static bool group_error(const DedupGroup *g, GError **error,
+                        const char *format, ...)
+{
+    va_list args;
+    char *what;
+
+    va_start(args, format);
+    what = g_strdup_vprintf(format, args);
+    va_end(args);
+    g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_GROUP,
+                "group directory '%s': %s", g->path, what);
+    g_free(what);
+    return false;
+}
+
+/*
+ * The directory must be safe from others: they could replace the socket and
+ * the locks in it.
+ */
+static bool check_owner(const DedupGroup *g, int fd, const char *name,
+                        GError **error)
+{
+    struct stat st;
+
+    if (fstat(fd, &st) < 0) {
+        return group_error(g, error, "cannot examine %s: %s", name,
+                           g_strerror(errno));
+    }
+    if (st.st_uid != geteuid() && st.st_uid != 0) {
+        return group_error(g, error, "%s belongs to user %u, but this process"
+                           " runs as user %u: make user %u its owner (chown),"
+                           " or choose a directory of its own", name,
+                           (unsigned)st.st_uid, (unsigned)geteuid(),
+                           (unsigned)geteuid());
+    }
+    if (st.st_mode & (S_IWGRP | S_IWOTH)) {
+        return group_error(g, error, "%s (owner %u, mode %04o) is writable"
+                           " for others than its owner: take that away"
+                           " (chmod go-w)", name, (unsigned)st.st_uid,
+                           st.st_mode & 07777);
+    }
+    return true;
+}
+
+static bool open_directory(DedupGroup *g, GError **error)
+{
+    if (g->open_errno) {
+        return group_error(g, error, "cannot open it as user %u: %s",
+                           (unsigned)geteuid(), g_strerror(g->open_errno));
+    }
+    if (!check_owner(g, g->dirfd, "it", error)) {
+        return false;
+    }
+    if (mkdirat(g->dirfd, SUBDIR, 0700) < 0 && errno != EEXIST) {
+        return group_error(g, error, "cannot create '" SUBDIR "' in it as"
+                           " user %u: %s", (unsigned)geteuid(),
+                           g_strerror(errno));
+    }
+    g->subfd = openat(g->dirfd, SUBDIR,
+                      O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (g->subfd < 0) {
+        return group_error(g, error, "cannot open '" SUBDIR "' in it as user"
+                           " %u: %s", (unsigned)geteuid(),
+                           g_strerror(errno));
+    }
+    return check_owner(g, g->subfd, "'" SUBDIR "' in it", error);
+}
+
+static int open_file(DedupGroup *g, const char *name, GError **error)
+{
+    int fd = openat(g->subfd, name,
+                    O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC,
+                    0600);
+
+    if (fd < 0) {
+        group_error(g, error, "cannot open '" SUBDIR "/%s' in it as user %u:"
+                    " %s", name, (unsigned)geteuid(), g_strerror(errno));
+    }
+    return fd;
+}
+
+/* Returns a descriptor that holds the join lock, or -1. */
+static int join_lock(DedupGroup *g, int64_t deadline, GError **error)
+{
+    int fd = open_file(g, "lock", error);
+    int err;
+
+    if (fd < 0) {
+        return -1;
+    }
+    while ((err = byte_lock(fd, F_WRLCK, 0)) != 0) {
+        if (err != EAGAIN && err != EACCES) {
+            group_error(g, error, "cannot lock '" SUBDIR "/lock' in it: %s",
+                        g_strerror(err));
+        } else if (g_get_monotonic_time() > deadline) {
+            group_error(g, error, "another process has been joining the"
+                        " group for more than %d seconds; is it stopped?",
+                        JOIN_TIMEOUT_MS / 1000);
+        } else {
+            g_usleep(JOIN_RETRY_US);
+            continue;
+        }
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
+static void socket_name(char *name, size_t size, unsigned member)
+{
+    snprintf(name, size, "m%u.sock", member);
+}
+
+/*
+ * Take the shared file from the first living member that answers.  Returns
+ * true with @file open, or true without it when nobody lives.
+ */
+static bool find_file(DedupGroup *g, int64_t deadline, GError **error)
+{
+    bool refused[DEDUP_MAX_MEMBERS] = { false };
+
+    for (;;) {
+        GError *local = NULL;
+        unsigned live = 0;
+        bool left = false;
+
+        for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+            int64_t ms = (deadline - g_get_monotonic_time()) /
+                         G_TIME_SPAN_MILLISECOND;
+            DedupPeer peer = DEDUP_PEER_INIT;
+            int fd = -1;
+
+            if (!dedup_group_slot_locked(g->slots_fd, k)) {
+                continue;
+            }
+            live++;
+            if (refused[k] || ms <= 0) {
+                continue;
+            }
+            ms = MIN(ms, DEDUP_PEER_TIMEOUT_MS);
+            if (dedup_peer_connect(&peer, g->subfd, k, ms)) {
+                fd = dedup_peer_hello(&peer, ms);
+                dedup_peer_close(&peer);
+            }
+            if (fd < 0) {
+                left = true;    /* slow, or just leaving: ask again */
+                continue;
+            }
+            if (dedup_group_file_accept(&g->file, fd, &local)) {
+                return true;
+            }
+            refused[k] = true;
+            if (g_error_matches(local, DEDUP_ERROR, DEDUP_ERROR_MEMORY)) {
+                g_propagate_error(error, local);
+                return false;
+            }
+            g_clear_error(&local);
+        }
+        if (live == 0) {
+            return true;
+        }
+        if (!left || g_get_monotonic_time() > deadline) {
+            return group_error(g, error, "it has %u live member%s, and none"
+                               " answered properly; are they stopped?",
+                               live, live == 1 ? "" : "s");
+        }
+        g_usleep(JOIN_RETRY_US);
+    }
+}
+
+static bool take_slot(DedupGroup *g, GError **error)
+{
+    bool taken = false;
+
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        char name[16];
+
+        if (dedup_group_slot_locked(g->slots_fd, k)) {
+            continue;
+        }
+        socket_name(name, sizeof(name), k);
+        unlinkat(g->subfd, name, 0);
+        if (!taken && byte_lock(g->slots_fd, F_WRLCK, k) == 0) {
+            taken = true;
+            g->self = k;
+        }
+    }
+    if (!taken) {
+        return group_error(g, error, "the group is full (%u members)",
+                           DEDUP_MAX_MEMBERS);
+    }
+    return true;
+}
+
+static int listen_socket(DedupGroup *g, GError **error)
+{
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
+                    0);
+
+    /* The directory's own path may be longer than a socket's may be. */
+    snprintf(addr.sun_path, sizeof(addr.sun_path),
+             "/proc/self/fd/%d/m%u.sock", g->subfd, g->self);
+    if (fd < 0 ||
+        bind(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
+        listen(fd, DEDUP_MAX_MEMBERS) < 0) {
+        group_error(g, error, "cannot listen in it as user %u: %s",
+                    (unsigned)geteuid(), g_strerror(errno));
+        if (fd >= 0) {
+            close(fd);
+        }
+        return -1;
+    }
+    return fd;
+}
+
+bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
+                                void *opaque, GError **error)
+{
+    int64_t deadline = g_get_monotonic_time() +
+                       JOIN_TIMEOUT_MS * G_TIME_SPAN_MILLISECOND;
+    DedupPeerServer *server;
+    int lock = -1, sock = -1;
+    bool ok = false;
+
+    if (!open_directory(g, error)) {
+        goto out;
+    }
+    lock = join_lock(g, deadline, error);
+    if (lock < 0) {
+        goto out;
+    }
+    g->slots_fd = open_file(g, "slots", error);
+    if (g->slots_fd < 0 ||
+        !find_file(g, deadline, error) ||
+        (g->file.fd < 0 && !dedup_group_file_create(&g->file, error)) ||
+        !take_slot(g, error)) {
+        goto out;
+    }
+    g->joined = true;           /* the slot is ours to give back */
+    if (!dedup_group_slot_clear(g, error)) {
+        goto out;
+    }
+    sock = listen_socket(g, error);
+    if (sock < 0) {
+        goto out;
+    }
+    server = dedup_peer_server_new(sock, g->file.fd, g->self, ops, opaque,
+                                   error);
+    __atomic_store_n(&g->server, server, __ATOMIC_RELEASE);
+    ok = server != NULL;
+out:
+    if (!ok) {
+        dedup_group_leave_directory(g);
+    }
+    if (lock >= 0) {
+        close(lock);
+    }
+    return ok;
+}
+
+void dedup_group_leave_directory(DedupGroup *g)
+{
+    dedup_peer_server_free(g->server);
+    g->server = NULL;
+    if (g->joined) {
+        DedupSlot none = { .incarnation = 0 };
+        char name[16];
+
+        /* All before the slot is given back: then it may be another's. */
+        socket_name(name, sizeof(name), g->self);
+        unlinkat(g->subfd, name, 0);
+        dedup_group_file_write(&g->file, &none, sizeof(none),
+                               DEDUP_FILE_SLOTS + g->self * sizeof(none));
+        fallocate(g->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW, DEDUP_FILE_ROW);
+        g->joined = false;
+    }
+    if (g->slots_fd >= 0) {
+        close(g->slots_fd);
+        g->slots_fd = -1;
+    }
+    if (g->subfd >= 0) {
+        close(g->subfd);
+        g->subfd = -1;
+    }
+    dedup_group_file_close(&g->file);
+}
+
+unsigned dedup_group_count_incompatible(const DedupGroup *g)
+{
+    int fd = openat(g->dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    struct dirent *d;
+    unsigned n = 0;
+
+    if (!dir) {
+        if (fd >= 0) {
+            close(fd);
+        }
+        return 0;
+    }
+    while ((d = readdir(dir)) != NULL) {
+        char *name;
+        struct stat st;
+        int slots;
+
+        if (d->d_name[0] != 'v' || !strchr(d->d_name, '-') ||
+            strcmp(d->d_name, SUBDIR) == 0) {
+            continue;
+        }
+        name = g_strdup_printf("%s/slots", d->d_name);
+        slots = openat(g->dirfd, name,
+                       O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+        g_free(name);
+        if (slots < 0) {
+            continue;
+        }
+        if (fstat(slots, &st) == 0 && S_ISREG(st.st_mode)) {
+            for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+                n += dedup_group_slot_locked(slots, k);
+            }
+        }
+        close(slots);
+    }
+    closedir(dir);
+    return n;
+}

@@ -1,0 +1,319 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The table of a group's segments, and who uses which.
+ *
+ * An entry of the table is changed only under the table's lock, a byte lock
+ * that dies with its holder.  It is held for microseconds; when somebody was
+ * stopped just then, nobody publishes until it goes on or dies, and nobody
+ * waits for it either.  Entries are read without the lock and may be torn:
+ * a wrong length or publisher is noticed when the segment is fetched and
+ * checked.
+ *
+ * Each member has a row of use records, which only it writes; the numbers
+ * serve policy and figures and are not trusted for anything else.  How far
+ * the table and each row were ever written is kept beside them, so that
+ * nobody reads the empty rest.
+ *
+ * Thread: the scanner's.
+ */
+
+#include <stddef.h>
+#include <string.h>
+
+#include "group-internal.h"
+
+/* Entries read at a time. */
+#define CHUNK 1024u
+
+#define GENERATIONS (1u << (DEDUP_GID_BITS - 18))
+
+G_STATIC_ASSERT(DEDUP_MAX_SEGMENTS == 1u << 18);
+
+static uint64_t table_offset(uint32_t slot)
+{
+    return DEDUP_FILE_TABLE + (uint64_t)slot * sizeof(DedupTableEntry);
+}
+
+static uint64_t use_offset(unsigned member, uint32_t slot)
+{
+    return DEDUP_FILE_USE + member * DEDUP_FILE_ROW +
+           (uint64_t)slot * sizeof(DedupSegmentUse);
+}
+
+/* How many entries of the table were ever used. */
+static uint32_t table_extent(const DedupGroup *g)
+{
+    uint32_t n = __atomic_load_n(&g->file.header->segments,
+                                 __ATOMIC_RELAXED);
+
+    return MIN(n, DEDUP_MAX_SEGMENTS);
+}
+
+static bool entry_valid(const DedupTableEntry *e, uint32_t slot)
+{
+    return e->npages > 0 && e->npages <= DEDUP_SEGMENT_PAGES &&
+           e->gid < 1u << DEDUP_GID_BITS && DEDUP_GID_SLOT(e->gid) == slot;
+}
+
+/* Has the publisher died or left? */
+static bool publisher_gone(const DedupGroup *g, const DedupTableEntry *e)
+{
+    DedupSlot slot;
+
+    return !dedup_group_alive(g, e->member) ||
+           !dedup_group_slot_read(g, e->member, &slot) ||
+           slot.incarnation != e->incarnation;
+}
+
+/* The next generation of @gid; never 0, so that no gid is 0. */
+static uint32_t next_gid(uint32_t gid, uint32_t slot)
+{
+    uint32_t generation = (gid / DEDUP_MAX_SEGMENTS + 1) % GENERATIONS;
+
+    return (generation ? generation : 1) * DEDUP_MAX_SEGMENTS + slot;
+}
+
+uint32_t dedup_group_segment_alloc(DedupGroup *g, unsigned npages)
+{
+    DedupTableEntry entries[256];
+    uint32_t gid = 0;
+
+    g_assert(npages > 0 && npages <= DEDUP_SEGMENT_PAGES);
+    if (!dedup_group_table_lock(g)) {
+        return 0;
+    }
+    for (uint32_t base = g->free_hint & ~255u;
+         base < DEDUP_MAX_SEGMENTS && !gid; base += G_N_ELEMENTS(entries)) {
+        if (!dedup_group_file_read(&g->file, entries, sizeof(entries),
+                                   table_offset(base))) {
+            break;
+        }
+        for (uint32_t i = 0; i < G_N_ELEMENTS(entries); i++) {
+            DedupTableEntry *e = &entries[i];
+            uint32_t slot = base + i;
+
+            if (entry_valid(e, slot)) {
+                continue;
+            }
+            *e = (DedupTableEntry) {
+                .gid = next_gid(e->gid, slot),
+                .npages = npages,
+                .member = g->self,
+                .incarnation = g->incarnation,
+            };
+            if (dedup_group_file_write(&g->file, e, sizeof(*e),
+                                       table_offset(slot))) {
+                gid = e->gid;
+                g->free_hint = slot + 1;
+                if (table_extent(g) <= slot) {
+                    __atomic_store_n(&g->file.header->segments, slot + 1,
+                                     __ATOMIC_RELAXED);
+                }
+            }
+            break;
+        }
+    }
+    dedup_group_table_unlock(g);
+    return gid;
+}
+
+static bool entry_read(const DedupGroup *g, uint32_t gid, DedupTableEntry *e)
+{
+    return gid != 0 && gid < 1u << DEDUP_GID_BITS &&
+           dedup_group_file_read(&g->file, e, sizeof(*e),
+                                 table_offset(DEDUP_GID_SLOT(gid))) &&
+           entry_valid(e, DEDUP_GID_SLOT(gid)) && e->gid == gid;
+}
+
+bool dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
+                                unsigned *member, unsigned *npages)
+{
+    DedupTableEntry e;
+
+    if (!entry_read(g, gid, &e)) {
+        return false;
+    }
+    *member = e.member;
+    *npages = e.npages;
+    return true;
+}
+
+void dedup_group_segment_release(DedupGroup *g, uint32_t gid)
+{
+    DedupTableEntry e;
+    uint32_t slot = DEDUP_GID_SLOT(gid);
+
+    /*
+     * If the lock cannot be had the entry stays: it is an orphan once we
+     * are gone, and costs 16 bytes until then.
+     */
+    if (!dedup_group_table_lock(g)) {
+        return;
+    }
+    if (entry_read(g, gid, &e) &&
+        ((e.member == g->self && e.incarnation == g->incarnation) ||
+         publisher_gone(g, &e))) {
+        e.npages = 0;
+        e.incarnation = 0;
+        dedup_group_file_write(&g->file, &e, sizeof(e), table_offset(slot));
+        g->free_hint = MIN(g->free_hint, slot);
+    }
+    dedup_group_table_unlock(g);
+}
+
+bool dedup_group_publish_use(DedupGroup *g, const DedupSegmentUse *use)
+{
+    uint32_t slot = DEDUP_GID_SLOT(use->gid);
+
+    g_assert(use->gid != 0 && use->gid < 1u << DEDUP_GID_BITS);
+    if (slot >= g->rows) {
+        uint32_t rows = slot + 1;
+
+        if (!dedup_group_file_write(&g->file, &rows, sizeof(rows),
+                                    DEDUP_FILE_SLOTS +
+                                    g->self * sizeof(DedupSlot) +
+                                    offsetof(DedupSlot, rows))) {
+            return false;
+        }
+        g->rows = rows;
+    }
+    return dedup_group_file_write(&g->file, use, sizeof(*use),
+                                  use_offset(g->self, slot));
+}
+
+bool dedup_group_clear_use(DedupGroup *g, uint32_t gid)
+{
+    static const DedupSegmentUse none;
+    uint32_t slot = DEDUP_GID_SLOT(gid);
+
+    return slot >= g->rows ||
+           dedup_group_file_write(&g->file, &none, sizeof(none),
+                                  use_offset(g->self, slot));
+}
+
+bool dedup_group_uses(const DedupGroup *g, unsigned member, uint32_t gid)
+{
+    uint32_t used;
+
+    return dedup_group_file_read(&g->file, &used, sizeof(used),
+                                 use_offset(member, DEDUP_GID_SLOT(gid)) +
+                                 offsetof(DedupSegmentUse, gid)) &&
+           used == gid;
+}
+
+static void use_add(DedupSegmentUse *sum, const DedupSegmentUse *use)
+{
+    sum->mapped += MIN(use->mapped, UINT32_MAX - sum->mapped);
+    for (unsigned i = 0; i < G_N_ELEMENTS(sum->pages); i++) {
+        sum->pages[i] |= use->pages[i];
+    }
+}
+
+void dedup_group_others_use(DedupGroup *g, uint32_t gid,
+                            DedupSegmentUse *use)
+{
+    DedupSegmentUse one;
+
+    memset(use, 0, sizeof(*use));
+    use->gid = gid;
+    if (g->members < 2) {
+        return;
+    }
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        if (k != g->self && g->alive[k] &&
+            dedup_group_file_read(&g->file, &one, sizeof(one),
+                                  use_offset(k, DEDUP_GID_SLOT(gid))) &&
+            one.gid == gid) {
+            use_add(use, &one);
+        }
+    }
+}
+
+/*
+ * An entry without user and publisher is released when it was found so in
+ * two walks: somebody may just have fetched it.
+ */
+static void release_orphans(DedupGroup *g, GArray *now)
+{
+    GArray *before = g->orphans;
+    guint i = 0, j = 0;
+
+    while (i < before->len && j < now->len) {
+        uint32_t a = g_array_index(before, uint32_t, i);
+        uint32_t b = g_array_index(now, uint32_t, j);
+
+        if (a == b) {
+            dedup_group_segment_release(g, a);
+        }
+        /* In the order of their slots, as they were found. */
+        i += DEDUP_GID_SLOT(a) <= DEDUP_GID_SLOT(b);
+        j += DEDUP_GID_SLOT(b) <= DEDUP_GID_SLOT(a);
+    }
+    g_array_unref(before);
+    g->orphans = now;
+}
+
+void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
+                                 void *opaque)
+{
+    uint32_t extent = table_extent(g);
+    DedupTableEntry *entries = g_new(DedupTableEntry, CHUNK);
+    DedupSegmentUse *row = g_new(DedupSegmentUse, CHUNK);
+    DedupSegmentUse *sum = g_new(DedupSegmentUse, CHUNK);
+    DedupSegmentUse *own = g_new(DedupSegmentUse, CHUNK);
+    DedupSlot *slots = g_new0(DedupSlot, DEDUP_MAX_MEMBERS);
+    GArray *orphans = g_array_new(false, false, sizeof(uint32_t));
+
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        if (g->alive[k] && !dedup_group_slot_read(g, k, &slots[k])) {
+            slots[k].rows = 0;
+        }
+    }
+    for (uint32_t base = 0; base < extent; base += CHUNK) {
+        uint32_t n = MIN(CHUNK, extent - base);
+
+        if (!dedup_group_file_read(&g->file, entries, n * sizeof(*entries),
+                                   table_offset(base))) {
+            continue;
+        }
+        memset(sum, 0, n * sizeof(*sum));
+        memset(own, 0, n * sizeof(*own));
+        for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+            uint32_t rows = g->alive[k] ? slots[k].rows : 0;
+            DedupSegmentUse *into = k == g->self ? own : sum;
+
+            rows = rows > base ? MIN(rows - base, n) : 0;
+            if (rows == 0 ||
+                !dedup_group_file_read(&g->file, row, rows * sizeof(*row),
+                                       use_offset(k, base))) {
+                continue;
+            }
+            for (uint32_t i = 0; i < rows; i++) {
+                if (row[i].gid && row[i].gid == entries[i].gid) {
+                    use_add(&into[i], &row[i]);
+                }
+            }
+        }
+        for (uint32_t i = 0; i < n; i++) {
+            DedupTableEntry *e = &entries[i];
+
+            if (!entry_valid(e, base + i)) {
+                continue;
+            }
+            sum[i].gid = e->gid;
+            own[i].gid = e->gid;
+            if (sum[i].mapped == 0 && own[i].mapped == 0 &&
+                (!g->alive[e->member] ||
+                 slots[e->member].incarnation != e->incarnation)) {
+                g_array_append_val(orphans, e->gid);
+            }
+            fn(opaque, e->gid, e->npages, &own[i], &sum[i]);
+        }
+    }
+    release_orphans(g, orphans);
+    g_free(entries);
+    g_free(row);
+    g_free(sum);
+    g_free(own);
+    g_free(slots);
+}

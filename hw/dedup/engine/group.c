@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A group as its member sees it: joining and leaving, who lives, what they
+ * say about themselves, and asking them; see group.h.
+ *
+ * Who lives is looked up once a pass (dedup_group_refresh()) and remembered.
+ * A member that does not answer is not asked again until the next refresh.
+ * Connections are kept open from one refresh to the next.
+ *
+ * Thread: the scanner's, but for dedup_group_cpu_ns().
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "group-internal.h"
+#include "mutant.h"
+
+DedupGroup *dedup_group_new(const char *dir, GError **error)
+{
+    DedupGroup *g = g_new0(DedupGroup, 1);
+
+    g->dirfd = -1;
+    g->subfd = -1;
+    g->slots_fd = -1;
+    g->file.fd = -1;
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        g->client[k].peer = (DedupPeer) DEDUP_PEER_INIT;
+    }
+    g->orphans = g_array_new(false, false, sizeof(uint32_t));
+    if (!dir) {
+        return g;
+    }
+    g->path = g_strdup(dir);
+    g->dirfd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (g->dirfd < 0) {
+        g->open_errno = errno;
+        if (errno == ENOENT || errno == ENOTDIR) {
+            g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_GROUP,
+                        "group directory '%s': %s", dir, g_strerror(errno));
+            dedup_group_free(g);
+            return NULL;
+        }
+    }
+    return g;
+}
+
+bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
+                      GError **error)
+{
+    g_assert(g->file.fd < 0);
+    if (g->path) {
+        if (!dedup_group_join_directory(g, ops, opaque, error)) {
+            return false;
+        }
+    } else if (!dedup_group_file_create(&g->file, error) ||
+               !dedup_group_slot_clear(g, error)) {
+        dedup_group_file_close(&g->file);
+        return false;
+    }
+    dedup_group_refresh(g);
+    return true;
+}
+
+void dedup_group_free(DedupGroup *g)
+{
+    if (!g) {
+        return;
+    }
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        dedup_peer_close(&g->client[k].peer);
+    }
+    dedup_group_leave_directory(g);
+    if (g->dirfd >= 0) {
+        close(g->dirfd);
+    }
+    g_array_unref(g->orphans);
+    g_free(g->path);
+    g_free(g);
+}
+
+bool dedup_group_has_dir(const DedupGroup *g)
+{
+    return g->path != NULL;
+}
+
+unsigned dedup_group_self(const DedupGroup *g)
+{
+    return g->self;
+}
+
+uint64_t dedup_group_salt(const DedupGroup *g)
+{
+    return g->file.salt;
+}
+
+DedupIndex *dedup_group_index(const DedupGroup *g)
+{
+    return g->file.index;
+}
+
+uint64_t dedup_group_cpu_ns(const DedupGroup *g)
+{
+    DedupPeerServer *s = __atomic_load_n(&g->server, __ATOMIC_ACQUIRE);
+
+    return s ? dedup_peer_server_cpu_ns(s) : 0;
+}
+
+uint64_t dedup_group_shared_bytes(const DedupGroup *g)
+{
+    struct stat st;
+
+    return fstat(g->file.fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
+}
+
+void dedup_group_refresh(DedupGroup *g)
+{
+    g->members = 0;
+    g->free_hint = 0;
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        g->alive[k] = k == g->self ||
+                      (g->slots_fd >= 0 &&
+                       dedup_group_slot_locked(g->slots_fd, k));
+        g->members += g->alive[k];
+        if (!g->alive[k] || !g->client[k].used) {
+            dedup_peer_close(&g->client[k].peer);
+        }
+        g->client[k].skip = false;
+        g->client[k].used = false;
+    }
+    g->members_incompatible = g->path ? dedup_group_count_incompatible(g) : 0;
+}
+
+bool dedup_group_alive(const DedupGroup *g, unsigned member)
+{
+    return member < DEDUP_MAX_MEMBERS && g->alive[member];
+}
+
+unsigned dedup_group_members(const DedupGroup *g)
+{
+    return g->members;
+}
+
+unsigned dedup_group_members_incompatible(const DedupGroup *g)
+{
+    return g->members_incompatible;
+}
+
+bool dedup_group_publish(DedupGroup *g, const DedupMemberInfo *info)
+{
+    DedupSlot slot = {
+        .incarnation = g->incarnation,
+        .rows = g->rows,
+        .written = 1,
+        .info = *info,
+    };
+
+    return dedup_group_file_write(&g->file, &slot, sizeof(slot),
+                                  DEDUP_FILE_SLOTS +
+                                  g->self * sizeof(slot));
+}
+
+bool dedup_group_member(DedupGroup *g, unsigned member,
+                        DedupMemberInfo *info)
+{
+    DedupSlot slot;
+
+    if (!dedup_group_alive(g, member) ||
+        !dedup_group_slot_read(g, member, &slot) || !slot.written) {
+        return false;
+    }
+    *info = slot.info;
+    return true;
+}
+
+/* A connection to @member, or NULL: it is not asked now. */
+static DedupPeer *peer_of(DedupGroup *g, unsigned member)
+{
+    DedupPeer *p;
+
+    if (member == g->self || !dedup_group_alive(g, member) ||
+        g->client[member].skip || g->subfd < 0) {
+        return NULL;
+    }
+    p = &g->client[member].peer;
+    if (p->fd < 0 &&
+        !dedup_peer_connect(p, g->subfd, member, DEDUP_PEER_TIMEOUT_MS)) {
+        g->client[member].skip = true;
+        return NULL;
+    }
+    g->client[member].used = true;
+    return p;
+}
+
+bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
+                       unsigned n)
+{
+    DedupPeer *p;
+
+    for (unsigned i = 0; i < n; i++) {
+        proofs[i].proven = DEDUP_MUTANT(NO_PROOF);
+    }
+    if (DEDUP_MUTANT(NO_PROOF)) {
+        return true;
+    }
+    p = peer_of(g, member);
+    if (!p) {
+        return false;
+    }
+    if (!dedup_peer_prove(p, member, proofs, n, DEDUP_PEER_TIMEOUT_MS)) {
+        g->client[member].skip = true;
+        return false;
+    }
+    return true;
+}
+
+/* Ask @member for those of @gids that have no fd yet; all, or what it uses. */
+static unsigned fetch_from(DedupGroup *g, unsigned member,
+                           const uint32_t *gids, unsigned n, int *fds,
+                           bool all)
+{
+    uint32_t ask[DEDUP_PEER_BATCH];
+    unsigned place[DEDUP_PEER_BATCH];
+    int got[DEDUP_PEER_BATCH];
+    unsigned asked = 0, found = 0;
+    DedupPeer *p;
+
+    for (unsigned i = 0; i < n; i++) {
+        if (fds[i] < 0 && (all || dedup_group_uses(g, member, gids[i]))) {
+            place[asked] = i;
+            ask[asked++] = gids[i];
+        }
+    }
+    if (asked == 0) {
+        return 0;
+    }
+    p = peer_of(g, member);
+    if (!p) {
+        return 0;
+    }
+    if (!dedup_peer_fetch(p, ask, asked, got, DEDUP_PEER_TIMEOUT_MS)) {
+        g->client[member].skip = true;
+        return 0;
+    }
+    for (unsigned i = 0; i < asked; i++) {
+        fds[place[i]] = got[i];
+        found += got[i] >= 0;
+    }
+    return found;
+}
+
+void dedup_group_fetch(DedupGroup *g, unsigned member, const uint32_t *gids,
+                       unsigned n, int *fds)
+{
+    unsigned left = n;
+
+    g_assert(n <= DEDUP_PEER_BATCH);
+    for (unsigned i = 0; i < n; i++) {
+        fds[i] = -1;
+    }
+    left -= fetch_from(g, member, gids, n, fds, true);
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS && left; k++) {
+        if (k != member && k != g->self && g->alive[k]) {
+            left -= fetch_from(g, k, gids, n, fds, false);
+        }
+    }
+}

@@ -1,0 +1,303 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The peer thread: answers other members; peer.h has the protocol.
+ *
+ * One thread, one poll() loop, no socket ever blocks.  A client that sends
+ * nonsense, or does not take its reply, is cut off; one that says nothing
+ * costs its place in a bounded list, where the longest silent one gives way
+ * to a newcomer.
+ *
+ * Owner: the server owns the listening socket and all connections.  All of
+ * it is touched by the peer thread only, but for the eventfd that stops it
+ * and the CPU time.
+ */
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "peer.h"
+
+/* One per member, and some that join. */
+#define MAX_CLIENTS (DEDUP_MAX_MEMBERS + 16)
+
+/* How long new clients wait when this process has no fd for them. */
+#define NO_FDS_PAUSE_MS 100
+
+enum { POLL_STOP, POLL_LISTEN, POLL_CLIENTS };
+
+typedef struct Client {
+    int fd;
+    uint64_t heard;             /* number of the last message */
+    uint8_t nonce[DEDUP_NONCE_SIZE];
+} Client;
+
+struct DedupPeerServer {
+    GThread *thread;
+    int stop;                   /* eventfd */
+    int listen_fd;
+    int shared_fd;
+    unsigned self;
+    DedupGroupOps ops;
+    void *opaque;
+    uint64_t cpu_ns;            /* atomic */
+
+    Client client[MAX_CLIENTS];
+    unsigned clients;
+    uint64_t heard;
+    bool paused;                /* no fds: not accepting */
+};
+
+static void client_close(DedupPeerServer *s, unsigned i)
+{
+    close(s->client[i].fd);
+    s->client[i] = s->client[--s->clients];
+}
+
+static bool client_greet(Client *c)
+{
+    DedupMessage m = { .head.n = 0 };
+
+    if (!dedup_nonce_make(c->nonce)) {
+        return false;
+    }
+    memcpy(m.nonce, c->nonce, sizeof(m.nonce));
+    return dedup_message_send(c->fd, &m, DEDUP_MESSAGE_GREETING, NULL,
+                              0) == 0;
+}
+
+static void client_accept(DedupPeerServer *s)
+{
+    int fd = accept4(s->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    Client *c;
+
+    if (fd < 0) {
+        /* Without a pause the loop would spin on the waiting client. */
+        s->paused = errno != EAGAIN && errno != ECONNABORTED &&
+                    errno != EINTR;
+        return;
+    }
+    if (s->clients == MAX_CLIENTS) {
+        unsigned oldest = 0;
+
+        for (unsigned i = 1; i < s->clients; i++) {
+            if (s->client[i].heard < s->client[oldest].heard) {
+                oldest = i;
+            }
+        }
+        client_close(s, oldest);
+    }
+    c = &s->client[s->clients];
+    c->fd = fd;
+    c->heard = ++s->heard;
+    if (!dedup_peer_is_ours(fd) || !client_greet(c)) {
+        close(fd);
+        return;
+    }
+    s->clients++;
+}
+
+static int serve_fetch(DedupPeerServer *s, Client *c, DedupMessage *m)
+{
+    int fds[DEDUP_PEER_BATCH];
+    unsigned nfds = 0;
+    DedupMessage reply;
+    int ret;
+
+    memset(&reply, 0, sizeof(reply));
+    reply.head.n = m->head.n;
+    for (unsigned i = 0; i < m->head.n; i++) {
+        int fd = s->ops.segment_fd(s->opaque, m->gids[i]);
+
+        if (fd >= 0) {
+            reply.has[i] = 1;
+            fds[nfds++] = fd;
+        }
+    }
+    ret = dedup_message_send(c->fd, &reply, DEDUP_MESSAGE_FETCH_REPLY, fds,
+                             nfds);
+    if (ret == -ETOOMANYREFS) {
+        /* Too many fds of this user are under way: it may ask others. */
+        memset(reply.has, 0, sizeof(reply.has));
+        ret = dedup_message_send(c->fd, &reply, DEDUP_MESSAGE_FETCH_REPLY,
+                                 NULL, 0);
+    }
+    while (nfds) {
+        close(fds[--nfds]);
+    }
+    return ret;
+}
+
+static int serve_prove(DedupPeerServer *s, Client *c, DedupMessage *m)
+{
+    DedupMessage reply;
+    DedupProofKey key;
+
+    memset(&reply, 0, sizeof(reply));
+    reply.head.n = m->head.n;
+    dedup_proof_key(&key, c->nonce, m->nonce, s->self);
+    for (unsigned i = 0; i < m->head.n; i++) {
+        uint8_t expected[DEDUP_PROOF_SIZE];
+        DedupHash128 digest;
+
+        if (!s->ops.keyed_hash(s->opaque, m->ask[i].page, key.secret,
+                               &digest)) {
+            continue;
+        }
+        dedup_proof_value(&key, DEDUP_PROOF_ASK, i, &digest, expected);
+        if (memcmp(expected, m->ask[i].ask, DEDUP_PROOF_SIZE) == 0) {
+            reply.answer[i].yes = 1;
+            dedup_proof_value(&key, DEDUP_PROOF_ANSWER, i, &digest,
+                              reply.answer[i].answer);
+        }
+    }
+    if (!dedup_nonce_make(c->nonce)) {
+        return -EIO;
+    }
+    memcpy(reply.nonce, c->nonce, sizeof(reply.nonce));
+    return dedup_message_send(c->fd, &reply, DEDUP_MESSAGE_PROVE_REPLY, NULL,
+                              0);
+}
+
+/* Returns false when the client is to be cut off. */
+static bool client_serve(DedupPeerServer *s, Client *c)
+{
+    DedupMessage m;
+    unsigned nfds;
+    int ret = dedup_message_receive(c->fd, &m, NULL, 0, &nfds);
+
+    if (ret == -EAGAIN) {
+        return true;
+    }
+    if (ret < 0) {
+        return false;
+    }
+    c->heard = ++s->heard;
+    switch (m.head.type) {
+    case DEDUP_MESSAGE_HELLO:
+        ret = dedup_message_send(c->fd, &m, DEDUP_MESSAGE_HELLO_REPLY,
+                                 &s->shared_fd, 1);
+        break;
+    case DEDUP_MESSAGE_FETCH:
+        ret = serve_fetch(s, c, &m);
+        break;
+    case DEDUP_MESSAGE_PROVE:
+        ret = serve_prove(s, c, &m);
+        break;
+    default:
+        ret = -EPROTO;
+    }
+    return ret == 0;
+}
+
+static void note_cpu_time(DedupPeerServer *s)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+    __atomic_store_n(&s->cpu_ns, ts.tv_sec * 1000000000ull + ts.tv_nsec,
+                     __ATOMIC_RELAXED);
+}
+
+static void *peer_thread(void *opaque)
+{
+    DedupPeerServer *s = opaque;
+    struct pollfd pfd[POLL_CLIENTS + MAX_CLIENTS];
+
+    for (;;) {
+        unsigned n = s->clients;
+
+        note_cpu_time(s);
+        pfd[POLL_STOP] = (struct pollfd) { .fd = s->stop, .events = POLLIN };
+        pfd[POLL_LISTEN] = (struct pollfd) {
+            .fd = s->paused ? -1 : s->listen_fd,
+            .events = POLLIN,
+        };
+        for (unsigned i = 0; i < n; i++) {
+            pfd[POLL_CLIENTS + i] = (struct pollfd) {
+                .fd = s->client[i].fd,
+                .events = POLLIN,
+            };
+        }
+        if (poll(pfd, POLL_CLIENTS + n,
+                 s->paused ? NO_FDS_PAUSE_MS : -1) < 0) {
+            continue;
+        }
+        s->paused = false;
+        if (pfd[POLL_STOP].revents) {
+            break;
+        }
+        /* Downwards: closing one moves the last into its place. */
+        for (unsigned i = n; i-- > 0;) {
+            if (pfd[POLL_CLIENTS + i].revents &&
+                !client_serve(s, &s->client[i])) {
+                client_close(s, i);
+            }
+        }
+        if (pfd[POLL_LISTEN].revents) {
+            client_accept(s);
+        }
+    }
+    while (s->clients) {
+        client_close(s, 0);
+    }
+    return NULL;
+}
+
+DedupPeerServer *dedup_peer_server_new(int listen_fd, int shared_fd,
+                                       unsigned self,
+                                       const DedupGroupOps *ops, void *opaque,
+                                       GError **error)
+{
+    DedupPeerServer *s = g_new0(DedupPeerServer, 1);
+    sigset_t all, old;
+
+    s->listen_fd = listen_fd;
+    s->shared_fd = shared_fd;
+    s->self = self;
+    s->ops = *ops;
+    s->opaque = opaque;
+    s->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (s->stop < 0) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
+                    "cannot create an eventfd: %s", g_strerror(errno));
+    } else {
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old);
+        s->thread = g_thread_try_new("dedup-peer", peer_thread, s, error);
+        pthread_sigmask(SIG_SETMASK, &old, NULL);
+    }
+    if (!s->thread) {
+        dedup_peer_server_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+void dedup_peer_server_free(DedupPeerServer *s)
+{
+    if (!s) {
+        return;
+    }
+    if (s->thread) {
+        eventfd_write(s->stop, 1);
+        g_thread_join(s->thread);
+    }
+    if (s->stop >= 0) {
+        close(s->stop);
+    }
+    close(s->listen_fd);
+    g_free(s);
+}
+
+uint64_t dedup_peer_server_cpu_ns(const DedupPeerServer *s)
+{
+    return __atomic_load_n(&s->cpu_ns, __ATOMIC_RELAXED);
+}

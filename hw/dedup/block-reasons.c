@@ -1,0 +1,270 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Memory deduplication: which RAM block is eligible, and why not
+ *
+ * A block is eligible if QEMU's page tables are the only way to its memory,
+ * or at least the only one that we are not told about, and if replacing a
+ * page of it by a private mapping changes nothing that somebody asked for.
+ *
+ * Asked again and again, not once: a memory backend sets most of its
+ * attributes after ram_block_added was called, a device takes it later, and
+ * some properties may change at any time.  With the BQL held.
+ */
+
+#include "qemu/osdep.h"
+#include <sys/vfs.h>
+#include <linux/magic.h>
+#include "exec/cpu-common.h"
+#include "exec/ramblock.h"
+#include "hw/boards.h"
+#include "hw/dedup/ram-guard.h"
+#include "hw/mem/pc-dimm.h"
+#include "system/hostmem.h"
+#include "system/qtest.h"
+#include "dedup-internal.h"
+
+const char *dedup_block_id(const DedupBlock *block)
+{
+    const char *id = qemu_ram_get_idstr(block->rb);
+
+    /* Blocks without a migration name: the name that their maker gave. */
+    return *id ? id : memory_region_name(block->rb->mr);
+}
+
+const char *dedup_block_reason_text(DedupBlockReason reason)
+{
+    switch (reason) {
+    case DEDUP_BLOCK_REASON_NOT_BACKEND:
+        return "not RAM but video memory, firmware or the like";
+    case DEDUP_BLOCK_REASON_DEVICE_MEMORY:
+        return "memory that a device brought along";
+    case DEDUP_BLOCK_REASON_RESIZEABLE:
+        return "its size may change";
+    case DEDUP_BLOCK_REASON_READ_ONLY:
+        return "the guest cannot write it";
+    case DEDUP_BLOCK_REASON_NOT_MAPPED:
+        return "no device uses it yet; add a pc-dimm";
+    case DEDUP_BLOCK_REASON_DEVICE_BACKEND:
+        return "its device may share it or take it away; use a pc-dimm";
+    case DEDUP_BLOCK_REASON_MERGE_OFF:
+        return "set merge=on for this memory backend";
+    case DEDUP_BLOCK_REASON_PREALLOC:
+        return "set prealloc=off for this memory backend";
+    case DEDUP_BLOCK_REASON_HOST_NODES:
+        return "leave host-nodes and policy unset for this memory backend";
+    case DEDUP_BLOCK_REASON_HUGE_PAGES:
+        return "do not use hugetlbfs; transparent huge pages are fine";
+    case DEDUP_BLOCK_REASON_PMEM:
+        return "persistent memory; use another memory backend";
+    case DEDUP_BLOCK_REASON_NOT_TMPFS:
+        return "set memory_backing_dir or mem-path to a tmpfs, or use memfd";
+    case DEDUP_BLOCK_REASON_OPENED_ELSEWHERE:
+        return "another process has opened its file; let it stop, or use "
+               "memfd";
+    case DEDUP_BLOCK_REASON_LEASE_DENIED:
+        return "QEMU must own the file to notice who opens it; change its "
+               "owner, or use memfd";
+    case DEDUP_BLOCK_REASON_EXPORTED:
+        return "shared with another process or device";
+    case DEDUP_BLOCK_REASON_OUT_OF_MEMORY:
+        return "no memory to keep track of it";
+    case DEDUP_BLOCK_REASON__MAX:
+        break;
+    }
+    g_assert_not_reached();
+}
+
+static bool block_is_shared(const DedupBlock *block)
+{
+    return qemu_ram_is_shared(block->rb);
+}
+
+/* memfd and shm_open() are tmpfs, too. */
+static bool block_is_tmpfs(const DedupBlock *block)
+{
+    struct statfs sfs;
+
+    return fstatfs(block->rb->fd, &sfs) == 0 && sfs.f_type == TMPFS_MAGIC;
+}
+
+/*
+ * Was mem-path the name of somebody's memfd, like /proc/PID/fd/5?  Then that
+ * somebody may map it, and a lease does not tell: a memfd's first opening is
+ * not counted.
+ */
+static bool block_is_foreign_memfd(const DedupBlock *block)
+{
+    g_autofree char *link = g_strdup_printf("/proc/self/fd/%d",
+                                            block->rb->fd);
+    g_autofree char *name = g_file_read_link(link, NULL);
+
+    return !name || g_str_has_prefix(name, "/memfd:");
+}
+
+/* Does the file outlive us?  A directory as mem-path leads to one without. */
+static bool block_is_named(const DedupBlock *block)
+{
+    struct stat st;
+
+    return fstat(block->rb->fd, &st) == 0 && st.st_nlink > 0;
+}
+
+static int find_pc_dimm(Object *obj, void *opaque)
+{
+    HostMemoryBackend *backend = opaque;
+
+    /* Not a subclass: nvdimm is one. */
+    return g_str_equal(object_get_typename(obj), TYPE_PC_DIMM) &&
+           PC_DIMM(obj)->hostmem == backend;
+}
+
+/*
+ * Is the backend used as ordinary RAM?  Whatever is not known to do so may
+ * map it elsewhere (ivshmem, virtio-pmem), keep it beyond the VM's life
+ * (nvdimm) or discard it without saying so (virtio-mem).
+ */
+static bool backend_is_ram(HostMemoryBackend *backend)
+{
+    MachineState *ms = current_machine;
+    int i;
+
+    if (ms->memdev == backend) {
+        return true;
+    }
+    if (ms->numa_state) {
+        for (i = 0; i < ms->numa_state->num_nodes; i++) {
+            if (ms->numa_state->nodes[i].node_memdev == backend) {
+                return true;
+            }
+        }
+    }
+    return object_child_foreach_recursive(OBJECT(ms), find_pc_dimm, backend);
+}
+
+static bool migration_keeps_whole(DedupScanner *ds, DedupBlock *block)
+{
+    return ds->migration.whole && migrate_ram_is_ignored(block->rb);
+}
+
+/* @reason is undefined if the block is eligible. */
+bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
+                          DedupBlockReason *reason)
+{
+    RAMBlock *rb = block->rb;
+    HostMemoryBackend *backend;
+    int err;
+
+    if (rb->flags & RAM_PREALLOC || memory_region_is_ram_device(rb->mr)) {
+        *reason = DEDUP_BLOCK_REASON_DEVICE_MEMORY;
+        return false;
+    }
+    if (rb->flags & RAM_RESIZEABLE) {
+        *reason = DEDUP_BLOCK_REASON_RESIZEABLE;
+        return false;
+    }
+    if (rb->flags & (RAM_READONLY | RAM_READONLY_FD) ||
+        memory_region_is_rom(rb->mr) || memory_region_is_romd(rb->mr)) {
+        *reason = DEDUP_BLOCK_REASON_READ_ONLY;
+        return false;
+    }
+
+    backend = (HostMemoryBackend *)object_dynamic_cast(
+        memory_region_owner(rb->mr), TYPE_MEMORY_BACKEND);
+    if (!backend) {
+        *reason = DEDUP_BLOCK_REASON_NOT_BACKEND;
+        return false;
+    }
+    if (rb->flags & RAM_PMEM) {
+        *reason = DEDUP_BLOCK_REASON_PMEM;
+        return false;
+    }
+    if (rb->page_size != qemu_real_host_page_size()) {
+        *reason = DEDUP_BLOCK_REASON_HUGE_PAGES;
+        return false;
+    }
+    if (rb->fd < 0 ? block_is_shared(block) : !block_is_tmpfs(block)) {
+        *reason = DEDUP_BLOCK_REASON_NOT_TMPFS;
+        return false;
+    }
+    if (!backend->merge) {
+        *reason = DEDUP_BLOCK_REASON_MERGE_OFF;
+        return false;
+    }
+    if (backend->prealloc) {
+        *reason = DEDUP_BLOCK_REASON_PREALLOC;
+        return false;
+    }
+    if (backend->policy != HOST_MEM_POLICY_DEFAULT) {
+        *reason = DEDUP_BLOCK_REASON_HOST_NODES;
+        return false;
+    }
+
+    if (!host_memory_backend_is_mapped(backend)) {
+        /*
+         * A DIMM that was unplugged: nobody can reach the memory, so it may
+         * stay merged until the backend goes or a device takes it.
+         */
+        if (!block->region) {
+            *reason = DEDUP_BLOCK_REASON_NOT_MAPPED;
+            return false;
+        }
+    } else if (!backend_is_ram(backend)) {
+        *reason = DEDUP_BLOCK_REASON_DEVICE_BACKEND;
+        return false;
+    }
+
+    if (ram_guard_is_whole(rb) || migration_keeps_whole(ds, block)) {
+        *reason = DEDUP_BLOCK_REASON_EXPORTED;
+        return false;
+    }
+
+    /*
+     * The lease comes last: it makes others wait who open the file.  The
+     * worker sees who breaks it, and then it is never taken again, lest a
+     * tool that looks every minute has us restore all of it every minute.
+     */
+    if ((rb->flags & RAM_NAMED_FILE) && block_is_shared(block)) {
+        block->named = block_is_named(block);
+        err = block_is_foreign_memfd(block) ? -EAGAIN
+                                            : dedup_lease_take(ds, block);
+        if (err) {
+            *reason = err == -EAGAIN ? DEDUP_BLOCK_REASON_OPENED_ELSEWHERE
+                                    : DEDUP_BLOCK_REASON_LEASE_DENIED;
+            return false;
+        }
+    }
+    return true;
+}
+
+void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
+{
+    RAMBlock *rb = block->rb;
+    HostMemoryBackend *backend = MEMORY_BACKEND(memory_region_owner(rb->mr));
+
+    *info = (DedupRegionInfo) {
+        .id = dedup_block_id(block),
+        .host = rb->host,
+        .size = rb->used_length,
+        .memory = rb->fd < 0 ? DEDUP_MEMORY_ANON
+                  : block_is_shared(block) ? DEDUP_MEMORY_SHARED
+                  : DEDUP_MEMORY_PRIVATE_FILE,
+        .fd = rb->fd,
+        .fd_offset = rb->fd_offset,
+        .pins = ram_guard_dma_writes(rb),
+        .flags = DEDUP_REGION_HUGEPAGE | DEDUP_REGION_MERGEABLE,
+    };
+    /* As ram_block_add() and the memory backend did. */
+    if (!qtest_enabled()) {
+        info->flags |= DEDUP_REGION_DONTFORK;
+    }
+    if (!backend->dump || !machine_dump_guest_core(current_machine)) {
+        info->flags |= DEDUP_REGION_DONTDUMP;
+    }
+    if (rb->flags & RAM_NORESERVE) {
+        info->flags |= DEDUP_REGION_NORESERVE;
+    }
+    if (block->named) {
+        info->flags |= DEDUP_REGION_NAMED;
+    }
+}

@@ -1,0 +1,238 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Memory deduplication: what forbids it for the whole VM
+ *
+ * Each reason is looked up afresh whenever somebody asks; nothing but
+ * migration keeps state.  While there is a reason nothing is merged, and what
+ * is merged stays: none of them is about merged pages, only about merging
+ * (whoever cannot stand merged pages has the blocks restored, ram.c).  The VM
+ * always starts (I9).
+ */
+
+#include "qemu/osdep.h"
+#include "exec/cpu-common.h"
+#include "exec/ramblock.h"
+#include "hw/boards.h"
+#include "hw/core/cpu.h"
+#include "hw/dedup/ram-guard.h"
+#include "qapi/error.h"
+#include "system/kvm.h"
+#include "system/system.h"
+#include "dedup-internal.h"
+
+static bool memory_is_locked(void)
+{
+    return should_mlock(mlock_state) && !is_mlock_on_fault(mlock_state);
+}
+
+/* vm.overcommit_memory=2: every private mapping counts in full. */
+static bool overcommit_is_strict(DedupScanner *ds)
+{
+    char c;
+
+    return ds->overcommit_fd >= 0 &&
+           pread(ds->overcommit_fd, &c, 1, 0) == 1 && c == '2';
+}
+
+static int block_has_guest_memfd(RAMBlock *rb, void *opaque)
+{
+    return rb->guest_memfd >= 0;
+}
+
+static bool guest_is_confidential(void)
+{
+    return current_machine->cgs ||
+           qemu_ram_foreach_block(block_has_guest_memfd, NULL);
+}
+
+/*
+ * KVM pins pages of a guest that runs guests of its own (its VMCS or VMCB
+ * and what they point to), and no fault tells when it writes there.
+ */
+static bool guest_is_hypervisor(void)
+{
+    static const char *const features[] = { "vmx", "svm" };
+    Object *cpu = OBJECT(first_cpu);
+    int i;
+
+    if (!kvm_enabled() || !cpu) {
+        return false;
+    }
+    for (i = 0; i < ARRAY_SIZE(features); i++) {
+        if (object_property_find(cpu, features[i]) &&
+            object_property_get_bool(cpu, features[i], &error_abort)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool host_is_supported(void)
+{
+#ifdef HOST_X86_64
+    return qemu_real_host_page_size() == 4096;
+#else
+    return false;
+#endif
+}
+
+uint32_t dedup_blockers(DedupScanner *ds)
+{
+    uint32_t r = 0;
+    g_autofree char *group_error = NULL;
+
+    if (!host_is_supported()) {
+        r |= BIT(DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE);
+    }
+    if (ds->userfaultfd_error) {
+        r |= BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
+    }
+    if (!current_machine->mem_merge) {
+        r |= BIT(DEDUP_BLOCKED_REASON_MEM_MERGE_OFF);
+    }
+    if (memory_is_locked()) {
+        r |= BIT(DEDUP_BLOCKED_REASON_MEM_LOCK);
+    }
+    if (overcommit_is_strict(ds)) {
+        r |= BIT(DEDUP_BLOCKED_REASON_OVERCOMMIT);
+    }
+    if (guest_is_confidential()) {
+        r |= BIT(DEDUP_BLOCKED_REASON_CONFIDENTIAL);
+    }
+    if (guest_is_hypervisor()) {
+        r |= BIT(DEDUP_BLOCKED_REASON_NESTED_VIRTUALIZATION);
+    }
+    if (kvm_enabled() && !kvm_has_sync_mmu()) {
+        r |= BIT(DEDUP_BLOCKED_REASON_KVM_SYNC_MMU);
+    }
+    if (ram_guard_is_whole(NULL)) {
+        r |= BIT(DEDUP_BLOCKED_REASON_RAM_EXPORTED);
+    }
+    if (ds->migration.snapshot) {
+        r |= BIT(DEDUP_BLOCKED_REASON_BACKGROUND_SNAPSHOT);
+    } else if (dedup_migration_blocks(ds)) {
+        r |= BIT(DEDUP_BLOCKED_REASON_MIGRATION);
+    }
+    group_error = ds->engine ? dedup_engine_group_error(ds->engine) : NULL;
+    if (group_error) {
+        r |= BIT(DEDUP_BLOCKED_REASON_GROUP);
+    }
+    return r;
+}
+
+bool dedup_blockers_hard(DedupScanner *ds)
+{
+    /*
+     * Others have registered a userfaultfd with the RAM: a new mapping
+     * would lose the write protection of a snapshot, or the pages that
+     * postcopy still waits for.
+     */
+    return ds->migration.snapshot || migration_in_incoming_postcopy();
+}
+
+/* What to change.  To be freed. */
+static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
+{
+    g_autofree char *text = NULL;
+
+    switch (reason) {
+    case DEDUP_BLOCKED_REASON_USERFAULTFD:
+        return g_strdup_printf("%s; give QEMU access to /dev/userfaultfd or "
+                               "CAP_SYS_PTRACE, or set the sysctl "
+                               "vm.unprivileged_userfaultfd to 1",
+                               ds->userfaultfd_error);
+    case DEDUP_BLOCKED_REASON_GROUP:
+        text = dedup_engine_group_error(ds->engine);
+        return g_strdup_printf("%s; the directory must belong to the user "
+                               "that runs QEMU, and no security module may "
+                               "deny its use", text ? text : ds->group_dir);
+    case DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE:
+        return g_strdup("only x86-64 hosts with pages of 4 KiB can be "
+                        "served");
+    case DEDUP_BLOCKED_REASON_MEM_MERGE_OFF:
+        return g_strdup("start QEMU with -machine mem-merge=on");
+    case DEDUP_BLOCKED_REASON_MEM_LOCK:
+        return g_strdup("start QEMU with -overcommit mem-lock=on-fault or "
+                        "off");
+    case DEDUP_BLOCKED_REASON_OVERCOMMIT:
+        return g_strdup("set the sysctl vm.overcommit_memory to 0 or 1");
+    case DEDUP_BLOCKED_REASON_CONFIDENTIAL:
+        return g_strdup("memory of a confidential guest cannot be compared");
+    case DEDUP_BLOCKED_REASON_NESTED_VIRTUALIZATION:
+        return g_strdup("hide nested virtualization from the guest: "
+                        "-cpu ...,vmx=off,svm=off");
+    case DEDUP_BLOCKED_REASON_KVM_SYNC_MMU:
+        return g_strdup("use a kernel whose KVM follows changes of memory "
+                        "mappings");
+    case DEDUP_BLOCKED_REASON_DISCARD_DISABLED:
+        return g_strdup("remove the device or feature that pins memory "
+                        "(VFIO, vDPA, an NVMe block driver and the like)");
+    case DEDUP_BLOCKED_REASON_RAM_EXPORTED:
+        text = ram_guard_whole_users(NULL);
+        return g_strdup_printf("remove what needs all memory in its place: "
+                               "%s", text ? text : "a device");
+    case DEDUP_BLOCKED_REASON_MIGRATION:
+        return g_strdup("wait until the migration has ended and the virtual "
+                        "machine runs here");
+    case DEDUP_BLOCKED_REASON_BACKGROUND_SNAPSHOT:
+        return g_strdup("wait until the background snapshot has ended");
+    case DEDUP_BLOCKED_REASON_MAX_MAPS:
+        return g_strdup("raise the sysctl vm.max_map_count or the property "
+                        "max-maps");
+    case DEDUP_BLOCKED_REASON_MEMORY:
+        return g_strdup("give the memory cgroup more room: pages that are "
+                        "merged need it if they are written");
+    case DEDUP_BLOCKED_REASON_FILE_DESCRIPTORS:
+        return g_strdup("raise the limit of open files (RLIMIT_NOFILE)");
+    case DEDUP_BLOCKED_REASON_INDEX_FULL:
+        return g_strdup("split the group: its index is full");
+    case DEDUP_BLOCKED_REASON__MAX:
+        break;
+    }
+    g_assert_not_reached();
+}
+
+static uint32_t limits_to_reasons(unsigned limits)
+{
+    static const struct {
+        DedupLimit limit;
+        DedupBlockedReason reason;
+    } map[] = {
+        { DEDUP_LIMIT_MAPS, DEDUP_BLOCKED_REASON_MAX_MAPS },
+        { DEDUP_LIMIT_MEMORY, DEDUP_BLOCKED_REASON_MEMORY },
+        { DEDUP_LIMIT_FDS, DEDUP_BLOCKED_REASON_FILE_DESCRIPTORS },
+        { DEDUP_LIMIT_INDEX, DEDUP_BLOCKED_REASON_INDEX_FULL },
+    };
+    uint32_t r = 0;
+    int i;
+
+    for (i = 0; i < ARRAY_SIZE(map); i++) {
+        if (limits & map[i].limit) {
+            r |= BIT(map[i].reason);
+        }
+    }
+    return r;
+}
+
+DedupBlockedList *dedup_blockers_list(DedupScanner *ds,
+                                      const DedupStats *stats)
+{
+    DedupBlockedList *list = NULL, **tail = &list;
+    uint32_t reasons = ds->reasons;
+    DedupBlockedReason reason;
+
+    if (stats->state == DEDUP_STATE_LIMITED) {
+        reasons |= limits_to_reasons(stats->limits);
+    }
+    for (reason = 0; reason < DEDUP_BLOCKED_REASON__MAX; reason++) {
+        if (reasons & BIT(reason)) {
+            DedupBlocked *blocked = g_new0(DedupBlocked, 1);
+
+            blocked->reason = reason;
+            blocked->detail = blocked_detail(ds, reason);
+            QAPI_LIST_APPEND(tail, blocked);
+        }
+    }
+    return list;
+}

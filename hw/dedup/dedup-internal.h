@@ -1,0 +1,220 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * QEMU's side of memory deduplication: what its files share
+ *
+ *   dedup-scanner.c   the object: life cycle, the thread
+ *   dedup-properties.c
+ *   blockers.c        what forbids deduplication for the whole VM
+ *   migration.c       what migration and snapshots forbid, and when
+ *   ram.c             RAM blocks -> regions of the engine
+ *   block-reasons.c   which block is eligible, and why not
+ *   leases.c          who else opens a RAM file; the worker thread
+ *   dedup-qmp-cmds.c, dedup-hmp-cmds.c, dedup-stats.c   the figures
+ *
+ * Terms: those of engine/engine.h.  A block is a RAMBlock; a block that the
+ * engine works on has a region.  Whole: no page of it is merged (ram-guard.h).
+ *
+ * Threads and locks.  Everything here is called with the BQL held unless its
+ * comment says otherwise.  Two threads never take the BQL: the scanner, which
+ * runs the engine, and the worker, which gives memory back.  What they share
+ * with the rest is DedupScanner.event (scanner) and the fields of DedupBlock
+ * that say so (worker).  Lock order: BQL, DedupRam.lock, the engine's locks;
+ * DedupRam.lock is not held when the engine is asked to give memory back.
+ */
+
+#ifndef HW_DEDUP_INTERNAL_H
+#define HW_DEDUP_INTERNAL_H
+
+#include "exec/memory.h"
+#include "exec/ramlist.h"
+#include "hw/dedup/dedup.h"
+#include "migration/misc.h"
+#include "qapi/qapi-types-dedup.h"
+#include "qemu/queue.h"
+#include "qemu/thread.h"
+#include "qemu/thread-context.h"
+#include "qom/object.h"
+#include "system/runstate.h"
+#include "engine/engine.h"
+
+/**
+ * struct DedupBlock - a RAM block, from ram_block_added to ram_block_removed
+ * @rb: the block; valid until ram_block_removed has returned
+ * @eligible: as of the last look
+ * @reason: why not
+ * @opened: somebody opened the file while it was leased to us; for good; lock
+ * @region: the engine's, NULL if it does not work on the block; lock
+ * @leaving: the worker is to remove the region, with contents; lock
+ * @busy: the worker is removing it right now, and @region is NULL; lock
+ * @leased: the worker watches a lease on rb->fd; lock
+ * @named: the file outlives the block
+ * @error: why the last attempt of the worker to remove it failed; lock
+ * @pages_merged: last known figure, for when @busy
+ */
+typedef struct DedupBlock {
+    RAMBlock *rb;
+    bool eligible;
+    DedupBlockReason reason;
+    bool opened;
+    DedupRegion *region;
+    bool leaving;
+    bool busy;
+    bool leased;
+    bool named;
+    GError *error;
+    uint64_t pages_merged;
+    QTAILQ_ENTRY(DedupBlock) next;
+} DedupBlock;
+
+/**
+ * struct DedupRam - all RAM blocks, and the worker
+ * @lock: protects @blocks against the worker, and what DedupBlock says
+ * @changed: the worker has ended something
+ * @blocks: written with the BQL and @lock held
+ * @worker: thread that gives memory back
+ * @worker_tid: its thread ID, 0 while there is none
+ * @kick_fd: eventfd that makes the worker look
+ * @signal_fd: where the worker hears of leases
+ * @stop: the worker is to end; lock
+ */
+typedef struct DedupRam {
+    QemuMutex lock;
+    QemuCond changed;
+    QTAILQ_HEAD(, DedupBlock) blocks;
+    RAMBlockNotifier notifier;
+    MemoryListener listener;
+    bool watching;
+    QemuThread worker;
+    int worker_tid;
+    QemuSemaphore worker_ready;
+    int kick_fd;
+    int signal_fd;
+    bool stop;
+} DedupRam;
+
+/**
+ * struct DedupMigration - what migration keeps us from
+ * @left: the VM has gone, or stopped in order to go; until it runs again
+ * @whole: the destination maps the RAM's file: nothing that is ignored by
+ *     the migration stream may be merged; until the VM runs again
+ * @snapshot: a background snapshot tracks writes
+ */
+typedef struct DedupMigration {
+    bool left;
+    bool whole;
+    bool snapshot;
+    NotifierWithReturn notifier[MIG_MODE__MAX];
+    VMChangeStateEntry *vm_state;
+} DedupMigration;
+
+/* What the scanner's thread has to say; @lock protects the rest. */
+typedef struct DedupEvent {
+    QemuMutex lock;
+    bool unmerged;
+    uint64_t pages_left;
+    char *error;
+} DedupEvent;
+
+struct DedupScanner {
+    Object parent_obj;
+
+    /* Properties.  The engine has the parameters once it exists. */
+    char *group;
+    DedupWriteProtect write_protect;
+    DedupParams params;
+    ThreadContext *thread_context;
+
+    /* From complete() on */
+    bool completed;
+    char *group_dir;
+    DedupEngine *engine;        /* NULL: the host has not what it takes */
+    char *userfaultfd_error;
+    int overcommit_fd;
+    Notifier machine_done;
+    QEMUBH *start_bh;
+    QEMUBH *update_bh;
+    QEMUTimer *recheck;
+
+    /* While the thread runs */
+    bool started;
+    QemuThread thread;
+    QemuSemaphore thread_ready;
+    int thread_id;              /* atomic, 0 while there is none */
+    bool discard_required;
+    bool blocked;
+    bool hard;
+    uint32_t reasons;           /* BIT(DedupBlockedReason) of the last look */
+    DedupMigration migration;
+    DedupRam ram;
+    DedupEvent event;
+};
+
+/* The VM's scanner, or NULL.  Complete, and not yet being finalized. */
+DedupScanner *dedup_scanner_get(void);
+
+/* dedup-properties.c: the parameters in force, in every state. */
+void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params);
+void dedup_scanner_add_properties(ObjectClass *oc);
+
+/*
+ * Look again at everything that may forbid deduplication, for the VM and for
+ * each block, and tell the engine.  @run is what the property is about to be.
+ */
+void dedup_scanner_update(DedupScanner *ds, bool run);
+
+/* The same for the property's present value. */
+void dedup_scanner_recheck(DedupScanner *ds);
+
+/*
+ * blockers.c: what forbids deduplication now, BIT(DedupBlockedReason) each.
+ * Without discard-disabled, which is only known by trying.
+ */
+uint32_t dedup_blockers(DedupScanner *ds);
+/* Is one of them such that nothing may be remapped at all? */
+bool dedup_blockers_hard(DedupScanner *ds);
+/* The same as a list for people, with what limits the engine. */
+DedupBlockedList *dedup_blockers_list(DedupScanner *ds,
+                                      const DedupStats *stats);
+
+/* migration.c */
+void dedup_migration_start(DedupScanner *ds);
+void dedup_migration_stop(DedupScanner *ds);
+bool dedup_migration_blocks(DedupScanner *ds);
+
+/* block-reasons.c: is the block eligible; if not, why not */
+bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
+                          DedupBlockReason *reason);
+/* What the engine is told about it */
+void dedup_block_info(DedupBlock *block, DedupRegionInfo *info);
+const char *dedup_block_id(const DedupBlock *block);
+const char *dedup_block_reason_text(DedupBlockReason reason);
+
+/* ram.c */
+bool dedup_ram_init(DedupScanner *ds, Error **errp);
+/* From here on discards reach the engine, until ram_guard_unregister(). */
+bool dedup_ram_guard_register(DedupScanner *ds);
+void dedup_ram_start(DedupScanner *ds);
+void dedup_ram_update(DedupScanner *ds);
+/* @lean: put the regions' mappings back to what they were; else leave all */
+void dedup_ram_stop(DedupScanner *ds, bool lean);
+void dedup_ram_destroy(DedupScanner *ds);
+/*
+ * Wait until no block that is not eligible is merged, of those that @needed
+ * is true for (all if NULL).  May release and take the BQL.
+ */
+bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
+                          Error **errp);
+
+/* leases.c; dedup_worker_kick() on any thread */
+void dedup_worker_start(DedupScanner *ds);
+void dedup_worker_stop(DedupScanner *ds);
+void dedup_worker_kick(DedupScanner *ds);
+int dedup_worker_signalfd(void);
+/* Take a lease on the block's file: 0 or a negative errno. */
+int dedup_lease_take(DedupScanner *ds, DedupBlock *block);
+
+/* dedup-qmp-cmds.c */
+DedupInfo *dedup_info(DedupScanner *ds, bool reset_max);
+
+#endif /* HW_DEDUP_INTERNAL_H */

@@ -1,0 +1,223 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Memory deduplication: the properties of the dedup-scanner object
+ *
+ * Until complete() the object keeps them all; then the engine has those that
+ * may be changed at any time (DedupParams), and the others are fixed.  All of
+ * them can be read in every state.  With the BQL held.
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qapi/visitor.h"
+#include "dedup-internal.h"
+
+void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params)
+{
+    if (ds->engine) {
+        dedup_engine_get_params(ds->engine, params);
+    } else {
+        *params = ds->params;
+    }
+}
+
+static void set_params(DedupScanner *ds, const DedupParams *params)
+{
+    ds->params = *params;
+    if (ds->engine) {
+        /* Merging must be allowed before it begins. */
+        if (params->run) {
+            dedup_scanner_update(ds, true);
+        }
+        dedup_engine_set_params(ds->engine, params);
+        dedup_scanner_update(ds, params->run);
+    }
+}
+
+/* Is it too late to change a property that is fixed at creation? */
+static bool is_fixed(DedupScanner *ds, const char *name, Error **errp)
+{
+    if (ds->completed) {
+        error_setg(errp, "property '%s' of a dedup-scanner cannot be changed "
+                   "once it exists", name);
+    }
+    return ds->completed;
+}
+
+static char *get_group(Object *obj, Error **errp)
+{
+    return g_strdup(DEDUP_SCANNER(obj)->group);
+}
+
+static void set_group(Object *obj, const char *value, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+
+    if (!is_fixed(ds, "group", errp)) {
+        g_free(ds->group);
+        ds->group = g_strdup(value);
+    }
+}
+
+static int get_write_protect(Object *obj, Error **errp)
+{
+    return DEDUP_SCANNER(obj)->write_protect;
+}
+
+static void set_write_protect(Object *obj, int value, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+
+    if (!is_fixed(ds, "write-protect", errp)) {
+        ds->write_protect = value;
+    }
+}
+
+static void check_thread_context(const Object *obj, const char *name,
+                                 Object *val, Error **errp)
+{
+    is_fixed(DEDUP_SCANNER(obj), name, errp);
+}
+
+static bool get_run(Object *obj, Error **errp)
+{
+    DedupParams params;
+
+    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
+    return params.run;
+}
+
+static void set_run(Object *obj, bool value, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+    DedupParams params;
+
+    dedup_scanner_get_params(ds, &params);
+    params.run = value;
+    set_params(ds, &params);
+}
+
+static bool get_zero_pages(Object *obj, Error **errp)
+{
+    DedupParams params;
+
+    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
+    return params.zero_pages;
+}
+
+static void set_zero_pages(Object *obj, bool value, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+    DedupParams params;
+
+    dedup_scanner_get_params(ds, &params);
+    params.zero_pages = value;
+    set_params(ds, &params);
+}
+
+static int get_huge_pages(Object *obj, Error **errp)
+{
+    DedupParams params;
+
+    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
+    return params.huge_pages_split ? DEDUP_HUGE_PAGES_SPLIT
+                                   : DEDUP_HUGE_PAGES_KEEP;
+}
+
+static void set_huge_pages(Object *obj, int value, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+    DedupParams params;
+
+    dedup_scanner_get_params(ds, &params);
+    params.huge_pages_split = value == DEDUP_HUGE_PAGES_SPLIT;
+    set_params(ds, &params);
+}
+
+typedef struct DedupNumber {
+    const char *name;
+    size_t offset;
+    uint32_t min;
+    uint32_t max;
+    const char *description;
+} DedupNumber;
+
+static DedupNumber numbers[] = {
+    { "pages-to-scan", offsetof(DedupParams, pages_to_scan), 1, 1U << 31,
+      "Pages to look at in a batch (1 to 2147483648)" },
+    { "sleep-millisecs", offsetof(DedupParams, sleep_millisecs), 0, 60000,
+      "Pause between two batches in milliseconds (0 to 60000)" },
+    { "max-maps", offsetof(DedupParams, max_maps), 1, 90,
+      "Share of vm.max_map_count that QEMU may use, in percent (1 to 90)" },
+};
+
+static void get_number(Object *obj, Visitor *v, const char *name,
+                       void *opaque, Error **errp)
+{
+    DedupNumber *number = opaque;
+    DedupParams params;
+
+    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
+    visit_type_uint32(v, name, (void *)&params + number->offset, errp);
+}
+
+static void set_number(Object *obj, Visitor *v, const char *name,
+                       void *opaque, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+    DedupNumber *number = opaque;
+    DedupParams params;
+    uint64_t value;
+
+    if (!visit_type_uint64(v, name, &value, errp)) {
+        return;
+    }
+    if (value < number->min || value > number->max) {
+        error_setg(errp, "property '%s' must be between %" PRIu32 " and %"
+                   PRIu32, number->name, number->min, number->max);
+        return;
+    }
+    dedup_scanner_get_params(ds, &params);
+    *(uint32_t *)((void *)&params + number->offset) = value;
+    set_params(ds, &params);
+}
+
+void dedup_scanner_add_properties(ObjectClass *oc)
+{
+    int i;
+
+    object_class_property_add_str(oc, "group", get_group, set_group);
+    object_class_property_set_description(oc, "group",
+        "Directory or name of the group to share pages with");
+    object_class_property_add_bool(oc, "run", get_run, set_run);
+    object_class_property_set_description(oc, "run",
+        "Scan and merge; off keeps what is merged");
+    object_class_property_add_enum(oc, "write-protect", "DedupWriteProtect",
+                                   &DedupWriteProtect_lookup,
+                                   get_write_protect, set_write_protect);
+    object_class_property_set_description(oc, "write-protect",
+        "How pages are kept from changing while they are replaced "
+        "(auto, userfaultfd, mprotect)");
+    object_class_property_add_bool(oc, "zero-pages", get_zero_pages,
+                                   set_zero_pages);
+    object_class_property_set_description(oc, "zero-pages",
+        "Give back pages that contain only zeros");
+    object_class_property_add_enum(oc, "huge-pages", "DedupHugePages",
+                                   &DedupHugePages_lookup, get_huge_pages,
+                                   set_huge_pages);
+    object_class_property_set_description(oc, "huge-pages",
+        "What to do with transparent huge pages (split, keep)");
+    for (i = 0; i < ARRAY_SIZE(numbers); i++) {
+        object_class_property_add(oc, numbers[i].name, "int", get_number,
+                                  set_number, NULL, &numbers[i]);
+        object_class_property_set_description(oc, numbers[i].name,
+                                              numbers[i].description);
+    }
+    object_class_property_add_link(oc, "thread-context", TYPE_THREAD_CONTEXT,
+                                   offsetof(DedupScanner, thread_context),
+                                   check_thread_context,
+                                   OBJ_PROP_LINK_STRONG);
+    object_class_property_set_description(oc, "thread-context",
+        "Context to create the scanner's thread from");
+}

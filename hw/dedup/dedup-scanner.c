@@ -1,0 +1,435 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Memory deduplication: the dedup-scanner object
+ *
+ * Its life:
+ *
+ *   made        properties are set
+ *   complete    what they say was checked, the engine exists and has opened
+ *               what it needs, for the user ID and the root directory may
+ *               change before the VM starts.  Nothing runs: command line
+ *               objects come before the machine, its memory and the
+ *               accelerator.
+ *   started     in the main loop, when the machine is there: RAM is watched,
+ *               the scanner's thread runs
+ *   finalized   the thread is stopped.  object-del is refused while a page
+ *               is merged.  When QEMU exits pages are left as they are.
+ *
+ * Without a userfaultfd (write-protect=auto only) there is no engine, and the
+ * object is complete but never started.
+ *
+ * Everything here runs with the BQL held, but for scanner_run() and the
+ * engine's callbacks, which run on the scanner's thread.
+ */
+
+#include "qemu/osdep.h"
+#include "hw/dedup/ram-guard.h"
+#include "qapi/error.h"
+#include "qapi/qapi-events-dedup.h"
+#include "qemu/error-report.h"
+#include "qemu/lockable.h"
+#include "qemu/main-loop.h"
+#include "qemu/module.h"
+#include "qemu/rcu.h"
+#include "qemu/timer.h"
+#include "qom/object_interfaces.h"
+#include "system/system.h"
+#include "dedup-internal.h"
+#include "trace.h"
+
+OBJECT_DEFINE_SIMPLE_TYPE_WITH_INTERFACES(DedupScanner, dedup_scanner,
+                                          DEDUP_SCANNER, OBJECT,
+                                          { TYPE_USER_CREATABLE }, { NULL })
+
+/* Where a group's NAME is looked for */
+#define DEDUP_RUN_DIR "/run/qemu-dedup"
+#define DEDUP_XDG_DIR "qemu-dedup"
+
+/* How often to look at what nobody announces */
+#define DEDUP_RECHECK_MS 1000
+
+static DedupScanner *the_scanner;
+
+DedupScanner *dedup_scanner_get(void)
+{
+    return the_scanner;
+}
+
+/* Looking at what forbids deduplication */
+
+void dedup_scanner_update(DedupScanner *ds, bool run)
+{
+    uint32_t reasons;
+    bool blocked, hard;
+
+    assert(bql_locked());
+    reasons = dedup_blockers(ds);
+    if (!ds->started) {
+        ds->reasons = reasons;
+        return;
+    }
+
+    /*
+     * Merging needs memory that may be taken away, and so does what is
+     * merged: VFIO and others must not pin it.  Required before the first
+     * page is merged, until after the last was restored.
+     */
+    if (!ds->discard_required &&
+        ((run && !reasons) || !dedup_engine_lean(ds->engine))) {
+        if (ram_block_discard_require(true) == 0) {
+            ds->discard_required = true;
+        } else {
+            reasons |= BIT(DEDUP_BLOCKED_REASON_DISCARD_DISABLED);
+        }
+    }
+
+    /* The group is the engine's own affair: it may try again. */
+    blocked = reasons & ~BIT(DEDUP_BLOCKED_REASON_GROUP);
+    hard = dedup_blockers_hard(ds);
+    if (blocked != ds->blocked || hard != ds->hard) {
+        trace_dedup_scanner_block(reasons, blocked, hard);
+        dedup_engine_block(ds->engine, blocked, hard);
+        ds->blocked = blocked;
+        ds->hard = hard;
+    }
+    ds->reasons = reasons;
+    dedup_ram_update(ds);
+
+    if (ds->discard_required && (!run || reasons) &&
+        dedup_engine_lean(ds->engine)) {
+        ram_block_discard_require(false);
+        ds->discard_required = false;
+    }
+}
+
+void dedup_scanner_recheck(DedupScanner *ds)
+{
+    DedupParams params;
+
+    dedup_scanner_get_params(ds, &params);
+    dedup_scanner_update(ds, params.run);
+}
+
+static void recheck_timer(void *opaque)
+{
+    DedupScanner *ds = opaque;
+
+    dedup_scanner_recheck(ds);
+    timer_mod(ds->recheck,
+              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + DEDUP_RECHECK_MS);
+}
+
+static void send_events(DedupScanner *ds)
+{
+    DedupEvent *ev = &ds->event;
+    g_autofree char *error = NULL;
+    uint64_t left;
+
+    WITH_QEMU_LOCK_GUARD(&ev->lock) {
+        if (!ev->unmerged) {
+            return;
+        }
+        ev->unmerged = false;
+        left = ev->pages_left;
+        error = g_steal_pointer(&ev->error);
+    }
+    qapi_event_send_dedup_unmerge_completed(
+        object_get_canonical_path_component(OBJECT(ds)), left, error);
+}
+
+static void update_bh(void *opaque)
+{
+    DedupScanner *ds = opaque;
+
+    dedup_scanner_recheck(ds);
+    send_events(ds);
+}
+
+/* The scanner's thread */
+
+static void scanner_state_changed(void *opaque, DedupState state)
+{
+    DedupScanner *ds = opaque;
+
+    trace_dedup_scanner_state(dedup_state_str(state));
+    qemu_bh_schedule(ds->update_bh);
+}
+
+static void scanner_restored(void *opaque, uint64_t pages_left,
+                             const GError *error)
+{
+    DedupScanner *ds = opaque;
+    DedupEvent *ev = &ds->event;
+
+    trace_dedup_scanner_restored(pages_left, error ? error->message : "");
+    WITH_QEMU_LOCK_GUARD(&ev->lock) {
+        ev->unmerged = true;
+        ev->pages_left = pages_left;
+        g_free(ev->error);
+        ev->error = error ? g_strdup(error->message) : NULL;
+    }
+    qemu_bh_schedule(ds->update_bh);
+}
+
+static void *scanner_run(void *opaque)
+{
+    DedupScanner *ds = opaque;
+
+    rcu_register_thread();
+    qatomic_set(&ds->thread_id, qemu_get_thread_id());
+    qemu_sem_post(&ds->thread_ready);
+    dedup_engine_run(ds->engine);
+    qatomic_set(&ds->thread_id, 0);
+    rcu_unregister_thread();
+    return NULL;
+}
+
+static void scanner_start(void *opaque)
+{
+    DedupScanner *ds = opaque;
+
+    ds->started = true;
+    dedup_migration_start(ds);
+    dedup_ram_start(ds);
+    dedup_scanner_recheck(ds);
+    if (ds->thread_context) {
+        thread_context_create_thread(ds->thread_context, &ds->thread,
+                                     "dedup-scanner", scanner_run, ds,
+                                     QEMU_THREAD_JOINABLE);
+    } else {
+        qemu_thread_create(&ds->thread, "dedup-scanner", scanner_run, ds,
+                           QEMU_THREAD_JOINABLE);
+    }
+    qemu_sem_wait(&ds->thread_ready);
+    recheck_timer(ds);
+    trace_dedup_scanner_start();
+}
+
+/*
+ * The bottom half runs in the main loop, when -run-with has changed the user
+ * ID: members of the group look at the one that a socket was made with.
+ */
+static void machine_done(Notifier *n, void *data)
+{
+    DedupScanner *ds = container_of(n, DedupScanner, machine_done);
+
+    qemu_bh_schedule(ds->start_bh);
+}
+
+/* Life cycle */
+
+/* Where is the group?  NULL and no error if there is none. */
+static bool find_group(DedupScanner *ds, Error **errp)
+{
+    const char *xdg = g_getenv("XDG_RUNTIME_DIR");
+    g_autofree char *run_dir = NULL, *xdg_dir = NULL;
+
+    if (!ds->group || g_path_is_absolute(ds->group)) {
+        ds->group_dir = g_strdup(ds->group);
+        return true;
+    }
+    if (!*ds->group || strchr(ds->group, '/') ||
+        g_str_equal(ds->group, ".") || g_str_equal(ds->group, "..")) {
+        error_setg(errp, "group '%s' is neither an absolute path nor a name",
+                   ds->group);
+        return false;
+    }
+    run_dir = g_build_filename(DEDUP_RUN_DIR, ds->group, NULL);
+    if (g_file_test(run_dir, G_FILE_TEST_EXISTS)) {
+        ds->group_dir = g_steal_pointer(&run_dir);
+        return true;
+    }
+    xdg_dir = g_build_filename(xdg && *xdg ? xdg : "$XDG_RUNTIME_DIR",
+                               DEDUP_XDG_DIR, ds->group, NULL);
+    if (xdg && g_file_test(xdg_dir, G_FILE_TEST_EXISTS)) {
+        ds->group_dir = g_steal_pointer(&xdg_dir);
+        return true;
+    }
+    error_setg(errp, "group '%s' does not exist: neither '%s' nor '%s' does",
+               ds->group, run_dir, xdg_dir);
+    return false;
+}
+
+static bool make_engine(DedupScanner *ds, Error **errp)
+{
+    ERRP_GUARD();
+    g_autoptr(GError) gerr = NULL;
+    DedupConfig config = {
+        .page_size = qemu_real_host_page_size(),
+        .group_dir = ds->group_dir,
+        .params = ds->params,
+        .callbacks = {
+            .state_changed = scanner_state_changed,
+            .restored = scanner_restored,
+        },
+        .opaque = ds,
+    };
+
+    ds->engine = dedup_engine_new(&config, &gerr);
+    if (ds->engine) {
+        /* Until everything was looked at that may forbid it */
+        dedup_engine_block(ds->engine, true, false);
+        ds->blocked = true;
+        return true;
+    }
+    if (g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD)) {
+        if (ds->write_protect == DEDUP_WRITE_PROTECT_AUTO) {
+            ds->userfaultfd_error = g_strdup(gerr->message);
+            return true;
+        }
+        error_setg(errp, "write-protect=userfaultfd is not possible: %s",
+                   gerr->message);
+        error_append_hint(errp, "Give QEMU access to /dev/userfaultfd or "
+                          "CAP_SYS_PTRACE, or set the sysctl "
+                          "vm.unprivileged_userfaultfd to 1.\n");
+        return false;
+    }
+    error_setg(errp, "%s", gerr->message);
+    return false;
+}
+
+static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
+{
+    ERRP_GUARD();
+    DedupScanner *ds = DEDUP_SCANNER(uc);
+
+    if (the_scanner) {
+        error_setg(errp, "only one dedup-scanner is possible per virtual "
+                   "machine, and '%s' exists",
+                   object_get_canonical_path_component(OBJECT(the_scanner)));
+        return;
+    }
+    if (ds->write_protect == DEDUP_WRITE_PROTECT_MPROTECT) {
+        error_setg(errp, "write-protect=mprotect is not supported by this "
+                   "version");
+        error_append_hint(errp, "Use write-protect=auto or userfaultfd.\n");
+        return;
+    }
+    if (!find_group(ds, errp) || !make_engine(ds, errp)) {
+        return;
+    }
+    ds->overcommit_fd = open("/proc/sys/vm/overcommit_memory",
+                             O_RDONLY | O_CLOEXEC);
+    if (ds->engine) {
+        if (!dedup_ram_init(ds, errp)) {
+            return;
+        }
+        if (!dedup_ram_guard_register(ds)) {
+            error_setg(errp, "something else replaces guest RAM already");
+            return;
+        }
+        ds->update_bh = qemu_bh_new(update_bh, ds);
+        ds->start_bh = qemu_bh_new(scanner_start, ds);
+        ds->recheck = timer_new_ms(QEMU_CLOCK_REALTIME, recheck_timer, ds);
+        ds->machine_done.notify = machine_done;
+        qemu_add_machine_init_done_notifier(&ds->machine_done);
+    }
+    ds->completed = true;
+    the_scanner = ds;
+}
+
+static bool dedup_scanner_can_be_deleted(UserCreatable *uc)
+{
+    DedupScanner *ds = DEDUP_SCANNER(uc);
+    const char *id = object_get_canonical_path_component(OBJECT(ds));
+
+    if (!ds->started) {
+        return true;
+    }
+    if (ram_guard_whole_busy()) {
+        error_report("dedup-scanner '%s' is restoring memory for somebody "
+                     "else", id);
+        return false;
+    }
+    /* Nothing may be merged between the look and the end. */
+    dedup_engine_block(ds->engine, true, ds->hard);
+    if (dedup_engine_lean(ds->engine)) {
+        return true;
+    }
+    dedup_engine_block(ds->engine, ds->blocked, ds->hard);
+    error_report("pages are merged by dedup-scanner '%s'; run dedup-unmerge "
+                 "first", id);
+    return false;
+}
+
+static void scanner_stop(DedupScanner *ds)
+{
+    bool lean;
+
+    timer_del(ds->recheck);
+    dedup_migration_stop(ds);
+    dedup_engine_stop(ds->engine);
+    qemu_thread_join(&ds->thread);
+    lean = dedup_engine_lean(ds->engine);
+    trace_dedup_scanner_stop(lean);
+    dedup_ram_stop(ds, lean);
+    if (ds->discard_required) {
+        ram_block_discard_require(false);
+    }
+}
+
+static void dedup_scanner_init(Object *obj)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+
+    ds->params = (DedupParams) {
+        .run = true,
+        .pages_to_scan = 4096,
+        .sleep_millisecs = 20,
+        .zero_pages = true,
+        .huge_pages_split = true,
+        .max_maps = 60,
+    };
+    ds->overcommit_fd = -1;
+    ds->ram.kick_fd = -1;
+    ds->ram.signal_fd = -1;
+    QTAILQ_INIT(&ds->ram.blocks);
+    qemu_mutex_init(&ds->ram.lock);
+    qemu_cond_init(&ds->ram.changed);
+    qemu_sem_init(&ds->ram.worker_ready, 0);
+    qemu_sem_init(&ds->thread_ready, 0);
+    qemu_mutex_init(&ds->event.lock);
+}
+
+static void dedup_scanner_finalize(Object *obj)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+
+    if (ds->started) {
+        scanner_stop(ds);
+    }
+    if (ds->completed && ds->engine) {
+        qemu_remove_machine_init_done_notifier(&ds->machine_done);
+        ram_guard_unregister();
+    }
+    if (the_scanner == ds) {
+        the_scanner = NULL;
+    }
+    g_clear_pointer(&ds->recheck, timer_free);
+    g_clear_pointer(&ds->start_bh, qemu_bh_delete);
+    g_clear_pointer(&ds->update_bh, qemu_bh_delete);
+    g_clear_pointer(&ds->engine, dedup_engine_free);
+    dedup_ram_destroy(ds);
+    if (ds->overcommit_fd >= 0) {
+        close(ds->overcommit_fd);
+    }
+    qemu_mutex_destroy(&ds->event.lock);
+    qemu_sem_destroy(&ds->thread_ready);
+    qemu_sem_destroy(&ds->ram.worker_ready);
+    qemu_cond_destroy(&ds->ram.changed);
+    qemu_mutex_destroy(&ds->ram.lock);
+    g_free(ds->event.error);
+    g_free(ds->userfaultfd_error);
+    g_free(ds->group_dir);
+    g_free(ds->group);
+}
+
+static void dedup_scanner_class_init(ObjectClass *oc, void *data)
+{
+    UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
+
+    ucc->complete = dedup_scanner_complete;
+    ucc->can_be_deleted = dedup_scanner_can_be_deleted;
+    dedup_scanner_add_properties(oc);
+}

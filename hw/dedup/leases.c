@@ -1,0 +1,242 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Memory deduplication: who else opens a RAM file, and the worker thread
+ *
+ * The worker gives memory back: it takes regions from the engine, contents
+ * restored, which may last seconds and so must not happen under the BQL.
+ * Blocks come to it in two ways.
+ *
+ * - DedupBlock.leaving: the block is not eligible any more.
+ * - Its file's lease is being broken.  A file on a tmpfs that has a name may
+ *   be opened by anybody who may read or write it, and its contents are not
+ *   in it where pages are merged.  So a write lease (fcntl(2), F_SETLEASE)
+ *   is held on it.  Whoever opens the file waits in open(2) until the block
+ *   was restored and the lease is released, or the sysctl
+ *   fs.lease-break-time (45 s) is over.
+ *
+ * The kernel announces a break by a signal, which it sends to the worker
+ * alone, where it is blocked and read from a signalfd.  The signal only wakes
+ * the worker: F_GETLEASE says which leases are being broken, so that merged
+ * or lost signals do no harm.
+ *
+ * The worker never takes the BQL, because an open() of ours may wait for it
+ * with the BQL held.
+ */
+
+#include "qemu/osdep.h"
+#include <poll.h>
+#include <sys/signalfd.h>
+#include "exec/ramblock.h"
+#include "qemu/error-report.h"
+#include "qemu/lockable.h"
+#include "qemu/main-loop.h"
+#include "dedup-internal.h"
+#include "trace.h"
+
+/*
+ * A signal that nobody else in QEMU uses.  Real-time signals queue; when the
+ * queue is full the kernel sends SIGIO instead.
+ */
+#define DEDUP_LEASE_SIGNAL (SIGRTMIN + 8)
+
+/* How long to wait before restoring is tried again that failed */
+#define DEDUP_RETRY_MS 1000
+
+int dedup_lease_take(DedupScanner *ds, DedupBlock *block)
+{
+    struct f_owner_ex owner = {
+        .type = F_OWNER_TID,
+        .pid = ds->ram.worker_tid,
+    };
+    int fd = block->rb->fd;
+
+    QEMU_LOCK_GUARD(&ds->ram.lock);
+    if (block->opened) {
+        return -EAGAIN;
+    }
+    if (block->leased) {
+        return 0;
+    }
+    if (fcntl(fd, F_SETSIG, DEDUP_LEASE_SIGNAL) < 0 ||
+        fcntl(fd, F_SETOWN_EX, &owner) < 0 ||
+        fcntl(fd, F_SETLEASE, F_WRLCK) < 0) {
+        return -errno;
+    }
+    block->leased = true;
+    trace_dedup_lease_take(fd);
+    return 0;
+}
+
+/* On the worker; lock held. */
+static void lease_release(DedupBlock *block)
+{
+    if (block->leased) {
+        block->leased = false;
+        if (fcntl(block->rb->fd, F_SETLEASE, F_UNLCK) < 0) {
+            warn_report("dedup-scanner: cannot release the lease on a RAM "
+                        "file: %s", strerror(errno));
+        }
+        trace_dedup_lease_release(block->rb->fd);
+    }
+}
+
+/* Does the kernel want the lease back? */
+static bool lease_is_breaking(const DedupBlock *block)
+{
+    return block->leased &&
+           fcntl(block->rb->fd, F_GETLEASE) != F_WRLCK;
+}
+
+/* Find a block to work on.  On the worker; lock held. */
+static DedupBlock *worker_next(DedupRam *ram, bool *retry)
+{
+    DedupBlock *block;
+
+    QTAILQ_FOREACH(block, &ram->blocks, next) {
+        if (lease_is_breaking(block) && !block->opened) {
+            trace_dedup_lease_break(block->rb->fd);
+            block->opened = true;
+            block->leaving = true;
+        }
+        if (block->leaving && block->error) {
+            *retry = true;
+        } else if (block->leaving) {
+            return block;
+        }
+    }
+    return NULL;
+}
+
+/* Remove a region with its contents.  On the worker; lock held, released. */
+static void worker_restore(DedupScanner *ds, DedupBlock *block)
+{
+    DedupRam *ram = &ds->ram;
+    DedupRegion *region = block->region;
+    GError *error = NULL;
+    bool ok = true;
+
+    if (region) {
+        block->pages_merged = dedup_region_pages_merged(region);
+        block->region = NULL;
+        block->busy = true;
+        qemu_mutex_unlock(&ram->lock);
+        ok = dedup_region_remove(region, true, &error);
+        qemu_mutex_lock(&ram->lock);
+        block->busy = false;
+        trace_dedup_block_restore(block->rb->fd, ok);
+    }
+    if (ok) {
+        block->leaving = false;
+        lease_release(block);
+    } else {
+        /* Still merged, and not to be merged further: try again later. */
+        block->region = region;
+        block->error = error;
+        if (block->opened) {
+            warn_report_once("dedup-scanner: RAM whose file was opened by "
+                             "another process cannot be restored yet: %s",
+                             error->message);
+        }
+    }
+    qemu_cond_broadcast(&ram->changed);
+    qemu_bh_schedule(ds->update_bh);
+}
+
+/* A signalfd reads the signals of the thread that reads it. */
+int dedup_worker_signalfd(void)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    sigaddset(&set, DEDUP_LEASE_SIGNAL);
+    sigaddset(&set, SIGIO);
+    return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+static void worker_wait(struct pollfd *fds, int timeout)
+{
+    struct signalfd_siginfo info;
+    uint64_t count;
+
+    if (RETRY_ON_EINTR(poll(fds, 2, timeout)) <= 0) {
+        return;
+    }
+    while (read(fds[0].fd, &count, sizeof(count)) == sizeof(count)) {
+        continue;
+    }
+    while (read(fds[1].fd, &info, sizeof(info)) == sizeof(info)) {
+        continue;
+    }
+}
+
+static void *worker_run(void *opaque)
+{
+    DedupScanner *ds = opaque;
+    DedupRam *ram = &ds->ram;
+    struct pollfd fds[2] = {
+        { .fd = ram->kick_fd, .events = POLLIN },
+        { .fd = ram->signal_fd, .events = POLLIN },
+    };
+    DedupBlock *block;
+    bool retry;
+
+    rcu_register_thread();
+    /* The signals are blocked here as in every thread of QEMU's. */
+    ram->worker_tid = qemu_get_thread_id();
+    qemu_sem_post(&ram->worker_ready);
+
+    qemu_mutex_lock(&ram->lock);
+    while (!ram->stop) {
+        retry = false;
+        block = worker_next(ram, &retry);
+        if (block) {
+            worker_restore(ds, block);
+            continue;
+        }
+        qemu_mutex_unlock(&ram->lock);
+        worker_wait(fds, retry ? DEDUP_RETRY_MS : -1);
+        qemu_mutex_lock(&ram->lock);
+        if (retry) {
+            QTAILQ_FOREACH(block, &ram->blocks, next) {
+                g_clear_error(&block->error);
+            }
+        }
+    }
+    qemu_mutex_unlock(&ram->lock);
+
+    rcu_unregister_thread();
+    return NULL;
+}
+
+void dedup_worker_kick(DedupScanner *ds)
+{
+    uint64_t one = 1;
+    ssize_t ret;
+
+    ret = write(ds->ram.kick_fd, &one, sizeof(one));
+    /* Only if it was kicked 2^64 times and did not look. */
+    assert(ret == sizeof(one));
+}
+
+void dedup_worker_start(DedupScanner *ds)
+{
+    DedupRam *ram = &ds->ram;
+
+    ram->stop = false;
+    qemu_thread_create(&ram->worker, "dedup-worker", worker_run, ds,
+                       QEMU_THREAD_JOINABLE);
+    qemu_sem_wait(&ram->worker_ready);
+}
+
+void dedup_worker_stop(DedupScanner *ds)
+{
+    DedupRam *ram = &ds->ram;
+
+    WITH_QEMU_LOCK_GUARD(&ram->lock) {
+        ram->stop = true;
+    }
+    dedup_worker_kick(ds);
+    qemu_thread_join(&ram->worker);
+    ram->worker_tid = 0;
+}

@@ -1,0 +1,329 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Memory deduplication: RAM blocks become regions of the engine
+ *
+ * The list of blocks follows the RAMBlockNotifier.  Which of them the engine
+ * works on is decided by dedup_ram_update(), in a bottom half, because a
+ * block is announced before its attributes are set (block-reasons.c): after
+ * each change of the memory map, when something else has changed that may
+ * matter, and once a second for what nobody announces.
+ *
+ * A block that is not eligible any more is left to the worker (leases.c).
+ * Only removal cannot wait: when ram_block_removed returns, the memory is
+ * unmapped.
+ */
+
+#include "qemu/osdep.h"
+#include <sys/eventfd.h>
+#include "exec/address-spaces.h"
+#include "exec/cpu-common.h"
+#include "exec/ramblock.h"
+#include "hw/dedup/ram-guard.h"
+#include "qapi/error.h"
+#include "qemu/error-report.h"
+#include "qemu/lockable.h"
+#include "qemu/main-loop.h"
+#include "dedup-internal.h"
+#include "trace.h"
+
+static DedupBlock *find_block(DedupRam *ram, const RAMBlock *rb)
+{
+    DedupBlock *block;
+
+    QTAILQ_FOREACH(block, &ram->blocks, next) {
+        if (block->rb == rb) {
+            return block;
+        }
+    }
+    return NULL;
+}
+
+static void enter_engine(DedupScanner *ds, DedupBlock *block)
+{
+    g_autoptr(GError) gerr = NULL;
+    DedupRegionInfo info;
+    DedupRegion *region;
+
+    dedup_block_info(block, &info);
+    region = dedup_region_add(ds->engine, &info, &gerr);
+    trace_dedup_block_enter(info.id, info.size, info.flags, !!region);
+    QEMU_LOCK_GUARD(&ds->ram.lock);
+    block->region = region;
+    if (!region) {
+        block->eligible = false;
+        block->reason = DEDUP_BLOCK_REASON_OUT_OF_MEMORY;
+        /* The worker gives the lease back. */
+        block->leaving = block->leased;
+    }
+}
+
+static void update_block(DedupScanner *ds, DedupBlock *block)
+{
+    DedupRam *ram = &ds->ram;
+    DedupBlockReason reason = 0;
+    bool eligible, enter, kick = false;
+
+    eligible = dedup_block_eligible(ds, block, &reason);
+    WITH_QEMU_LOCK_GUARD(&ram->lock) {
+        if (block->eligible && !eligible) {
+            trace_dedup_block_leave(dedup_block_id(block),
+                                    DedupBlockReason_str(reason));
+        }
+        block->eligible = eligible;
+        block->reason = reason;
+        if (eligible) {
+            /* Too late if the worker is at it: then it enters again. */
+            block->leaving = false;
+            g_clear_error(&block->error);
+        } else if (!block->leaving && (block->region || block->leased)) {
+            block->leaving = true;
+            kick = true;
+        }
+        enter = eligible && !block->region && !block->busy;
+    }
+    if (enter) {
+        enter_engine(ds, block);
+        kick = block->leaving;
+    }
+    if (kick) {
+        dedup_worker_kick(ds);
+    }
+}
+
+void dedup_ram_update(DedupScanner *ds)
+{
+    DedupBlock *block;
+
+    assert(bql_locked());
+    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
+        update_block(ds, block);
+    }
+}
+
+static void ram_added(RAMBlockNotifier *n, void *host, size_t size,
+                      size_t max_size)
+{
+    DedupScanner *ds = container_of(n, DedupScanner, ram.notifier);
+    DedupBlock *block = g_new0(DedupBlock, 1);
+    ram_addr_t offset;
+
+    block->rb = qemu_ram_block_from_host(host, false, &offset);
+    assert(block->rb && offset == 0);
+    block->reason = DEDUP_BLOCK_REASON_NOT_MAPPED;
+    WITH_QEMU_LOCK_GUARD(&ds->ram.lock) {
+        QTAILQ_INSERT_TAIL(&ds->ram.blocks, block, next);
+    }
+    qemu_bh_schedule(ds->update_bh);
+}
+
+static void ram_removed(RAMBlockNotifier *n, void *host, size_t size,
+                        size_t max_size)
+{
+    DedupScanner *ds = container_of(n, DedupScanner, ram.notifier);
+    DedupRam *ram = &ds->ram;
+    g_autoptr(GError) gerr = NULL;
+    DedupBlock *block;
+    DedupRegion *region;
+    ram_addr_t offset;
+
+    block = find_block(ram, qemu_ram_block_from_host(host, false, &offset));
+    assert(block);
+
+    qemu_mutex_lock(&ram->lock);
+    while (block->busy) {
+        qemu_cond_wait(&ram->changed, &ram->lock);
+    }
+    region = block->region;
+    QTAILQ_REMOVE(&ram->blocks, block, next);
+    qemu_mutex_unlock(&ram->lock);
+
+    /*
+     * A file with a name lives on, and somebody may want to read it.  The
+     * lease ends when the file is closed.
+     */
+    if (region && !dedup_region_remove(region, block->named, &gerr)) {
+        error_report("dedup-scanner: the file of memory '%s' is not "
+                     "complete: %s", dedup_block_id(block), gerr->message);
+        dedup_region_remove(region, false, NULL);
+    }
+    g_clear_error(&block->error);
+    g_free(block);
+}
+
+static void memory_commit(MemoryListener *listener)
+{
+    DedupScanner *ds = container_of(listener, DedupScanner, ram.listener);
+
+    qemu_bh_schedule(ds->update_bh);
+}
+
+/* On any thread, in an RCU read-side critical section, without the BQL. */
+static bool guard_discard(void *opaque, RAMBlock *rb, ram_addr_t start,
+                          size_t length)
+{
+    DedupScanner *ds = opaque;
+
+    return dedup_engine_discard(ds->engine, rb->host + start, length);
+}
+
+static bool is_needed_whole(RAMBlock *rb)
+{
+    return ram_guard_is_whole(rb);
+}
+
+static bool guard_whole_begin(void *opaque, RAMBlock *rb, Error **errp)
+{
+    DedupScanner *ds = opaque;
+    bool ok;
+
+    if (!ds->started) {
+        return true;
+    }
+    /* The user is on the guard's list already: no block may stay. */
+    dedup_scanner_recheck(ds);
+    ok = dedup_ram_wait_whole(ds, is_needed_whole, errp);
+    if (!ok) {
+        error_append_hint(errp, "Stop dedup-scanner '%s' with dedup-unmerge "
+                          "on a host that has the memory.\n",
+                          object_get_canonical_path_component(OBJECT(ds)));
+    }
+    return ok;
+}
+
+static void guard_whole_end(void *opaque, RAMBlock *rb)
+{
+    DedupScanner *ds = opaque;
+
+    qemu_bh_schedule(ds->update_bh);
+}
+
+static const RamGuardOps guard_ops = {
+    .discard = guard_discard,
+    .whole_begin = guard_whole_begin,
+    .whole_end = guard_whole_end,
+};
+
+/*
+ * Is none of these blocks merged?  *@failed is one that cannot be restored.
+ * Lock held.
+ */
+static bool is_whole(DedupRam *ram, bool (*needed)(RAMBlock *rb),
+                     DedupBlock **failed)
+{
+    DedupBlock *block;
+    bool whole = true;
+
+    QTAILQ_FOREACH(block, &ram->blocks, next) {
+        if (block->eligible || (needed && !needed(block->rb))) {
+            continue;
+        }
+        if (block->error) {
+            *failed = block;
+        }
+        whole = whole && !block->region && !block->busy;
+    }
+    return whole;
+}
+
+bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
+                          Error **errp)
+{
+    DedupRam *ram = &ds->ram;
+    DedupBlock *failed = NULL;
+    bool whole;
+
+    assert(bql_locked());
+    qemu_mutex_lock(&ram->lock);
+    while (!(whole = is_whole(ram, needed, &failed)) && !failed) {
+        /*
+         * The worker does not need the BQL, but the vCPUs do, and it may
+         * last.  As in run_on_cpu(), the caller has to expect changes.
+         */
+        bql_unlock();
+        qemu_cond_wait(&ram->changed, &ram->lock);
+        /* BQL first: so says the order of locks. */
+        qemu_mutex_unlock(&ram->lock);
+        bql_lock();
+        qemu_mutex_lock(&ram->lock);
+    }
+    if (!whole) {
+        error_setg(errp, "memory '%s' cannot be restored: %s",
+                   dedup_block_id(failed), failed->error->message);
+    }
+    qemu_mutex_unlock(&ram->lock);
+    return whole;
+}
+
+bool dedup_ram_init(DedupScanner *ds, Error **errp)
+{
+    DedupRam *ram = &ds->ram;
+
+    ram->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    ram->signal_fd = dedup_worker_signalfd();
+    if (ram->kick_fd < 0 || ram->signal_fd < 0) {
+        error_setg_errno(errp, errno, "cannot make an event descriptor");
+        return false;
+    }
+    return true;
+}
+
+void dedup_ram_start(DedupScanner *ds)
+{
+    DedupRam *ram = &ds->ram;
+
+    dedup_worker_start(ds);
+    ram->notifier = (RAMBlockNotifier) {
+        .ram_block_added = ram_added,
+        .ram_block_removed = ram_removed,
+    };
+    ram_block_notifier_add(&ram->notifier);
+    ram->listener = (MemoryListener) {
+        .name = "dedup-scanner",
+        .commit = memory_commit,
+    };
+    memory_listener_register(&ram->listener, &address_space_memory);
+}
+
+void dedup_ram_stop(DedupScanner *ds, bool lean)
+{
+    DedupRam *ram = &ds->ram;
+    DedupBlock *block;
+
+    memory_listener_unregister(&ram->listener);
+    /* It would be called for each block. */
+    ram->notifier.ram_block_removed = NULL;
+    ram_block_notifier_remove(&ram->notifier);
+    dedup_worker_stop(ds);
+
+    while ((block = QTAILQ_FIRST(&ram->blocks))) {
+        QTAILQ_REMOVE(&ram->blocks, block, next);
+        if (lean) {
+            if (block->region) {
+                dedup_region_remove(block->region, false, NULL);
+            }
+            if (block->leased) {
+                fcntl(block->rb->fd, F_SETLEASE, F_UNLCK);
+            }
+        }
+        g_clear_error(&block->error);
+        g_free(block);
+    }
+}
+
+void dedup_ram_destroy(DedupScanner *ds)
+{
+    DedupRam *ram = &ds->ram;
+
+    if (ram->kick_fd >= 0) {
+        close(ram->kick_fd);
+    }
+    if (ram->signal_fd >= 0) {
+        close(ram->signal_fd);
+    }
+}
+
+bool dedup_ram_guard_register(DedupScanner *ds)
+{
+    return ram_guard_register(&guard_ops, ds);
+}

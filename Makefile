@@ -60,7 +60,8 @@ engine: deps
 check-engine: engine
 	@scripts/run-tests --engine $(engine)
 
-check: qemu engine
+check: engine
+	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu --with-tests
 	@scripts/run-tests
 
 demo: qemu

@@ -1,0 +1,81 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""scripts/run-tests sees every way in which a test program can fail."""
+
+import contextlib
+import importlib.machinery
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+import types
+
+from checks import TOP
+import tap
+
+sys.dont_write_bytecode = True
+run_tests = types.ModuleType('run_tests')
+importlib.machinery.SourceFileLoader(
+    'run_tests', os.path.join(TOP, 'scripts', 'run-tests')
+).exec_module(run_tests)
+
+
+def outcome(script, timeout=20):
+    """(passed, failed, skipped) of a shell script."""
+    run_tests.LOGS = tempfile.mkdtemp(prefix='dedup-check-')
+    tap.cleanup(lambda d=run_tests.LOGS: shutil.rmtree(d))
+    program = run_tests.Program('fake', ['sh', '-c', script],
+                                timeout=timeout)
+    with contextlib.redirect_stdout(io.StringIO()):
+        program.run()
+    return program.passed, program.failed, program.skipped
+
+
+def expect(script, result, **kwargs):
+    got = outcome(script, **kwargs)
+    tap.check(got == result, f'{script!r}: {got}, not {result}')
+
+
+@tap.case
+def test_counts():
+    """ok, not ok and skipped are counted one by one"""
+    expect('echo 1..1; echo ok 1 a', (1, 0, 0))
+    expect('echo 1..3; echo ok 1 a; echo "ok 2 - b # SKIP no kvm"; echo ok 3',
+           (2, 0, 1))
+    expect('echo 1..2; echo ok 1 a; echo not ok 2 b; exit 1', (1, 1, 0))
+    expect('echo "1..0 # SKIP nothing here"', (0, 0, 1))
+    expect('echo ok 1 a; echo 1..1', (1, 0, 0))
+
+
+@tap.case
+def test_subtests():
+    """the lines of a subtest are its own"""
+    expect('echo 1..1; echo "    ok 1 x"; echo "    not ok 2 y"; echo ok 1 a',
+           (1, 0, 0))
+
+
+@tap.case
+def test_bad_ends():
+    """a crash, a bad status, a bail-out, a broken plan are failures"""
+    expect('echo 1..1; echo ok 1 a; kill -SEGV $$', (1, 1, 0))
+    expect('echo 1..1; echo ok 1 a; exit 3', (1, 1, 0))
+    expect('echo 1..2; echo ok 1 a; echo "Bail out! tired"', (1, 1, 0))
+    expect('echo 1..2; echo ok 1 a', (1, 1, 0))
+    expect('echo 1..1; echo ok 1 a; echo ok 2 b', (2, 1, 0))
+    expect('echo ok 1 a', (1, 1, 0))
+    expect('true', (0, 1, 0))
+    expect('echo 1..1', (0, 1, 0))
+
+
+@tap.case
+def test_time_out():
+    """a program that does not end is ended, with what it started"""
+    start = time.monotonic()
+    expect('echo 1..2; echo ok 1 a; sleep 600 & sleep 600', (1, 1, 0),
+           timeout=2)
+    tap.check(time.monotonic() - start < 15, 'waited for its children')
+
+
+tap.main()

@@ -200,6 +200,7 @@ typedef struct DedupCallbacks {
 
 /**
  * struct DedupConfig - what an engine is made with
+ * @page_size: of the host; only 4096 is supported in this version
  * @group_dir: absolute path of the group's directory, or NULL: this process
  *     only.  The directory is opened at once, joined when the thread runs
  *     (the user id may change in between).
@@ -208,6 +209,7 @@ typedef struct DedupCallbacks {
  * @opaque: for the callbacks
  */
 typedef struct DedupConfig {
+    size_t page_size;
     const char *group_dir;
     DedupParams params;
     DedupCallbacks callbacks;
@@ -314,8 +316,12 @@ bool dedup_region_remove(DedupRegion *region, bool keep_contents,
  * anonymous memory.  After it madvise(), fallocate() and mmap() on the range
  * do what they did before the engine came.  Ranges outside all regions are
  * ignored.  Takes the remap lock, so it waits at most for one window.
+ *
+ * Returns: false when the mapping could not be put back (the process is at
+ * vm.max_map_count): the caller must not discard then, or the guest would
+ * see a segment's contents again.
  */
-void dedup_engine_discard(DedupEngine *engine, void *host, uint64_t size);
+bool dedup_engine_discard(DedupEngine *engine, void *host, uint64_t size);
 
 /**
  * dedup_engine_restore_range() - give a range its own memory back, now, on

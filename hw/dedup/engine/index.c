@@ -278,6 +278,30 @@ static bool line_replace(uint64_t *line, uint64_t entry, unsigned seed)
     return false;
 }
 
+/*
+ * Makes room in line @at, which is full: one of its entries moves to the
+ * other line where it may be, if there is room.  The entry is there twice
+ * for a moment, and for good if somebody changes the old one just then.
+ */
+static bool line_displace(const DedupIndex *index, unsigned shard,
+                          uint64_t at, uint64_t lines, uint64_t entry)
+{
+    uint64_t *line = line_at(index, shard, at);
+
+    for (unsigned i = 0; line && i < LINE_ENTRIES; i++) {
+        uint64_t e = word(&line[i]);
+        uint64_t a = first_line(entry_tag(e), lines);
+        uint64_t b = second_line(entry_tag(e), lines);
+        uint64_t *to = line_at(index, shard, a == at ? b : a);
+
+        if (to && to != line && line_add(to, e) &&
+            change_word(&line[i], e, entry)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* The line that @tag goes to if it was found in line @at of @old_lines. */
 static uint64_t rehash_line(uint32_t tag, uint64_t at, uint64_t old_lines,
                             uint64_t lines, uint64_t *other)
@@ -290,7 +314,8 @@ static uint64_t rehash_line(uint32_t tag, uint64_t at, uint64_t old_lines,
 }
 
 static bool rehash_store(const DedupIndex *index, unsigned shard,
-                         uint64_t entry, uint64_t line, uint64_t other)
+                         uint64_t entry, uint64_t line, uint64_t other,
+                         uint64_t lines)
 {
     uint64_t *a = line_at(index, shard, line);
     uint64_t *b;
@@ -300,6 +325,10 @@ static bool rehash_store(const DedupIndex *index, unsigned shard,
     }
     b = line_at(index, shard, other);
     if (b && line_add(b, entry)) {
+        return true;
+    }
+    if (line_displace(index, shard, line, lines, entry) ||
+        line_displace(index, shard, other, lines, entry)) {
         return true;
     }
     if (entry_kind(entry) != DEDUP_HINT_PUBLISHED) {
@@ -351,7 +380,7 @@ static void rehash(const DedupIndex *index, unsigned shard,
                 continue;
             }
             to = rehash_line(entry_tag(entry), at, old_lines, lines, &other);
-            seen += rehash_store(index, shard, entry, to, other);
+            seen += rehash_store(index, shard, entry, to, other, lines);
         }
     }
     /* What the others added since is in the difference. */
@@ -420,7 +449,7 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
 
     for (unsigned i = 0; i < ATTEMPTS; i++) {
         uint64_t pages = shard_pages(index, shard);
-        uint64_t *a, *b, *line;
+        uint64_t at, bt, lines, *a, *b;
         unsigned free_a, free_b;
         bool found = false;
 
@@ -431,8 +460,11 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
         if (pages == 0) {
             return false;
         }
-        a = line_at(index, shard, first_line(tag, pages * PAGE_LINES));
-        b = line_at(index, shard, second_line(tag, pages * PAGE_LINES));
+        lines = pages * PAGE_LINES;
+        at = first_line(tag, lines);
+        bt = second_line(tag, lines);
+        a = line_at(index, shard, at);
+        b = line_at(index, shard, bt);
         if (!a || !b) {
             return false;
         }
@@ -441,20 +473,16 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
         if (found) {
             return true;
         }
-        line = free_b > free_a ? b : a;
-        if (free_a || free_b) {
-            if (line_add(line, entry)) {
-                __atomic_fetch_add(&index->header->shard[shard].count, 1,
-                                   __ATOMIC_RELAXED);
-                return true;
-            }
-            continue;           /* others were faster: look again */
+        if (line_add(free_b > free_a ? b : a, entry) ||
+            line_displace(index, shard, at, lines, entry) ||
+            line_displace(index, shard, bt, lines, entry)) {
+            __atomic_fetch_add(&index->header->shard[shard].count, 1,
+                               __ATOMIC_RELAXED);
+            return true;
         }
         check_count(index, shard, pages, tag);
-        if (overloaded(index, shard, pages)) {
-            if (grow(index, shard, pages)) {
-                continue;
-            }
+        if (overloaded(index, shard, pages) && grow(index, shard, pages)) {
+            continue;
         }
         /* The bits of the hash below the tag choose the victim. */
         if (line_replace(hash & 8 ? a : b, entry, hash) ||

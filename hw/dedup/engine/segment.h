@@ -39,7 +39,10 @@ typedef struct DedupSegment {
     const uint8_t *map;   /* read-only mapping of all pages */
     uint32_t refs;        /* guest pages merged or broken: maps hold it */
     uint32_t mapped;      /* guest pages merged */
-    uint64_t lean_since;  /* policy's memory, see publish.c; 0: it pays */
+    uint32_t others;      /* pages that other members merged to it */
+    uint64_t lean_since;  /* policy's memory, see policy.c; 0: it pays */
+    bool leaving;         /* does not pay: nothing is merged to it any more */
+    bool dirty;           /* @mapped or @use changed since it was published */
     uint32_t use[DEDUP_SEGMENT_PAGES]; /* guest pages merged to each page */
 } DedupSegment;
 

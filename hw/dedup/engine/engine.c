@@ -1,0 +1,478 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The engine: its life, its thread's loop, its requests.
+ *
+ * The scanner's thread alternates between batches of scanning, waits, and
+ * steps of a restore request.  Everything that is asked of it (parameters,
+ * block, restore, stop) is written down under the control lock and announced
+ * with dedup_kick(); the thread looks at it between batches, and between the
+ * chunks of a batch.
+ *
+ * Lock order: control, group_lock, turn, remap, stats_lock; each may be
+ * taken without those before it.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "freeze.h"
+#include "internal.h"
+
+G_DEFINE_QUARK(dedup-error-quark, dedup_error)
+
+/*
+ * Whoever wants the remap lock queues on "turn" first.  The scanner, which
+ * takes and drops it all the time, cannot overtake: a plain mutex would let
+ * it win again and again.
+ */
+void dedup_lock(DedupEngine *e)
+{
+    g_mutex_lock(&e->turn);
+    g_mutex_lock(&e->remap);
+    g_mutex_unlock(&e->turn);
+}
+
+void dedup_unlock(DedupEngine *e)
+{
+    g_mutex_unlock(&e->remap);
+}
+
+void dedup_kick(DedupEngine *e)
+{
+    g_mutex_lock(&e->control);
+    e->kick = true;
+    g_cond_broadcast(&e->wake);
+    g_mutex_unlock(&e->control);
+}
+
+void dedup_wait(DedupEngine *e, int64_t us)
+{
+    int64_t end = g_get_monotonic_time() + us;
+
+    g_mutex_lock(&e->control);
+    while (!e->kick && !e->stop) {
+        if (us < 0) {
+            g_cond_wait(&e->wake, &e->control);
+        } else if (!g_cond_wait_until(&e->wake, &e->control, end)) {
+            break;
+        }
+    }
+    e->kick = false;
+    g_mutex_unlock(&e->control);
+}
+
+static bool is_blocked(DedupEngine *e, bool *hard)
+{
+    bool blocked;
+
+    dedup_lock(e);
+    blocked = e->blocked || e->uffd < 0;
+    *hard = e->hard_blocked;
+    dedup_unlock(e);
+    return blocked;
+}
+
+bool dedup_may_scan(DedupEngine *e)
+{
+    bool may, hard;
+
+    g_mutex_lock(&e->control);
+    may = !e->stop && !e->restoring && e->params.run;
+    g_mutex_unlock(&e->control);
+    return may && !is_blocked(e, &hard);
+}
+
+void dedup_set_state(DedupEngine *e, DedupState state)
+{
+    bool changed;
+
+    g_mutex_lock(&e->stats_lock);
+    changed = e->state != state;
+    e->state = state;
+    g_mutex_unlock(&e->stats_lock);
+    if (changed) {
+        dedup_stats_publish(e);
+        if (e->callbacks.state_changed) {
+            e->callbacks.state_changed(e->opaque, state);
+        }
+    }
+}
+
+const char *dedup_state_str(DedupState state)
+{
+    static const char *const names[] = {
+        [DEDUP_STATE_SCANNING] = "scanning",
+        [DEDUP_STATE_IDLE] = "idle",
+        [DEDUP_STATE_LIMITED] = "limited",
+        [DEDUP_STATE_UNMERGING] = "unmerging",
+        [DEDUP_STATE_STOPPED] = "stopped",
+        [DEDUP_STATE_BLOCKED] = "blocked",
+    };
+
+    return names[state];
+}
+
+/* ---- what the peers may ask, on their thread ---- */
+
+static bool peer_keyed_hash(void *opaque, uint32_t member_page,
+                            const uint8_t *secret, DedupHash128 *hash)
+{
+    DedupEngine *e = opaque;
+    DedupRegion *r;
+    uint32_t page;
+    uint8_t flags;
+    bool ok = false;
+
+    dedup_lock(e);
+    if (dedup_region_find(e, member_page, &r, &page)) {
+        uint32_t entry = r->where[page];
+
+        /* a merged page is there, without memory of its own */
+        ok = dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN);
+        if (!ok && dedup_presence(r, page, 1, &flags)) {
+            ok = flags & DEDUP_PRESENT;
+        }
+        if (ok) {
+            *hash = dedup_page_keyed_hash(dedup_region_addr(r, page),
+                                          secret);
+        }
+    }
+    dedup_unlock(e);
+    return ok;
+}
+
+static int peer_segment_fd(void *opaque, uint32_t gid)
+{
+    DedupEngine *e = opaque;
+    DedupSegment *s;
+    int fd = -1;
+
+    dedup_lock(e);
+    s = dedup_segments_find(e, gid);
+    if (s) {
+        fd = fcntl(s->fd, F_DUPFD_CLOEXEC, 0);
+    }
+    dedup_unlock(e);
+    return fd;
+}
+
+static const DedupGroupOps group_ops = {
+    .keyed_hash = peer_keyed_hash,
+    .segment_fd = peer_segment_fd,
+};
+
+/* ---- life ---- */
+
+DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
+{
+    DedupGroup *group;
+    DedupEngine *e;
+    int uffd;
+
+    if (config->page_size != DEDUP_PAGE_SIZE) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
+                    "pages of %zu bytes are not supported, only of %zu",
+                    config->page_size, DEDUP_PAGE_SIZE);
+        return NULL;
+    }
+    group = dedup_group_new(config->group_dir, error);
+    if (!group) {
+        return NULL;
+    }
+    uffd = dedup_freeze_open(error);
+    if (uffd < 0) {
+        dedup_group_free(group);
+        return NULL;
+    }
+
+    e = g_new0(DedupEngine, 1);
+#ifdef CONFIG_DEDUP_MUTANTS
+    if (getenv("DEDUP_MUTANT")) {
+        dedup_mutant = atoi(getenv("DEDUP_MUTANT"));
+        dedup_mutant_delay_us = 2000;
+    }
+#endif
+    e->callbacks = config->callbacks;
+    e->opaque = config->opaque;
+    e->uffd = uffd;
+    e->group = group;
+    e->params = config->params;
+    e->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    e->has_pagemap_scan = true;
+    e->self_pidfd = syscall(SYS_pidfd_open, getpid(), 0);
+    e->has_madvise_vector = e->self_pidfd >= 0;
+    e->hostmem = dedup_hostmem_new();
+    e->stats.maps_limit = dedup_hostmem_max_maps(e->hostmem) *
+                          config->params.max_maps / 100;
+    g_mutex_init(&e->turn);
+    g_mutex_init(&e->remap);
+    g_mutex_init(&e->control);
+    g_mutex_init(&e->group_lock);
+    g_mutex_init(&e->stats_lock);
+    g_cond_init(&e->wake);
+    e->regions = g_ptr_array_new();
+    e->dead = g_ptr_array_new();
+    e->segments = g_ptr_array_new();
+    e->by_gid = g_hash_table_new(NULL, NULL);
+    e->pending = g_array_new(false, false, sizeof(DedupPending));
+    e->announce = g_array_new(false, false, sizeof(DedupAnnounce));
+    e->pending_hash = g_hash_table_new(NULL, NULL);
+    e->left_gids = g_hash_table_new(NULL, NULL);
+    e->tick_scans = g_new0(uint64_t, DEDUP_MAX_MEMBERS);
+    e->generation = 1;
+    e->proof_buffer = mmap(NULL, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE,
+                           PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                           -1, 0);
+    g_assert(e->proof_buffer != MAP_FAILED);
+    dedup_scan_init(e);
+    e->state = config->params.run ? DEDUP_STATE_SCANNING
+                                  : DEDUP_STATE_STOPPED;
+    return e;
+}
+
+void dedup_engine_free(DedupEngine *e)
+{
+    dedup_publish_free(e);
+    dedup_group_free(e->group);
+    while (e->regions->len) {
+        dedup_region_remove(g_ptr_array_index(e->regions, 0), false, NULL);
+    }
+    dedup_regions_reap(e);
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+
+        if (s) {
+            dedup_segment_free(s);
+        }
+    }
+    dedup_scan_free(e);
+    munmap(e->proof_buffer, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
+    g_free(e->tick_scans);
+    g_hash_table_destroy(e->left_gids);
+    g_hash_table_destroy(e->pending_hash);
+    g_array_free(e->announce, true);
+    g_array_free(e->pending, true);
+    g_hash_table_destroy(e->by_gid);
+    g_ptr_array_free(e->segments, true);
+    g_ptr_array_free(e->dead, true);
+    g_ptr_array_free(e->regions, true);
+    g_cond_clear(&e->wake);
+    g_mutex_clear(&e->stats_lock);
+    g_mutex_clear(&e->group_lock);
+    g_mutex_clear(&e->control);
+    g_mutex_clear(&e->remap);
+    g_mutex_clear(&e->turn);
+    dedup_hostmem_free(e->hostmem);
+    if (e->self_pidfd >= 0) {
+        close(e->self_pidfd);
+    }
+    if (e->pagemap_fd >= 0) {
+        close(e->pagemap_fd);
+    }
+    if (e->uffd >= 0) {
+        close(e->uffd);
+    }
+    g_free(e->group_error);
+    g_free(e);
+}
+
+static void join(DedupEngine *e)
+{
+    g_autoptr(GError) error = NULL;
+
+    if (!dedup_group_join(e->group, &group_ops, e, &error)) {
+        g_mutex_lock(&e->control);
+        e->group_error = g_strdup(error->message);
+        g_mutex_unlock(&e->control);
+        return;
+    }
+    e->index = dedup_group_index(e->group);
+    e->salt = dedup_group_salt(e->group);
+    __atomic_store_n(&e->joined, true, __ATOMIC_RELEASE);
+}
+
+/* What the state is called while scanning. */
+static DedupState scan_state(DedupEngine *e)
+{
+    if (e->stats.limits | e->pass_limits) {
+        return DEDUP_STATE_LIMITED;
+    }
+    /* a page is merged in its second pass at the earliest */
+    return e->stats.full_scans >= 3 && e->idle_passes >= 2
+           ? DEDUP_STATE_IDLE : DEDUP_STATE_SCANNING;
+}
+
+typedef enum Task { TASK_STOP, TASK_RESTORE, TASK_SCAN, TASK_REST } Task;
+
+/* What to do next; takes over new parameters. */
+static Task next_task(DedupEngine *e, DedupState *state)
+{
+    bool hard;
+    bool blocked = is_blocked(e, &hard) || !e->joined;
+    Task task;
+
+    g_mutex_lock(&e->control);
+    e->active = e->params;
+    if (e->stop) {
+        task = TASK_STOP;
+    } else if (e->restoring) {
+        *state = DEDUP_STATE_UNMERGING;
+        task = hard ? TASK_REST : TASK_RESTORE;
+        if (e->restore_fresh) {
+            e->restore_fresh = false;
+            e->restore_region = 0;
+            e->restore_page = 0;
+            e->restore_left = 0;
+            e->restore_last = 0;
+            e->restore_idle = 0;
+        }
+    } else if (blocked) {
+        *state = DEDUP_STATE_BLOCKED;
+        task = TASK_REST;
+    } else if (!e->params.run) {
+        *state = DEDUP_STATE_STOPPED;
+        task = TASK_REST;
+    } else {
+        task = TASK_SCAN;
+    }
+    g_mutex_unlock(&e->control);
+
+    g_mutex_lock(&e->stats_lock);
+    e->stats.maps_limit = dedup_hostmem_max_maps(e->hostmem) *
+                          e->active.max_maps / 100;
+    g_mutex_unlock(&e->stats_lock);
+    if (task == TASK_SCAN) {
+        *state = scan_state(e);
+    }
+    return task;
+}
+
+static bool has_regions(DedupEngine *e)
+{
+    return __atomic_load_n(&e->pages_total, __ATOMIC_RELAXED) > 0;
+}
+
+void dedup_engine_run(DedupEngine *e)
+{
+    DedupState state = DEDUP_STATE_SCANNING;
+
+    if (pthread_getcpuclockid(pthread_self(), &e->cpu_clock) == 0) {
+        __atomic_store_n(&e->cpu_clock_valid, true, __ATOMIC_RELEASE);
+    }
+    join(e);
+    e->pass_start_us = g_get_monotonic_time();
+
+    for (;;) {
+        Task task = next_task(e, &state);
+
+        if (task == TASK_STOP) {
+            break;
+        }
+        dedup_set_state(e, state);
+        if (!e->pending->len) {
+            dedup_regions_reap(e);
+        }
+        switch (task) {
+        case TASK_RESTORE:
+            dedup_restore_step(e);
+            break;
+        case TASK_SCAN:
+            dedup_scan_batch(e, e->active.pages_to_scan);
+            dedup_stats_batch(e);
+            dedup_wait(e, has_regions(e) ?
+                       e->active.sleep_millisecs * 1000LL : -1);
+            break;
+        default:
+            if (e->joined) {
+                dedup_stats_batch(e);
+            }
+            dedup_wait(e, -1);
+            break;
+        }
+    }
+    dedup_publish_free(e);
+    /* the thread's clock dies with it */
+    dedup_engine_get_stats(e, &(DedupStats) { 0 }, false);
+    __atomic_store_n(&e->cpu_clock_valid, false, __ATOMIC_RELEASE);
+}
+
+void dedup_engine_stop(DedupEngine *e)
+{
+    g_mutex_lock(&e->control);
+    e->stop = true;
+    g_cond_broadcast(&e->wake);
+    g_mutex_unlock(&e->control);
+}
+
+/* ---- parameters and requests, any thread ---- */
+
+char *dedup_engine_group_error(DedupEngine *e)
+{
+    char *text;
+
+    g_mutex_lock(&e->control);
+    text = g_strdup(e->group_error);
+    g_mutex_unlock(&e->control);
+    return text;
+}
+
+void dedup_engine_get_params(DedupEngine *e, DedupParams *params)
+{
+    g_mutex_lock(&e->control);
+    *params = e->params;
+    g_mutex_unlock(&e->control);
+}
+
+void dedup_engine_set_params(DedupEngine *e, const DedupParams *params)
+{
+    g_mutex_lock(&e->control);
+    if (params->run && !e->params.run) {
+        e->restoring = false;
+        __atomic_store_n(&e->reserved_bytes, 0, __ATOMIC_RELAXED);
+    }
+    e->params = *params;
+    g_mutex_unlock(&e->control);
+    dedup_kick(e);
+}
+
+void dedup_engine_block(DedupEngine *e, bool block, bool hard)
+{
+    /* taking the lock waits for the window that may be open */
+    dedup_lock(e);
+    e->blocked = block;
+    e->hard_blocked = block && hard;
+    dedup_unlock(e);
+    dedup_kick(e);
+}
+
+bool dedup_engine_restore(DedupEngine *e, bool unmerge, bool force,
+                          GError **error)
+{
+    if (!dedup_restore_begin(e, force, error)) {
+        return false;
+    }
+    g_mutex_lock(&e->control);
+    if (unmerge) {
+        e->params.run = false;
+    }
+    e->restoring = true;
+    e->restore_fresh = true;
+    e->restore_force = force;
+    g_mutex_unlock(&e->control);
+    dedup_kick(e);
+    return true;
+}
+
+bool dedup_engine_lean(DedupEngine *e)
+{
+    return !__atomic_load_n(&e->merged, __ATOMIC_RELAXED) &&
+           !__atomic_load_n(&e->broken, __ATOMIC_RELAXED) &&
+           !__atomic_load_n(&e->zero, __ATOMIC_RELAXED);
+}

@@ -1,0 +1,284 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the host has left; see hostmem.h.
+ *
+ * Files of /proc are opened once and read from their start each time.  A
+ * memory cgroup is kept as one directory descriptor for it and each of its
+ * ancestors up to the root of the hierarchy, since any of them may carry the
+ * limit that binds.  Everything here is a text file of the kernel's: numbers
+ * are parsed with g_ascii_strtoull(), and what cannot be read counts as "no
+ * limit known".
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "hostmem.h"
+
+#define MAX_LEVELS 16
+
+struct DedupHostMem {
+    int meminfo_fd;
+    int maps_fd;
+    uint64_t max_maps;
+    bool v2;
+    unsigned nlevels;
+    int level_fd[MAX_LEVELS];      /* the cgroup, then its ancestors */
+    uint64_t level_id[MAX_LEVELS];
+};
+
+/* Read a small text file; NULL if it cannot be read. */
+static char *read_at(int dirfd, const char *name)
+{
+    char buf[16384];
+    ssize_t len;
+    int fd = openat(dirfd, name, O_RDONLY | O_CLOEXEC);
+
+    if (fd < 0) {
+        return NULL;
+    }
+    len = read(fd, buf, sizeof(buf) - 1);
+    close(fd);
+    if (len < 0) {
+        return NULL;
+    }
+    return g_strndup(buf, len);
+}
+
+/* The number behind "name" at the start of a line; false if absent. */
+static bool find_number(const char *text, const char *name, uint64_t *value)
+{
+    size_t len = strlen(name);
+
+    for (const char *line = text; line; line = strchr(line, '\n')) {
+        line += *line == '\n';
+        if (strncmp(line, name, len) == 0 &&
+            (line[len] == ' ' || line[len] == ':')) {
+            line += len;
+            line += strspn(line, ": \t");
+            *value = g_ascii_strtoull(line, NULL, 10);
+            return true;
+        }
+    }
+    return false;
+}
+
+/*
+ * The path of our memory cgroup below the hierarchy's mount point.  A line
+ * of /proc/self/cgroup is "0::PATH" (version 2) or "N:CONTROLLERS:PATH".
+ */
+static char *cgroup_path(const char *text, bool v2)
+{
+    g_auto(GStrv) lines = g_strsplit(text, "\n", -1);
+
+    for (char **l = lines; *l; l++) {
+        g_auto(GStrv) f = g_strsplit(*l, ":", 3);
+
+        if (g_strv_length(f) != 3) {
+            continue;
+        }
+        if (v2) {
+            if (!strcmp(f[0], "0") && !*f[1]) {
+                return g_strdup(f[2]);
+            }
+        } else {
+            g_auto(GStrv) names = g_strsplit(f[1], ",", -1);
+
+            if (g_strv_contains((const char * const *)names, "memory")) {
+                return g_strdup(f[2]);
+            }
+        }
+    }
+    return NULL;
+}
+
+/*
+ * The mount point of the hierarchy and the path that is mounted there.  A
+ * line of mountinfo is "ID PARENT DEV ROOT POINT OPTIONS... - TYPE SOURCE
+ * SUPEROPTIONS".
+ */
+static char *cgroup_mount(const char *text, bool v2, char **root)
+{
+    g_auto(GStrv) lines = g_strsplit(text, "\n", -1);
+
+    for (char **l = lines; *l; l++) {
+        const char *tail = strstr(*l, " - ");
+        g_auto(GStrv) f = g_strsplit(*l, " ", 6);
+        g_auto(GStrv) t = tail ? g_strsplit(tail + 3, " ", 3) : NULL;
+
+        if (g_strv_length(f) < 6 || !t || g_strv_length(t) < 3) {
+            continue;
+        }
+        if (v2 ? !strcmp(t[0], "cgroup2") : !strcmp(t[0], "cgroup")) {
+            g_auto(GStrv) options = g_strsplit(t[2], ",", -1);
+
+            if (v2 ||
+                g_strv_contains((const char * const *)options, "memory")) {
+                *root = g_strdup(f[3]);
+                return g_strdup(f[4]);
+            }
+        }
+    }
+    return NULL;
+}
+
+static bool cgroup_open(DedupHostMem *m, const char *cgroups,
+                        const char *mounts, bool v2)
+{
+    g_autofree char *path = cgroup_path(cgroups, v2);
+    g_autofree char *root = NULL;
+    g_autofree char *point = cgroup_mount(mounts, v2, &root);
+    g_autofree char *full = NULL;
+    const char *below = path;
+
+    if (!path || !point) {
+        return false;
+    }
+    if (strcmp(root, "/") != 0 && g_str_has_prefix(path, root)) {
+        below = path + strlen(root);
+    }
+    full = g_strconcat(point, below, NULL);
+    m->v2 = v2;
+    while (m->nlevels < MAX_LEVELS && strlen(full) >= strlen(point)) {
+        struct stat st;
+        int fd = open(full, O_PATH | O_DIRECTORY | O_CLOEXEC);
+        char *slash;
+
+        if (fd >= 0 && fstat(fd, &st) == 0) {
+            m->level_id[m->nlevels] = st.st_ino;
+            m->level_fd[m->nlevels++] = fd;
+        } else if (fd >= 0) {
+            close(fd);
+        }
+        slash = strrchr(full, '/');
+        if (!slash || slash == full) {
+            break;
+        }
+        *slash = '\0';
+    }
+    return m->nlevels > 0;
+}
+
+DedupHostMem *dedup_hostmem_new(void)
+{
+    DedupHostMem *m = g_new0(DedupHostMem, 1);
+    g_autofree char *max = read_at(AT_FDCWD, "/proc/sys/vm/max_map_count");
+    g_autofree char *cgroups = NULL;
+    g_autofree char *mounts = NULL;
+
+    m->meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
+    m->maps_fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    m->max_maps = max ? g_ascii_strtoull(max, NULL, 10) : 65530;
+    if (g_file_get_contents("/proc/self/cgroup", &cgroups, NULL, NULL) &&
+        g_file_get_contents("/proc/self/mountinfo", &mounts, NULL, NULL)) {
+        /* a hybrid host has both; then version 1 has the controller */
+        if (!cgroup_open(m, cgroups, mounts, false)) {
+            cgroup_open(m, cgroups, mounts, true);
+        }
+    }
+    return m;
+}
+
+void dedup_hostmem_free(DedupHostMem *m)
+{
+    if (!m) {
+        return;
+    }
+    if (m->meminfo_fd >= 0) {
+        close(m->meminfo_fd);
+    }
+    if (m->maps_fd >= 0) {
+        close(m->maps_fd);
+    }
+    for (unsigned i = 0; i < m->nlevels; i++) {
+        close(m->level_fd[i]);
+    }
+    g_free(m);
+}
+
+uint64_t dedup_hostmem_available(DedupHostMem *m)
+{
+    char buf[4096];
+    uint64_t kib;
+    ssize_t len = pread(m->meminfo_fd, buf, sizeof(buf) - 1, 0);
+
+    if (len <= 0) {
+        return UINT64_MAX;
+    }
+    buf[len] = '\0';
+    return find_number(buf, "MemAvailable", &kib) ? kib * 1024 : UINT64_MAX;
+}
+
+/* Room below one cgroup's limit; UINT64_MAX if it has none. */
+static uint64_t level_room(DedupHostMem *m, int fd)
+{
+    g_autofree char *limit_text = read_at(fd, m->v2 ? "memory.max" :
+                                          "memory.limit_in_bytes");
+    g_autofree char *usage_text = NULL;
+    g_autofree char *stat = NULL;
+    uint64_t limit, usage, active = 0, inactive = 0;
+
+    if (!limit_text || !g_ascii_isdigit(*limit_text)) {
+        return UINT64_MAX; /* the root, or "max" */
+    }
+    limit = g_ascii_strtoull(limit_text, NULL, 10);
+    if (limit >= INT64_MAX / 2) {
+        return UINT64_MAX; /* version 1's "none": the largest page count */
+    }
+    usage_text = read_at(fd, m->v2 ? "memory.current" :
+                         "memory.usage_in_bytes");
+    stat = read_at(fd, "memory.stat");
+    if (!usage_text || !stat) {
+        return UINT64_MAX;
+    }
+    usage = g_ascii_strtoull(usage_text, NULL, 10);
+    /* page cache of files gives way before the limit kills; shmem is not in
+     * these lists (it is on the anonymous ones) */
+    find_number(stat, m->v2 ? "active_file" : "total_active_file", &active);
+    find_number(stat, m->v2 ? "inactive_file" : "total_inactive_file",
+                &inactive);
+    usage -= MIN(usage, active + inactive);
+    return limit > usage ? limit - usage : 0;
+}
+
+uint64_t dedup_hostmem_cgroup_room(DedupHostMem *m, uint64_t *cgroup_id)
+{
+    uint64_t least = UINT64_MAX;
+
+    *cgroup_id = 0;
+    for (unsigned i = 0; i < m->nlevels; i++) {
+        uint64_t room = level_room(m, m->level_fd[i]);
+
+        if (room < least) {
+            least = room;
+            *cgroup_id = m->level_id[i];
+        }
+    }
+    return least;
+}
+
+uint64_t dedup_hostmem_maps(DedupHostMem *m)
+{
+    char buf[16384];
+    uint64_t lines = 0;
+    ssize_t len;
+
+    if (lseek(m->maps_fd, 0, SEEK_SET) < 0) {
+        return 0;
+    }
+    while ((len = read(m->maps_fd, buf, sizeof(buf))) > 0) {
+        for (char *p = buf; (p = memchr(p, '\n', buf + len - p)); p++) {
+            lines++;
+        }
+    }
+    return lines;
+}
+
+uint64_t dedup_hostmem_max_maps(DedupHostMem *m)
+{
+    return m->max_maps;
+}

@@ -1,0 +1,360 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the engine's parts share: the engine, its regions, the remap lock.
+ *
+ * The remap lock (I12) guards: the list of regions, every region's ledger
+ * and its mappings, the table of segments, the block flags.  Whoever reads
+ * guest memory or changes a mapping holds it, from the pre-checks to the
+ * punch.  The statistics lock guards only DedupEngine.stats and is the last
+ * in the order.  The scanner's own fields need no lock.
+ */
+
+#ifndef DEDUP_INTERNAL_H
+#define DEDUP_INTERNAL_H
+
+#include <time.h>
+
+#include "engine.h"
+#include "group.h"
+#include "hostmem.h"
+#include "mutant.h"
+#include "page.h"
+#include "segment.h"
+
+/* Pages looked at together: the reach of one page table, 2 MiB. */
+#define DEDUP_CHUNK_PAGES 512
+
+/*
+ * An entry of the ledger, one per page:
+ *   DEDUP_OWN     the page is as its owner mapped it
+ *   DEDUP_ZERO    dropped because it was zero; not seen again since
+ *   else          entry_no()/entry_page(): the segment page that is mapped
+ *                 there; with DEDUP_BROKEN, the kernel copied it since
+ */
+#define DEDUP_OWN 0u
+#define DEDUP_ZERO UINT32_MAX
+#define DEDUP_BROKEN (1u << 31)
+
+/* Bits of DedupRegion.area, one byte per chunk. */
+#define DEDUP_AREA_NOHUGE (1 << 0)   /* MADV_NOHUGEPAGE is set here */
+#define DEDUP_AREA_UNKSM (1 << 1)    /* taken from KSM */
+#define DEDUP_AREA_SPLIT (1 << 2)    /* huge page split in this pass */
+
+/* What the last scan of a region counted; replaced at the end of a pass. */
+typedef struct DedupCounts {
+    uint64_t present;
+    uint64_t unshared;
+    uint64_t volatiles;
+    uint64_t pinned;
+    uint64_t swapped;
+    uint64_t huge_kept;
+} DedupCounts;
+
+struct DedupRegion {
+    DedupEngine *engine;
+    char *id;
+    uint8_t *host;
+    uint32_t npages;
+    uint32_t base;            /* member page number of its first page */
+    DedupMemory memory;
+    int fd;
+    uint64_t fd_offset;
+    const uint16_t *pins;
+    unsigned flags;
+    bool dead;                /* removed; freed when the scanner lets go */
+
+    uint32_t *where;          /* the ledger; lazily populated */
+    uint16_t *fingerprint;    /* 0: not seen yet; lazily populated */
+    uint8_t *area;
+
+    /* Ledger sums; written under the remap lock, read by anyone. */
+    uint64_t merged;
+    uint64_t broken;
+    uint64_t zero;
+    uint64_t boundaries;      /* places where our mappings begin or end */
+
+    DedupCounts counts;       /* of the last full pass */
+    DedupCounts counting;     /* of the pass under way */
+};
+
+/* A page waiting for the segment that is being built. */
+typedef struct DedupPending {
+    DedupRegion *region;
+    uint32_t page;
+    uint16_t index;           /* page of the builder */
+} DedupPending;
+
+/* A page of the builder, to be announced when it is sealed. */
+typedef struct DedupAnnounce {
+    uint64_t hash;
+    uint64_t old_raw;         /* the hint that it replaces, 0: none */
+} DedupAnnounce;
+
+struct DedupEngine {
+    DedupCallbacks callbacks;
+    void *opaque;
+    int uffd;
+    int pagemap_fd;
+    int self_pidfd;
+    bool has_pagemap_scan;
+    bool has_madvise_vector;  /* process_madvise(MADV_DONTNEED) of oneself */
+    DedupHostMem *hostmem;
+    DedupGroup *group;
+    bool joined;
+
+    GMutex turn;              /* makes the remap lock fair, see dedup_lock() */
+    GMutex remap;
+    GPtrArray *regions;       /* of DedupRegion */
+    GPtrArray *dead;          /* removed regions that the scanner may hold */
+    GPtrArray *segments;      /* of DedupSegment, by number; holes are NULL */
+    GHashTable *by_gid;       /* gid -> DedupSegment */
+    bool blocked;
+    bool hard_blocked;
+
+    GMutex control;           /* params, requests; before the remap lock */
+    GCond wake;
+    DedupParams params;
+    bool stop;
+    bool kick;                /* something was asked of the scanner */
+    bool restoring;
+    bool restore_force;
+    bool restore_fresh;       /* a new request: start from the beginning */
+    char *group_error;
+
+    GMutex group_lock;        /* slots and table of the group, see group.h */
+    uint64_t reserved_bytes;  /* atomic: what a restore is about to use */
+
+    /* A restore request's walk; scanner's own. */
+    unsigned restore_region;
+    uint32_t restore_page;
+    uint64_t restore_left;    /* pages left in this round */
+    uint64_t restore_last;    /* and in the last */
+    unsigned restore_idle;    /* rounds without progress */
+
+    /* Scanner's own. */
+    DedupParams active;       /* copy of params, taken at each batch */
+    struct DedupChunk *chunk; /* scan.c's work space */
+    DedupIndex *index;        /* of the group, once joined */
+    uint64_t salt;
+    unsigned pass_region;     /* where the pass is */
+    uint32_t pass_page;
+    int64_t pass_start_us;
+    uint64_t pass_found;      /* pages merged or dropped in this pass */
+    unsigned idle_passes;     /* full passes in a row that found nothing */
+    unsigned pass_limits;
+    unsigned last_limits;
+    DedupBuilder *builder;
+    GArray *pending;          /* of DedupPending */
+    GArray *announce;         /* of DedupAnnounce, by builder page */
+    GHashTable *pending_hash; /* hash -> builder page + 1 */
+    uint8_t *proof_buffer;    /* DEDUP_PROOF_PAGES pages */
+    uint64_t announced_growths;
+    int64_t maps_other;       /* maps of the process that are not ours */
+    int64_t figures_us;       /* when the costly figures were last taken */
+    GHashTable *left_gids;    /* segments that we left, see publish.c */
+    uint64_t *tick_scans;     /* full scans of each member at the last tick */
+    uint64_t generation;      /* ticks: each member has made a pass since */
+
+    /* Live sums, atomic. */
+    uint64_t merged;
+    uint64_t broken;
+    uint64_t zero;
+    uint64_t pages_total;
+    uint64_t cow_breaks;
+    uint64_t pages_scanned;
+
+    GMutex stats_lock;
+    DedupStats stats;         /* what get_stats() returns */
+    DedupState state;
+    uint64_t own_present;     /* pages with memory of their own, last pass */
+    uint64_t overhead_bytes;  /* metadata and maps that we bear */
+    int64_t window_max_ns;    /* atomic */
+    clockid_t cpu_clock;
+    bool cpu_clock_valid;
+};
+
+/* The remap lock; fair, so that a discard never waits for many windows. */
+void dedup_lock(DedupEngine *e);
+void dedup_unlock(DedupEngine *e);
+
+/* ---- ledger.c: what is merged; the remap lock is held ---- */
+
+static inline bool dedup_entry_is_segment(uint32_t entry)
+{
+    return entry != DEDUP_OWN && entry != DEDUP_ZERO;
+}
+
+static inline uint32_t dedup_entry_no(uint32_t entry)
+{
+    return ((entry & ~DEDUP_BROKEN) - 1) / DEDUP_SEGMENT_PAGES;
+}
+
+static inline uint32_t dedup_entry_page(uint32_t entry)
+{
+    return ((entry & ~DEDUP_BROKEN) - 1) % DEDUP_SEGMENT_PAGES;
+}
+
+static inline uint32_t dedup_entry(uint32_t no, uint32_t page)
+{
+    return no * DEDUP_SEGMENT_PAGES + page + 1;
+}
+
+/* Change one page's state, with all sums that follow from it. */
+void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
+/* Mappings that our own doing costs, segment views included. */
+uint64_t dedup_ledger_maps(DedupEngine *e);
+
+/* Segments of this process; add numbers it, drop frees it (no refs left). */
+void dedup_segments_add(DedupEngine *e, DedupSegment *s);
+void dedup_segments_drop(DedupEngine *e, DedupSegment *s);
+DedupSegment *dedup_segments_find(DedupEngine *e, uint32_t gid);
+DedupSegment *dedup_entry_segment(DedupEngine *e, uint32_t entry);
+
+/* ---- region.c ---- */
+
+static inline uint8_t *dedup_region_addr(const DedupRegion *r, uint32_t page)
+{
+    return r->host + ((uint64_t)page << DEDUP_PAGE_SHIFT);
+}
+
+static inline uint64_t dedup_region_file_offset(const DedupRegion *r,
+                                                uint32_t page)
+{
+    return r->fd_offset + ((uint64_t)page << DEDUP_PAGE_SHIFT);
+}
+
+/*
+ * Is an asynchronous write in flight near the page (I5)?  The read is a
+ * sequentially consistent read-modify-write, so that it is ordered after the
+ * freeze: a writer that raised the counter later faults on the frozen page.
+ */
+bool dedup_region_pinned(const DedupRegion *r, uint32_t page);
+
+/* The region and page behind a member page number; false: there is none. */
+bool dedup_region_find(DedupEngine *e, uint32_t member_page,
+                       DedupRegion **region, uint32_t *page);
+
+/* Re-apply the region's madvise() state to new mappings (M6). */
+bool dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n);
+
+/* Map the region's own memory there, without contents. */
+bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n);
+
+/* Free what was removed; the scanner holds no region now. */
+void dedup_regions_reap(DedupEngine *e);
+
+/* ---- presence.c: which pages are there (I7); remap lock held ---- */
+
+#define DEDUP_PRESENT (1 << 0)       /* own memory, or a copied page */
+#define DEDUP_SWAPPED (1 << 1)
+#define DEDUP_HUGE (1 << 2)          /* mapped by a huge page */
+#define DEDUP_ZERO_MAPPED (1 << 3)   /* the kernel's zero page is mapped */
+
+/* Flags of @n pages (at most a chunk) from @first; touches no page. */
+bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
+                    uint8_t *flags);
+
+/* ---- window.c, restore.c ---- */
+
+typedef struct DedupAction {
+    uint32_t page;            /* of the region; ascending in an array */
+    uint16_t index;           /* segment page */
+    bool done;                /* out */
+    DedupSegment *segment;    /* NULL: drop as zero */
+} DedupAction;
+
+/*
+ * One window: merge or drop @n pages of @r that lie within
+ * DEDUP_WINDOW_PAGES of each other.  Takes the remap lock.  Returns how many
+ * were done; sets bits of @limits where something ran short.
+ */
+unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
+                      unsigned *limits);
+
+/* As many windows as it takes. */
+unsigned dedup_windows(DedupRegion *r, DedupAction *actions, unsigned n,
+                       unsigned *limits);
+
+/*
+ * Give pages [first, first + n) their own memory back, contents and all; at
+ * most DEDUP_WINDOW_PAGES.  Remap lock held.  Returns how many pages are
+ * still not own: pinned, or the kernel refused.
+ */
+unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n);
+
+/* One step of a restore request: returns false when it has ended. */
+bool dedup_restore_step(DedupEngine *e);
+bool dedup_restore_begin(DedupEngine *e, bool force, GError **error);
+
+/* ---- scan.c, publish.c ---- */
+
+#define DEDUP_PROOF_PAGES 64
+
+void dedup_scan_init(DedupEngine *e);
+void dedup_scan_free(DedupEngine *e);
+size_t dedup_scan_size(void);
+
+/* Scan about @budget pages; returns true at the end of a full pass. */
+bool dedup_scan_batch(DedupEngine *e, uint32_t budget);
+
+/*
+ * Another own page has the same content: publish both.  False: it has not,
+ * any more, so that the hint is stale.
+ */
+bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
+                        DedupRegion *r2, uint32_t page2, uint64_t hash,
+                        const DedupHint *hint);
+/* Is the content in the segment being built?  Then wait for it. */
+bool dedup_publish_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
+                           uint64_t hash);
+/* Another member says that it has the content: ask for proof, publish. */
+typedef struct DedupRemote {
+    DedupRegion *region;
+    uint32_t page;
+    uint64_t hash;
+    DedupHint hint;
+} DedupRemote;
+void dedup_publish_remote(DedupEngine *e, DedupRemote *remotes, unsigned n);
+/* Seal what is there, announce it, merge onto it. */
+void dedup_publish_flush(DedupEngine *e);
+void dedup_publish_free(DedupEngine *e);
+/* Find the segment behind a hint, fetching it if need be; or NULL. */
+DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid);
+
+/* ---- policy.c ---- */
+
+/* Leave segments that cost more than they save (I8); announce again. */
+void dedup_policy_pass_end(DedupEngine *e);
+
+/* ---- stats.c, engine.c ---- */
+
+/* What our RAM may still grow by: pages without memory of their own. */
+uint64_t dedup_owed_bytes(DedupEngine *e);
+
+/* May the scanner scan now, or is something else asked of it? */
+bool dedup_may_scan(DedupEngine *e);
+
+/* Ask the scanner to look at params and requests again; any thread. */
+void dedup_kick(DedupEngine *e);
+
+/* Wait, or until something is asked of the scanner. */
+void dedup_wait(DedupEngine *e, int64_t us);
+
+/* Tell the group about ourselves: the member slot. */
+void dedup_stats_publish(DedupEngine *e);
+/* Figures, at the end of a batch and of a pass. */
+void dedup_stats_batch(DedupEngine *e);
+void dedup_stats_pass(DedupEngine *e);
+void dedup_set_state(DedupEngine *e, DedupState state);
+/* How many more maps we may use. */
+int64_t dedup_maps_left(DedupEngine *e);
+
+static inline int64_t dedup_now_ns(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return ts.tv_sec * 1000000000LL + ts.tv_nsec;
+}
+
+#endif /* DEDUP_INTERNAL_H */

@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The ledger: what this process has merged.
+ *
+ * One 32-bit entry per page says which segment page is mapped there (see
+ * internal.h).  All sums that the figures and the budget need follow from
+ * changes of entries and are kept here, in one function, so that no path can
+ * forget one: pages per state, users per segment and per segment page, and
+ * the number of mappings.
+ *
+ * A segment is dropped only when no entry refers to it; entries leave the
+ * segment only after its mapping is gone.  So whatever number is read from
+ * an entry is a segment that exists.
+ *
+ * Everything here needs the remap lock; the region's sums are written
+ * atomically because the figures read them without it.
+ */
+
+#include "internal.h"
+
+static void add(uint64_t *sum, int64_t delta)
+{
+    __atomic_fetch_add(sum, delta, __ATOMIC_RELAXED);
+}
+
+/*
+ * Does a mapping end between two neighbours?  Own pages share the region's
+ * mapping, and so do dropped pages, unless the region is a private file:
+ * there they are anonymous memory.  Segment pages share one where they
+ * follow each other.
+ */
+static bool is_boundary(const DedupRegion *r, uint32_t a, uint32_t b)
+{
+    bool a_segment = dedup_entry_is_segment(a);
+    bool b_segment = dedup_entry_is_segment(b);
+
+    if (a_segment != b_segment) {
+        return true;
+    }
+    if (a_segment) {
+        return (a & ~DEDUP_BROKEN) + 1 != (b & ~DEDUP_BROKEN) ||
+               dedup_entry_no(a) != dedup_entry_no(b);
+    }
+    return a != b && r->memory == DEDUP_MEMORY_PRIVATE_FILE;
+}
+
+static unsigned boundaries_around(const DedupRegion *r, uint32_t page)
+{
+    unsigned n = 0;
+
+    if (page > 0) {
+        n += is_boundary(r, r->where[page - 1], r->where[page]);
+    }
+    if (page + 1 < r->npages) {
+        n += is_boundary(r, r->where[page], r->where[page + 1]);
+    }
+    return n;
+}
+
+static void account(DedupRegion *r, uint32_t entry, int sign)
+{
+    DedupSegment *s;
+
+    if (entry == DEDUP_OWN) {
+        return;
+    }
+    if (entry == DEDUP_ZERO) {
+        add(&r->zero, sign);
+        add(&r->engine->zero, sign);
+        return;
+    }
+    s = dedup_entry_segment(r->engine, entry);
+    s->refs += sign;
+    if (entry & DEDUP_BROKEN) {
+        add(&r->broken, sign);
+        add(&r->engine->broken, sign);
+        return;
+    }
+    add(&r->merged, sign);
+    add(&r->engine->merged, sign);
+    s->dirty = true;
+    s->mapped += sign;
+    s->use[dedup_entry_page(entry)] += sign;
+}
+
+void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
+{
+    unsigned before;
+
+    if (r->where[page] == entry) {
+        return;
+    }
+    before = boundaries_around(r, page);
+    account(r, r->where[page], -1);
+    r->where[page] = entry;
+    account(r, entry, 1);
+    add(&r->boundaries, (int64_t)boundaries_around(r, page) - before);
+}
+
+uint64_t dedup_ledger_maps(DedupEngine *e)
+{
+    uint64_t n = g_hash_table_size(e->by_gid);
+
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        n += r->boundaries;
+    }
+    return n;
+}
+
+void dedup_segments_add(DedupEngine *e, DedupSegment *s)
+{
+    unsigned no;
+
+    for (no = 0; no < e->segments->len; no++) {
+        if (!g_ptr_array_index(e->segments, no)) {
+            break;
+        }
+    }
+    if (no == e->segments->len) {
+        g_ptr_array_add(e->segments, s);
+    } else {
+        g_ptr_array_index(e->segments, no) = s;
+    }
+    s->no = no;
+    g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
+}
+
+void dedup_segments_drop(DedupEngine *e, DedupSegment *s)
+{
+    g_assert(s->refs == 0);
+    g_ptr_array_index(e->segments, s->no) = NULL;
+    g_hash_table_remove(e->by_gid, GUINT_TO_POINTER(s->gid));
+    dedup_segment_free(s);
+}
+
+DedupSegment *dedup_segments_find(DedupEngine *e, uint32_t gid)
+{
+    return g_hash_table_lookup(e->by_gid, GUINT_TO_POINTER(gid));
+}
+
+DedupSegment *dedup_entry_segment(DedupEngine *e, uint32_t entry)
+{
+    return g_ptr_array_index(e->segments, dedup_entry_no(entry));
+}

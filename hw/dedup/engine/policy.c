@@ -1,0 +1,208 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What becomes of segments, looked at once per full pass (I8).
+ *
+ * A segment that no page of ours refers to any more is let go; when no
+ * member maps it, its place in the group's table is free again.
+ *
+ * A segment that costs more memory than all its users together save by it
+ * is "lean".  A young one is lean too: the others need a pass to find it.
+ * So time is counted in ticks: one tick is over when every member that scans
+ * has completed a pass.  After LEAN_TICKS ticks of being lean a segment is
+ * left: its pages get their own memory back, and are published anew, in a
+ * denser segment, where two still want them.
+ *
+ * Runs after the figures of the pass, which say how others use a segment.
+ *
+ * A hint may get lost when the index grows.  So whoever published a segment
+ * announces its pages again after that.
+ */
+
+#include "internal.h"
+
+#define LEAN_TICKS 3
+/* Forget after this many ticks that a segment was left or not to be had. */
+#define FORGET_TICKS 16
+
+/* Pages that the segment costs; its slab and its maps are about one. */
+static uint64_t cost_in_pages(const DedupSegment *s)
+{
+    return s->npages + 1;
+}
+
+static void tick(DedupEngine *e)
+{
+    bool all = true;
+
+    g_mutex_lock(&e->group_lock);
+    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS && all; m++) {
+        DedupMemberInfo info;
+
+        if (m != dedup_group_self(e->group) &&
+            dedup_group_member(e->group, m, &info) && info.scanning) {
+            /* "not equal": a slot may have got a new owner */
+            all = info.full_scans != e->tick_scans[m];
+        }
+    }
+    if (all) {
+        e->generation++;
+        for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
+            DedupMemberInfo info;
+
+            e->tick_scans[m] = dedup_group_member(e->group, m, &info) ?
+                               info.full_scans : 0;
+        }
+        if (e->generation % FORGET_TICKS == 0) {
+            g_hash_table_remove_all(e->left_gids);
+        }
+    }
+    g_mutex_unlock(&e->group_lock);
+}
+
+/* Let go of segments that nothing refers to. */
+static void drop_unused(DedupEngine *e)
+{
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+        DedupSegmentUse others;
+        uint32_t gid;
+
+        if (!s || s->refs) {
+            continue;
+        }
+        gid = s->gid;
+        dedup_group_clear_use(e->group, gid);
+        dedup_group_others_use(e->group, gid, &others);
+        dedup_lock(e);
+        dedup_segments_drop(e, s);
+        dedup_unlock(e);
+        if (!others.mapped) {
+            dedup_group_segment_release(e->group, gid);
+        }
+    }
+}
+
+static bool find_lean(DedupEngine *e)
+{
+    bool any = false;
+
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+
+        if (!s || s->leaving) {
+            continue;
+        }
+        if ((uint64_t)s->mapped + s->others > cost_in_pages(s)) {
+            s->lean_since = 0;
+        } else if (!s->lean_since) {
+            s->lean_since = e->generation;
+        } else if (e->generation - s->lean_since >= LEAN_TICKS) {
+            s->leaving = true;
+            g_hash_table_add(e->left_gids, GUINT_TO_POINTER(s->gid));
+            any = true;
+        }
+    }
+    return any;
+}
+
+static bool is_leaving(DedupEngine *e, uint32_t entry)
+{
+    return dedup_entry_is_segment(entry) &&
+           dedup_entry_segment(e, entry)->leaving;
+}
+
+/* Restore what is mapped to segments that we leave, window by window. */
+static void leave_region(DedupEngine *e, DedupRegion *r)
+{
+    for (uint32_t page = 0; page < r->npages; page += DEDUP_WINDOW_PAGES) {
+        uint32_t end = MIN(page + DEDUP_WINDOW_PAGES, r->npages);
+
+        dedup_lock(e);
+        for (uint32_t i = page, j; !r->dead && !e->blocked && i < end;
+             i = j) {
+            for (j = i; j < end && is_leaving(e, r->where[j]); j++) {
+                ;
+            }
+            if (j > i) {
+                dedup_restore_locked(r, i, j - i);
+            }
+            j += j == i;
+        }
+        dedup_unlock(e);
+    }
+}
+
+static void leave_segments(DedupEngine *e)
+{
+    for (unsigned i = 0; ; i++) {
+        DedupRegion *r = NULL;
+
+        dedup_lock(e);
+        if (i < e->regions->len) {
+            r = g_ptr_array_index(e->regions, i);
+        }
+        dedup_unlock(e);
+        if (!r) {
+            return;
+        }
+        if (__atomic_load_n(&r->merged, __ATOMIC_RELAXED) ||
+            __atomic_load_n(&r->broken, __ATOMIC_RELAXED)) {
+            leave_region(e, r);
+        }
+    }
+}
+
+static bool is_announced(DedupEngine *e, uint64_t hash, uint32_t gid,
+                         uint32_t page)
+{
+    DedupHint hits[DEDUP_INDEX_HITS];
+    unsigned n = dedup_index_lookup(e->index, hash, hits);
+
+    for (unsigned i = 0; i < n; i++) {
+        if (hits[i].kind == DEDUP_HINT_PUBLISHED && hits[i].where == gid &&
+            hits[i].page == page) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void announce_again(DedupEngine *e)
+{
+    uint64_t growths = dedup_index_growths(e->index);
+
+    if (growths == e->announced_growths) {
+        return;
+    }
+    e->announced_growths = growths;
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+
+        for (uint32_t p = 0; s && s->mine && !s->leaving && p < s->npages;
+             p++) {
+            uint64_t hash = dedup_page_hash(s->map + ((size_t)p <<
+                                                      DEDUP_PAGE_SHIFT),
+                                            e->salt);
+            DedupHint hint = {
+                .kind = DEDUP_HINT_PUBLISHED, .where = s->gid, .page = p,
+            };
+
+            if (!is_announced(e, hash, s->gid, p)) {
+                dedup_index_insert(e->index, hash, &hint);
+            }
+        }
+    }
+}
+
+void dedup_policy_pass_end(DedupEngine *e)
+{
+    g_mutex_lock(&e->group_lock);
+    dedup_group_refresh(e->group);
+    g_mutex_unlock(&e->group_lock);
+    tick(e);
+    if (find_lean(e)) {
+        leave_segments(e);
+    }
+    drop_unused(e);
+    announce_again(e);
+}

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Presence: which pages of a region have memory, without touching one (I7).
+ *
+ * Own pages of a shared region are asked for with mincore(), which looks at
+ * the file: pagemap would call a page absent that is in the file but not in
+ * our page table, as every restored page is at first.  Everything else, own
+ * pages of private regions and the private mappings of segments, is read
+ * from pagemap, because there the question is another one: is there a copy
+ * of this process's own (anonymous) behind the page?
+ *
+ * PAGEMAP_SCAN (Linux 6.7) tells the kernel's zero page from memory; where
+ * it is missing /proc/self/pagemap is read, and a read zero page counts as
+ * present: it is found to be zero and dropped, which changes nothing.
+ *
+ * Runs under the remap lock, so nothing of ours changes meanwhile; what the
+ * guest or the kernel changes only makes the answer stale.
+ */
+
+#include <errno.h>
+#include <linux/fs.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+/* As in linux/fs.h of Linux 6.7, for older headers. */
+#ifndef PAGEMAP_SCAN
+#define PAGE_IS_FILE (1 << 2)
+#define PAGE_IS_PRESENT (1 << 3)
+#define PAGE_IS_SWAPPED (1 << 4)
+#define PAGE_IS_PFNZERO (1 << 5)
+#define PAGE_IS_HUGE (1 << 6)
+
+struct page_region {
+    __u64 start;
+    __u64 end;
+    __u64 categories;
+};
+
+struct pm_scan_arg {
+    __u64 size;
+    __u64 flags;
+    __u64 start;
+    __u64 end;
+    __u64 walk_end;
+    __u64 vec;
+    __u64 vec_len;
+    __u64 max_pages;
+    __u64 category_inverted;
+    __u64 category_mask;
+    __u64 category_anyof_mask;
+    __u64 return_mask;
+};
+
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#endif
+
+#define PM_PRESENT (1ULL << 63)
+#define PM_SWAPPED (1ULL << 62)
+#define PM_FILE (1ULL << 61)
+
+/* One pagemap category as our flags; memory of a file is nobody's own. */
+static uint8_t own_flags(uint64_t categories)
+{
+    if (categories & PAGE_IS_SWAPPED) {
+        return DEDUP_SWAPPED;
+    }
+    if (!(categories & PAGE_IS_PRESENT) || (categories & PAGE_IS_FILE)) {
+        return 0;
+    }
+    if (categories & PAGE_IS_PFNZERO) {
+        return DEDUP_ZERO_MAPPED;
+    }
+    return DEDUP_PRESENT | (categories & PAGE_IS_HUGE ? DEDUP_HUGE : 0);
+}
+
+static bool pagemap_scan(DedupEngine *e, uint8_t *addr, uint32_t n,
+                         uint8_t *flags)
+{
+    struct page_region vec[64];
+    uint64_t start = (uintptr_t)addr;
+    uint64_t end = start + ((uint64_t)n << DEDUP_PAGE_SHIFT);
+
+    memset(flags, 0, n);
+    while (start < end) {
+        struct pm_scan_arg arg = {
+            .size = sizeof(arg),
+            .start = start,
+            .end = end,
+            .vec = (uintptr_t)vec,
+            .vec_len = G_N_ELEMENTS(vec),
+            .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            .return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED |
+                           PAGE_IS_FILE | PAGE_IS_PFNZERO | PAGE_IS_HUGE,
+        };
+        int found = ioctl(e->pagemap_fd, PAGEMAP_SCAN, &arg);
+
+        if (found < 0) {
+            return false;
+        }
+        for (int i = 0; i < found; i++) {
+            uint64_t first = (vec[i].start - (uintptr_t)addr) >>
+                             DEDUP_PAGE_SHIFT;
+            uint64_t last = (vec[i].end - (uintptr_t)addr) >>
+                            DEDUP_PAGE_SHIFT;
+
+            memset(flags + first, own_flags(vec[i].categories),
+                   last - first);
+        }
+        if (arg.walk_end <= start) {
+            return false;
+        }
+        start = arg.walk_end;
+    }
+    return true;
+}
+
+static bool pagemap_read(DedupEngine *e, uint8_t *addr, uint32_t n,
+                         uint8_t *flags)
+{
+    uint64_t entries[DEDUP_CHUNK_PAGES];
+    uint64_t offset = ((uintptr_t)addr >> DEDUP_PAGE_SHIFT) *
+                      sizeof(entries[0]);
+    ssize_t len = pread(e->pagemap_fd, entries, n * sizeof(entries[0]),
+                        offset);
+
+    if (len != (ssize_t)(n * sizeof(entries[0]))) {
+        return false;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t categories = 0;
+
+        categories |= entries[i] & PM_PRESENT ? PAGE_IS_PRESENT : 0;
+        categories |= entries[i] & PM_SWAPPED ? PAGE_IS_SWAPPED : 0;
+        categories |= entries[i] & PM_FILE ? PAGE_IS_FILE : 0;
+        flags[i] = own_flags(categories);
+    }
+    return true;
+}
+
+static bool private_presence(DedupEngine *e, uint8_t *addr, uint32_t n,
+                             uint8_t *flags)
+{
+    if (e->has_pagemap_scan) {
+        if (pagemap_scan(e, addr, n, flags)) {
+            return true;
+        }
+        if (errno != ENOTTY && errno != EINVAL) {
+            return false;
+        }
+        e->has_pagemap_scan = false;
+    }
+    return pagemap_read(e, addr, n, flags);
+}
+
+bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
+                    uint8_t *flags)
+{
+    uint8_t *addr = dedup_region_addr(r, first);
+    unsigned char resident[DEDUP_CHUNK_PAGES];
+    uint32_t segments_first = n;
+    uint32_t segments_last = 0;
+
+    g_assert(n <= DEDUP_CHUNK_PAGES);
+    if (r->memory != DEDUP_MEMORY_SHARED) {
+        return private_presence(r->engine, addr, n, flags);
+    }
+
+    for (uint32_t i = 0; i < n; i++) {
+        if (dedup_entry_is_segment(r->where[first + i])) {
+            segments_first = MIN(segments_first, i);
+            segments_last = i;
+        }
+    }
+    if (segments_first <= segments_last &&
+        !private_presence(r->engine,
+                          addr + ((size_t)segments_first <<
+                                  DEDUP_PAGE_SHIFT),
+                          segments_last - segments_first + 1,
+                          flags + segments_first)) {
+        return false;
+    }
+    if (mincore(addr, (size_t)n << DEDUP_PAGE_SHIFT, resident) < 0) {
+        return false;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        if (!dedup_entry_is_segment(r->where[first + i])) {
+            flags[i] = resident[i] & 1 ? DEDUP_PRESENT : 0;
+        }
+    }
+    return true;
+}

@@ -1,0 +1,355 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Regions: the RAM that the engine's owner handed over, and what may happen
+ * to it from outside while the scanner works: removal and discards.
+ *
+ * A removed region is dead at once: nobody reads or maps its memory after
+ * dedup_region_remove() returns.  Its struct lives on until the scanner,
+ * which may remember it between two takings of the remap lock, has let go.
+ *
+ * Each region has three arrays, populated by the kernel as they are touched:
+ * the ledger (4 bytes a page, touched only around merged pages), the
+ * fingerprints (2 bytes a page) and a byte of flags per 2 MiB.
+ */
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "internal.h"
+
+static void *array_new(size_t size)
+{
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (p == MAP_FAILED) {
+        return NULL;
+    }
+    /* a huge page here would cost what we are about to save */
+    madvise(p, size, MADV_NOHUGEPAGE);
+    madvise(p, size, MADV_DONTDUMP);
+    return p;
+}
+
+static uint32_t region_chunks(const DedupRegion *r)
+{
+    return (r->npages + DEDUP_CHUNK_PAGES - 1) / DEDUP_CHUNK_PAGES;
+}
+
+static void region_free(DedupRegion *r)
+{
+    if (r->where) {
+        munmap(r->where, (size_t)r->npages * sizeof(r->where[0]));
+    }
+    if (r->fingerprint) {
+        munmap(r->fingerprint, (size_t)r->npages * sizeof(r->fingerprint[0]));
+    }
+    g_free(r->area);
+    g_free(r->id);
+    g_free(r);
+}
+
+/* The lowest free range of member page numbers; UINT32_MAX if none. */
+static uint32_t find_base(DedupEngine *e, uint32_t npages)
+{
+    uint64_t base = 0;
+
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        if (base + npages > r->base &&
+            base < (uint64_t)r->base + r->npages) {
+            base = (uint64_t)r->base + r->npages;
+            i = -1; /* look at all of them again */
+        }
+    }
+    return base + npages <= 1ULL << DEDUP_MEMBER_PAGE_BITS ? base
+                                                           : UINT32_MAX;
+}
+
+DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
+                              GError **error)
+{
+    DedupRegion *r;
+
+    if (!info->size || ((uintptr_t)info->host | info->size |
+                        info->fd_offset) & (DEDUP_PAGE_SIZE - 1) ||
+        info->size >> DEDUP_PAGE_SHIFT >= 1ULL << DEDUP_MEMBER_PAGE_BITS) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
+                    "region '%s' is empty, not aligned or too large",
+                    info->id);
+        return NULL;
+    }
+    r = g_new0(DedupRegion, 1);
+    r->engine = e;
+    r->id = g_strdup(info->id);
+    r->host = info->host;
+    r->npages = info->size >> DEDUP_PAGE_SHIFT;
+    r->memory = info->memory;
+    r->fd = info->fd;
+    r->fd_offset = info->fd_offset;
+    r->pins = info->pins;
+    r->flags = info->flags;
+    r->where = array_new((size_t)r->npages * sizeof(r->where[0]));
+    r->fingerprint = array_new((size_t)r->npages *
+                               sizeof(r->fingerprint[0]));
+    r->area = g_new0(uint8_t, region_chunks(r));
+    if (!r->where || !r->fingerprint) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
+                    "no memory to describe region '%s'", info->id);
+        region_free(r);
+        return NULL;
+    }
+
+    dedup_lock(e);
+    r->base = find_base(e, r->npages);
+    if (r->base == UINT32_MAX) {
+        dedup_unlock(e);
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
+                    "region '%s' is beyond the 4 TiB that one process can "
+                    "have scanned", info->id);
+        region_free(r);
+        return NULL;
+    }
+    g_ptr_array_add(e->regions, r);
+    __atomic_fetch_add(&e->pages_total, r->npages, __ATOMIC_RELAXED);
+    dedup_unlock(e);
+    dedup_kick(e);
+    return r;
+}
+
+/* Let go of every page: the mappings are somebody else's matter now. */
+static void forget_all(DedupRegion *r)
+{
+    for (uint32_t i = 0; r->merged + r->broken + r->zero && i < r->npages;
+         i++) {
+        if (r->where[i] != DEDUP_OWN) {
+            dedup_ledger_set(r, i, DEDUP_OWN);
+        }
+    }
+}
+
+bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
+{
+    DedupEngine *e = r->engine;
+
+    if (keep_contents &&
+        !dedup_engine_restore_range(e, r->host,
+                                    (uint64_t)r->npages << DEDUP_PAGE_SHIFT,
+                                    error)) {
+        return false;
+    }
+    dedup_lock(e);
+    r->dead = true;
+    forget_all(r);
+    g_ptr_array_remove(e->regions, r);
+    __atomic_fetch_sub(&e->pages_total, r->npages, __ATOMIC_RELAXED);
+    g_ptr_array_add(e->dead, r);
+    dedup_unlock(e);
+    if (keep_contents && (r->flags & DEDUP_REGION_MERGEABLE)) {
+        madvise(r->host, (size_t)r->npages << DEDUP_PAGE_SHIFT,
+                MADV_MERGEABLE);
+    }
+    return true;
+}
+
+void dedup_regions_reap(DedupEngine *e)
+{
+    dedup_lock(e);
+    for (unsigned i = 0; i < e->dead->len; i++) {
+        region_free(g_ptr_array_index(e->dead, i));
+    }
+    g_ptr_array_set_size(e->dead, 0);
+    dedup_unlock(e);
+}
+
+bool dedup_region_pinned(const DedupRegion *r, uint32_t page)
+{
+    uint16_t *pins = (uint16_t *)r->pins;
+    uint32_t chunk = page >> (DEDUP_PIN_SHIFT - DEDUP_PAGE_SHIFT);
+
+    /* pairs with the raise in ram_guard_dma_map() */
+    return pins && __atomic_fetch_or(&pins[chunk], 0, __ATOMIC_SEQ_CST);
+}
+
+bool dedup_region_find(DedupEngine *e, uint32_t member_page,
+                       DedupRegion **region, uint32_t *page)
+{
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        if (member_page >= r->base && member_page - r->base < r->npages) {
+            *region = r;
+            *page = member_page - r->base;
+            return true;
+        }
+    }
+    return false;
+}
+
+bool dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n)
+{
+    void *addr = dedup_region_addr(r, page);
+    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
+    bool ok = true;
+
+    if (DEDUP_MUTANT(NO_MADVISE)) {
+        return true;
+    }
+    if (r->flags & DEDUP_REGION_DONTFORK) {
+        ok &= madvise(addr, len, MADV_DONTFORK) == 0;
+    }
+    if (r->flags & DEDUP_REGION_DONTDUMP) {
+        ok &= madvise(addr, len, MADV_DONTDUMP) == 0;
+    }
+    return ok;
+}
+
+bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    uint8_t *addr = dedup_region_addr(r, page);
+    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
+    int flags = MAP_FIXED |
+                (r->flags & DEDUP_REGION_NORESERVE ? MAP_NORESERVE : 0);
+    off_t offset = 0;
+
+    switch (r->memory) {
+    case DEDUP_MEMORY_SHARED:
+        flags |= MAP_SHARED;
+        offset = dedup_region_file_offset(r, page);
+        break;
+    case DEDUP_MEMORY_ANON:
+        flags |= MAP_PRIVATE | MAP_ANONYMOUS;
+        break;
+    case DEDUP_MEMORY_PRIVATE_FILE:
+        flags |= MAP_PRIVATE;
+        offset = dedup_region_file_offset(r, page);
+        break;
+    }
+    if (mmap(addr, len, PROT_READ | PROT_WRITE, flags, r->fd, offset) ==
+        MAP_FAILED) {
+        return false;
+    }
+    if (r->flags & DEDUP_REGION_HUGEPAGE) {
+        /* advice only; its lack costs speed and a mapping */
+        for (uint32_t i = page, next; i < page + n; i = next) {
+            bool nohuge = r->area[i / DEDUP_CHUNK_PAGES] & DEDUP_AREA_NOHUGE;
+
+            next = MIN((i / DEDUP_CHUNK_PAGES + 1) * DEDUP_CHUNK_PAGES,
+                       page + n);
+            madvise(dedup_region_addr(r, i),
+                    (size_t)(next - i) << DEDUP_PAGE_SHIFT,
+                    nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+        }
+    }
+    dedup_region_reapply(r, page, n);
+    return true;
+}
+
+/* The part of a region that lies in [host, host + size). */
+static bool intersect(const DedupRegion *r, const uint8_t *host,
+                      uint64_t size, uint32_t *first, uint32_t *n)
+{
+    const uint8_t *start = MAX(host, r->host);
+    const uint8_t *end = MIN(host + size, r->host + ((uint64_t)r->npages <<
+                                                     DEDUP_PAGE_SHIFT));
+
+    if (start >= end) {
+        return false;
+    }
+    *first = (start - r->host) >> DEDUP_PAGE_SHIFT;
+    *n = ((end - r->host + DEDUP_PAGE_SIZE - 1) >> DEDUP_PAGE_SHIFT) - *first;
+    return true;
+}
+
+static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
+{
+    uint32_t end = first + n;
+
+    for (uint32_t i = first, j; i < end; i = j) {
+        uint32_t entry = r->where[i];
+        bool mapped = dedup_entry_is_segment(entry) ||
+                      (entry == DEDUP_ZERO &&
+                       r->memory == DEDUP_MEMORY_PRIVATE_FILE);
+
+        j = i + 1;
+        if (entry == DEDUP_ZERO && !mapped) {
+            dedup_ledger_set(r, i, DEDUP_OWN);
+        }
+        if (!mapped) {
+            continue;
+        }
+        while (j < end && dedup_entry_is_segment(r->where[j])) {
+            j++;
+        }
+        if (!dedup_region_map_own(r, i, j - i)) {
+            return false;
+        }
+        for (uint32_t k = i; k < j; k++) {
+            dedup_ledger_set(r, k, DEDUP_OWN);
+        }
+    }
+    return true;
+}
+
+bool dedup_engine_discard(DedupEngine *e, void *host, uint64_t size)
+{
+    bool ok = true;
+
+    dedup_lock(e);
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+        uint32_t first, n;
+
+        if (intersect(r, host, size, &first, &n)) {
+            ok &= discard_locked(r, first, n);
+        }
+    }
+    dedup_unlock(e);
+    return ok;
+}
+
+bool dedup_engine_restore_range(DedupEngine *e, void *host, uint64_t size,
+                                GError **error)
+{
+    uint64_t left = 0;
+
+    for (unsigned i = 0; ; i++) {
+        DedupRegion *r;
+        uint32_t first, n;
+
+        dedup_lock(e);
+        if (i >= e->regions->len) {
+            dedup_unlock(e);
+            break;
+        }
+        r = g_ptr_array_index(e->regions, i);
+        if (intersect(r, host, size, &first, &n)) {
+            for (uint32_t k = 0; k < n && !r->dead; k += DEDUP_WINDOW_PAGES) {
+                left += dedup_restore_locked(r, first + k,
+                                             MIN(n - k, DEDUP_WINDOW_PAGES));
+                /* others may want the lock; the region may go meanwhile */
+                dedup_unlock(e);
+                dedup_lock(e);
+                if (i >= e->regions->len ||
+                    g_ptr_array_index(e->regions, i) != r) {
+                    break;
+                }
+            }
+        }
+        dedup_unlock(e);
+    }
+    if (left) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_STATE,
+                    "%" G_GUINT64_FORMAT " pages cannot have their own "
+                    "memory now: a device writes to them, or the host lacks "
+                    "memory or mappings", left);
+    }
+    return left == 0;
+}
+
+uint64_t dedup_region_pages_merged(DedupRegion *r)
+{
+    return __atomic_load_n(&r->merged, __ATOMIC_RELAXED);
+}

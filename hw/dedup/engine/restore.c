@@ -1,0 +1,436 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Restoring: the mirror image of the window.  Pages get their own memory
+ * back with their contents, and the mappings of segments go away.
+ *
+ * Shared regions: the contents are written to the region's file and the file
+ * is mapped there again.  Private regions: the contents are copied to fresh
+ * anonymous memory, which is then moved over the place by mremap(), at one
+ * stroke.  Both happen under the freeze, with the pins looked at inside it,
+ * so that neither a store nor a DMA write can fall between the copy and the
+ * new mapping (I1, I5).
+ *
+ * A page that is dropped (zero) needs nothing: its own mapping is in place,
+ * with a hole or fresh memory below it.
+ *
+ * A restore request (dedup_engine_restore()) is a walk over all regions on
+ * the scanner's thread, one window per taking of the remap lock, so that
+ * nobody waits long.  It looks at the host's memory as it goes and stops when
+ * that runs short; it goes round again for pages that were pinned.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "freeze.h"
+#include "internal.h"
+
+/* Windows between two looks at the host's memory: 64 MiB. */
+#define WINDOWS_PER_CHECK 256
+/* Keep this much of MemAvailable for everybody else. */
+#define SPARE_BYTES (64ULL << 20)
+/* Rounds without progress after which a request gives up, and their pause. */
+#define IDLE_ROUNDS 50
+#define IDLE_ROUND_US 20000
+
+/* The part of a restore window that is segment-mapped. */
+typedef struct Span {
+    DedupRegion *r;
+    uint32_t first;
+    uint32_t n;
+    bool take[DEDUP_WINDOW_PAGES];   /* page is to be restored */
+} Span;
+
+static bool trim(Span *s)
+{
+    while (s->n && !dedup_entry_is_segment(s->r->where[s->first])) {
+        s->first++;
+        s->n--;
+    }
+    while (s->n &&
+           !dedup_entry_is_segment(s->r->where[s->first + s->n - 1])) {
+        s->n--;
+    }
+    return s->n > 0;
+}
+
+/* Leave out what is pinned; returns how many pages are to be restored. */
+static unsigned choose(Span *s)
+{
+    unsigned taken = 0;
+
+    for (uint32_t i = 0; i < s->n; i++) {
+        s->take[i] = dedup_entry_is_segment(s->r->where[s->first + i]) &&
+                     !dedup_region_pinned(s->r, s->first + i);
+        taken += s->take[i];
+    }
+    return taken;
+}
+
+/* The next run of pages to restore at or after *@i; false: no more. */
+static bool next_run(const Span *s, uint32_t *i, uint32_t *n)
+{
+    while (*i < s->n && !s->take[*i]) {
+        ++*i;
+    }
+    for (*n = 0; *i + *n < s->n && s->take[*i + *n]; ++*n) {
+        ;
+    }
+    return *n > 0;
+}
+
+static void enter_own(Span *s, uint32_t i, uint32_t n)
+{
+    for (uint32_t k = i; k < i + n; k++) {
+        dedup_ledger_set(s->r, s->first + k, DEDUP_OWN);
+        /* what it holds is news to the scanner */
+        s->r->fingerprint[s->first + k] = 0;
+    }
+}
+
+static void punch(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    fallocate(r->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+              dedup_region_file_offset(r, page),
+              (off_t)n << DEDUP_PAGE_SHIFT);
+}
+
+/* Write one run's contents to the file; nothing stays there on failure. */
+static bool write_back(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    const uint8_t *from = dedup_region_addr(r, page);
+    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
+    off_t offset = dedup_region_file_offset(r, page);
+    size_t done = 0;
+
+    while (done < len) {
+        ssize_t ret = pwrite(r->fd, from + done, len - done, offset + done);
+
+        if (ret < 0 && errno == EINTR) {
+            continue;
+        }
+        if (ret <= 0) {
+            punch(r, page, n);
+            return false;
+        }
+        done += ret;
+    }
+    return true;
+}
+
+static void restore_shared(Span *s)
+{
+    DedupRegion *r = s->r;
+    DedupEngine *e = r->engine;
+    uint8_t *addr = dedup_region_addr(r, s->first);
+    size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
+
+    if (!dedup_freeze_begin(e->uffd, addr, len, false)) {
+        return;
+    }
+    choose(s);
+    for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
+        uint32_t page = s->first + i;
+        bool ok = write_back(r, page, n);
+
+        if (ok && !dedup_region_map_own(r, page, n)) {
+            punch(r, page, n);
+            ok = false;
+        }
+        for (uint32_t k = i; k < i + n; k++) {
+            s->take[k] = ok;
+        }
+    }
+    if (!dedup_freeze_end(e->uffd, addr, len)) {
+        e->uffd = -1;
+    }
+    for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
+        enter_own(s, i, n);
+    }
+}
+
+/* Fresh memory with the region's attributes, populated. */
+static uint8_t *staging_new(const DedupRegion *r, uint32_t page, size_t len)
+{
+    uint8_t *p = mmap(NULL, len, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS |
+                      (r->flags & DEDUP_REGION_NORESERVE ? MAP_NORESERVE
+                                                         : 0), -1, 0);
+
+    if (p == MAP_FAILED) {
+        return NULL;
+    }
+    if (r->flags & DEDUP_REGION_DONTFORK) {
+        madvise(p, len, MADV_DONTFORK);
+    }
+    if (r->flags & DEDUP_REGION_DONTDUMP) {
+        madvise(p, len, MADV_DONTDUMP);
+    }
+    if (r->flags & DEDUP_REGION_HUGEPAGE) {
+        bool nohuge = r->area[page / DEDUP_CHUNK_PAGES] & DEDUP_AREA_NOHUGE;
+
+        madvise(p, len, nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+    }
+    for (size_t off = 0; off < len; off += DEDUP_PAGE_SIZE) {
+        *(volatile uint8_t *)(p + off) = 0;
+    }
+    return p;
+}
+
+static void restore_private(Span *s)
+{
+    DedupRegion *r = s->r;
+    DedupEngine *e = r->engine;
+    uint8_t *addr = dedup_region_addr(r, s->first);
+    size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
+    uint8_t *staging = staging_new(r, s->first, len);
+
+    if (!staging) {
+        return;
+    }
+    if (!dedup_freeze_begin(e->uffd, addr, len, false)) {
+        munmap(staging, len);
+        return;
+    }
+    choose(s);
+    for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
+        size_t off = (size_t)i << DEDUP_PAGE_SHIFT;
+        size_t run = (size_t)n << DEDUP_PAGE_SHIFT;
+
+        for (size_t k = off; k < off + run; k += DEDUP_PAGE_SIZE) {
+            dedup_page_copy(staging + k, addr + k);
+        }
+        if (mremap(staging + off, run, run, MREMAP_MAYMOVE | MREMAP_FIXED,
+                   addr + off) == MAP_FAILED) {
+            for (uint32_t k = i; k < i + n; k++) {
+                s->take[k] = false;
+            }
+        }
+    }
+    if (!dedup_freeze_end(e->uffd, addr, len)) {
+        e->uffd = -1;
+    }
+    /* what was not moved away; the rest of the range is no longer mapped */
+    munmap(staging, len);
+    for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
+        enter_own(s, i, n);
+    }
+}
+
+/*
+ * No map left to move memory in: let the kernel copy the pages in place.  The
+ * mappings of the segment stay, broken, and go when there is room.
+ */
+static void populate(Span *s)
+{
+    for (uint32_t i = 0; i < s->n; i++) {
+        uint32_t page = s->first + i;
+        uint32_t entry = s->r->where[page];
+
+        if (dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN) &&
+            madvise(dedup_region_addr(s->r, page), DEDUP_PAGE_SIZE,
+                    MADV_POPULATE_WRITE) == 0) {
+            dedup_ledger_set(s->r, page, entry | DEDUP_BROKEN);
+        }
+    }
+}
+
+unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
+{
+    DedupEngine *e = r->engine;
+    Span s = { .r = r, .first = first, .n = n };
+    unsigned left = 0;
+
+    g_assert(n <= DEDUP_WINDOW_PAGES);
+    if (r->dead) {
+        return 0;
+    }
+    for (uint32_t i = first; i < first + n; i++) {
+        if (r->where[i] == DEDUP_ZERO) {
+            dedup_ledger_set(r, i, DEDUP_OWN);
+        }
+    }
+    if (!trim(&s)) {
+        return 0;
+    }
+    if (!e->hard_blocked && e->uffd >= 0 && choose(&s)) {
+        for (uint32_t i = 0; i < s.n; i++) {
+            if (s.take[i]) {
+                dedup_page_touch(dedup_region_addr(r, s.first + i));
+            }
+        }
+        if (r->memory == DEDUP_MEMORY_SHARED) {
+            restore_shared(&s);
+        } else {
+            restore_private(&s);
+        }
+    }
+    for (uint32_t i = first; i < first + n; i++) {
+        left += dedup_entry_is_segment(r->where[i]);
+    }
+    if (left && r->memory != DEDUP_MEMORY_SHARED && !e->hard_blocked) {
+        populate(&s);
+    }
+    return left;
+}
+
+/* ---- a request for everything ---- */
+
+/* Bytes that restoring all would add: broken pages have their memory. */
+static uint64_t bytes_needed(DedupEngine *e)
+{
+    uint64_t pages = 0;
+
+    dedup_lock(e);
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        pages += r->merged;
+    }
+    dedup_unlock(e);
+    return pages << DEDUP_PAGE_SHIFT;
+}
+
+/* What the host and the cgroup can give, less what others reserved. */
+static uint64_t bytes_available(DedupEngine *e)
+{
+    uint64_t cgroup_id;
+    uint64_t host = dedup_hostmem_available(e->hostmem);
+    uint64_t room = dedup_hostmem_cgroup_room(e->hostmem, &cgroup_id);
+
+    host -= host == UINT64_MAX ? 0 : MIN(host, SPARE_BYTES);
+    g_mutex_lock(&e->group_lock);
+    for (unsigned m = 0; e->joined && m < DEDUP_MAX_MEMBERS; m++) {
+        DedupMemberInfo info;
+
+        if (m == dedup_group_self(e->group) ||
+            !dedup_group_member(e->group, m, &info)) {
+            continue;
+        }
+        host -= MIN(host, info.reserved_bytes);
+        if (room != UINT64_MAX && info.cgroup_id == cgroup_id) {
+            room -= MIN(room, info.reserved_bytes);
+        }
+    }
+    g_mutex_unlock(&e->group_lock);
+    return MIN(host, room);
+}
+
+static void reserve(DedupEngine *e, uint64_t bytes)
+{
+    __atomic_store_n(&e->reserved_bytes, bytes, __ATOMIC_RELAXED);
+    dedup_stats_publish(e);
+}
+
+static void set_memory_error(GError **error, uint64_t needed,
+                             uint64_t available)
+{
+    g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY,
+                "giving every merged page its own memory takes %"
+                G_GUINT64_FORMAT " MiB, but the host or the memory cgroup "
+                "has only %" G_GUINT64_FORMAT " MiB to spare",
+                (needed + (1 << 20) - 1) >> 20, available >> 20);
+}
+
+bool dedup_restore_begin(DedupEngine *e, bool force, GError **error)
+{
+    uint64_t needed = bytes_needed(e);
+    uint64_t available;
+
+    /* reserve first, then look: two members that ask at once see each other */
+    reserve(e, needed);
+    available = bytes_available(e);
+    if (!force && needed > available) {
+        reserve(e, 0);
+        set_memory_error(error, needed, available);
+        return false;
+    }
+    return true;
+}
+
+/* Restore up to one window from the cursor on; false: end of all regions. */
+static bool restore_next(DedupEngine *e, uint64_t *left)
+{
+    bool more = false;
+
+    dedup_lock(e);
+    while (e->restore_region < e->regions->len) {
+        DedupRegion *r = g_ptr_array_index(e->regions, e->restore_region);
+        uint32_t page = e->restore_page;
+        unsigned n;
+
+        if (!(r->merged + r->broken + r->zero) || page >= r->npages) {
+            e->restore_region++;
+            e->restore_page = 0;
+            continue;
+        }
+        n = MIN(DEDUP_WINDOW_PAGES, r->npages - page);
+        *left += dedup_restore_locked(r, page, n);
+        e->restore_page = page + n;
+        more = true;
+        break;
+    }
+    dedup_unlock(e);
+    return more;
+}
+
+static void restore_end(DedupEngine *e, uint64_t left, GError *error)
+{
+    reserve(e, 0);
+    g_mutex_lock(&e->control);
+    e->restoring = false;
+    g_mutex_unlock(&e->control);
+    e->figures_us = 0; /* take them all anew */
+    dedup_stats_batch(e);
+    if (e->callbacks.restored) {
+        e->callbacks.restored(e->opaque, left, error);
+    }
+    g_clear_error(&error);
+}
+
+bool dedup_restore_step(DedupEngine *e)
+{
+    GError *error = NULL;
+    uint64_t needed, available;
+
+    for (unsigned i = 0; i < WINDOWS_PER_CHECK; i++) {
+        if (!restore_next(e, &e->restore_left)) {
+            uint64_t left = e->restore_left;
+
+            e->restore_left = 0;
+            e->restore_region = 0;
+            e->restore_page = 0;
+            if (!left) {
+                restore_end(e, 0, NULL);
+                return false;
+            }
+            e->restore_idle = left < e->restore_last ? 0
+                                                     : e->restore_idle + 1;
+            e->restore_last = left;
+            if (e->restore_idle < IDLE_ROUNDS) {
+                /* pins go when their I/O ends; nobody tells us */
+                dedup_wait(e, IDLE_ROUND_US);
+                return true;
+            }
+            g_set_error(&error, DEDUP_ERROR, DEDUP_ERROR_STATE,
+                        "%" G_GUINT64_FORMAT " pages cannot be restored: a "
+                        "device writes to them, or the process is at its "
+                        "limit of mappings", left);
+            restore_end(e, left, error);
+            return false;
+        }
+    }
+
+    needed = bytes_needed(e);
+    reserve(e, needed);
+    available = bytes_available(e);
+    if (!e->restore_force && needed && !available) {
+        set_memory_error(&error, needed, available);
+        restore_end(e, needed >> DEDUP_PAGE_SHIFT, error);
+        return false;
+    }
+    dedup_stats_batch(e);
+    return true;
+}

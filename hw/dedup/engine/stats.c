@@ -1,0 +1,364 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The figures: what this process counts, what it tells the group, what it
+ * reads of the group.
+ *
+ * Three kinds, by how they are kept:
+ *   live      sums that every change keeps (merged, broken, dropped pages,
+ *             pages scanned): atomics of the engine
+ *   per pass  what a full scan counted: replaced when it ends
+ *   costly    what has to be walked for: the group's segments, the process's
+ *             maps, the memory of our own arrays; at the end of a pass, and
+ *             not more often than once in FIGURES_US
+ *
+ * Savings are net.  What a segment costs (its pages and its slab) is shared
+ * by its users in proportion to the pages that they map; each member bears
+ * its own metadata, its maps, and an equal share of the group's file.  So
+ * the members' figures add up to the group's.
+ */
+
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define FIGURES_US (500 * 1000)
+
+/* A VMA and what hangs on it: slabinfo of Linux 6.18, docs/devel/dedup.rst */
+#define MAP_COST 256
+
+static uint64_t live(const uint64_t *sum)
+{
+    return __atomic_load_n(sum, __ATOMIC_RELAXED);
+}
+
+/* Bytes of a lazily populated array that have memory. */
+static uint64_t resident(const void *array, size_t size)
+{
+    unsigned char vec[1024];
+    uint64_t pages = 0;
+    const uint8_t *p = array;
+
+    for (size_t off = 0; off < size; ) {
+        size_t len = MIN(size - off, sizeof(vec) << DEDUP_PAGE_SHIFT);
+
+        if (mincore((void *)(p + off), len, vec) < 0) {
+            return size;
+        }
+        for (size_t i = 0; i < (len + DEDUP_PAGE_SIZE - 1) >>
+             DEDUP_PAGE_SHIFT; i++) {
+            pages += vec[i] & 1;
+        }
+        off += len;
+    }
+    return pages << DEDUP_PAGE_SHIFT;
+}
+
+static uint64_t private_metadata(DedupEngine *e)
+{
+    uint64_t bytes = sizeof(*e) + dedup_scan_size() +
+                     resident(e->proof_buffer,
+                              DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
+
+    dedup_lock(e);
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        bytes += sizeof(*r) + r->npages / DEDUP_CHUNK_PAGES +
+                 resident(r->where, r->npages * sizeof(r->where[0])) +
+                 resident(r->fingerprint,
+                          r->npages * sizeof(r->fingerprint[0]));
+    }
+    /* a segment's struct, and the page table of its read-only view */
+    bytes += g_hash_table_size(e->by_gid) * (sizeof(DedupSegment) +
+                                             DEDUP_PAGE_SIZE);
+    dedup_unlock(e);
+    return bytes;
+}
+
+uint64_t dedup_owed_bytes(DedupEngine *e)
+{
+    uint64_t total = live(&e->pages_total);
+
+    return (total - MIN(e->own_present, total)) << DEDUP_PAGE_SHIFT;
+}
+
+void dedup_stats_publish(DedupEngine *e)
+{
+    DedupMemberInfo info = {
+        .pid = getpid(),
+        .pages_merged = live(&e->merged),
+        .zero_pages = live(&e->zero),
+        .reserved_bytes = live(&e->reserved_bytes),
+    };
+
+    if (!__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
+        return;
+    }
+    dedup_hostmem_cgroup_room(e->hostmem, &info.cgroup_id);
+    g_mutex_lock(&e->stats_lock);
+    info.scanning = e->state == DEDUP_STATE_SCANNING ||
+                    e->state == DEDUP_STATE_IDLE ||
+                    e->state == DEDUP_STATE_LIMITED;
+    info.full_scans = e->stats.full_scans;
+    info.overhead_bytes = e->overhead_bytes;
+    info.owed_bytes = dedup_owed_bytes(e);
+    g_mutex_unlock(&e->stats_lock);
+    g_mutex_lock(&e->group_lock);
+    dedup_group_publish(e->group, &info);
+    g_mutex_unlock(&e->group_lock);
+}
+
+/* Tell the group which segment pages we use. */
+static void publish_use(DedupEngine *e)
+{
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+        DedupSegmentUse use = { 0 };
+
+        if (!s || !s->dirty) {
+            continue;
+        }
+        dedup_lock(e);
+        use.gid = s->gid;
+        use.mapped = s->mapped;
+        for (unsigned p = 0; p < s->npages; p++) {
+            use.pages[p / 64] |= (uint64_t)!!s->use[p] << (p % 64);
+        }
+        s->dirty = false;
+        dedup_unlock(e);
+        if (!dedup_group_publish_use(e->group, &use)) {
+            s->dirty = true;
+        }
+    }
+}
+
+/* ---- a walk over all segments of the group ---- */
+
+typedef struct Walk {
+    DedupEngine *e;
+    uint64_t shared;          /* segment pages used by anyone */
+    uint64_t mapped;          /* pages merged, all members */
+    uint64_t cost;            /* bytes of all segments */
+    uint64_t own_cost;        /* our share of it */
+    uint64_t within;
+    uint64_t between;
+} Walk;
+
+static void walk_segment(void *opaque, uint32_t gid, unsigned npages,
+                         const DedupSegmentUse *own,
+                         const DedupSegmentUse *others)
+{
+    Walk *w = opaque;
+    DedupSegment *s = dedup_segments_find(w->e, gid);
+    uint64_t cost = npages * DEDUP_PAGE_SIZE + DEDUP_SEGMENT_SLAB;
+    uint64_t total = (uint64_t)own->mapped + others->mapped;
+
+    w->cost += cost;
+    w->mapped += total;
+    for (unsigned i = 0; i < G_N_ELEMENTS(own->pages); i++) {
+        w->shared += __builtin_popcountll(own->pages[i] | others->pages[i]);
+    }
+    if (total) {
+        w->own_cost += (double)cost * own->mapped / total;
+    } else if (s && s->mine) {
+        w->own_cost += cost;
+    }
+    if (!s) {
+        return;
+    }
+    s->others = others->mapped;
+    for (unsigned i = 0; i < s->npages; i++) {
+        uint32_t n = __atomic_load_n(&s->use[i], __ATOMIC_RELAXED);
+
+        if (others->pages[i / 64] >> (i % 64) & 1) {
+            w->between += n;
+        } else {
+            w->within += n;
+        }
+    }
+}
+
+static void group_figures(DedupEngine *e, const Walk *w,
+                          DedupGroupStats *group)
+{
+    uint64_t zero = 0, overhead = 0;
+
+    g_mutex_lock(&e->group_lock);
+    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
+        DedupMemberInfo info;
+
+        if (dedup_group_member(e->group, m, &info)) {
+            zero += info.zero_pages;
+            overhead += info.overhead_bytes;
+        }
+    }
+    group->members = dedup_group_members(e->group);
+    group->members_incompatible =
+        dedup_group_members_incompatible(e->group);
+    g_mutex_unlock(&e->group_lock);
+    group->pages_shared = w->shared;
+    group->pages_sharing = w->mapped - MIN(w->shared, w->mapped);
+    group->bytes_saved = (int64_t)((w->mapped + zero) << DEDUP_PAGE_SHIFT) -
+                         (int64_t)w->cost - (int64_t)overhead;
+}
+
+static void count_maps(DedupEngine *e)
+{
+    uint64_t maps = dedup_hostmem_maps(e->hostmem);
+
+    dedup_lock(e);
+    e->maps_other = (int64_t)maps - (int64_t)dedup_ledger_maps(e);
+    dedup_unlock(e);
+}
+
+int64_t dedup_maps_left(DedupEngine *e)
+{
+    return (int64_t)e->stats.maps_limit - e->maps_other -
+           (int64_t)dedup_ledger_maps(e);
+}
+
+static void costly_figures(DedupEngine *e)
+{
+    Walk w = { .e = e };
+    DedupGroupStats group = { 0 };
+    uint64_t private = private_metadata(e);
+    uint64_t shared = dedup_group_shared_bytes(e->group);
+    uint64_t maps;
+    unsigned members;
+
+    publish_use(e);
+    dedup_group_foreach_segment(e->group, walk_segment, &w);
+    count_maps(e);
+    members = MAX(dedup_group_members(e->group), 1);
+    dedup_lock(e);
+    maps = dedup_ledger_maps(e);
+    dedup_unlock(e);
+
+    g_mutex_lock(&e->stats_lock);
+    e->overhead_bytes = private + shared / members + maps * MAP_COST;
+    e->stats.metadata_bytes = private + shared / members;
+    e->stats.pages_merged_within = w.within;
+    e->stats.pages_merged_between = w.between;
+    e->stats.bytes_saved = (int64_t)((live(&e->merged) + live(&e->zero)) <<
+                                     DEDUP_PAGE_SHIFT) -
+                           (int64_t)w.own_cost - (int64_t)e->overhead_bytes;
+    e->stats.maps_used = e->maps_other + maps;
+    g_mutex_unlock(&e->stats_lock);
+
+    dedup_stats_publish(e);
+    if (dedup_group_has_dir(e->group)) {
+        group_figures(e, &w, &group);
+        g_mutex_lock(&e->stats_lock);
+        e->stats.group = group;
+        e->stats.in_group = true;
+        g_mutex_unlock(&e->stats_lock);
+    }
+    e->figures_us = g_get_monotonic_time();
+}
+
+/* Pages on swap that belong to the files of shared regions. */
+static uint64_t swapped_in_file(const DedupRegion *r)
+{
+    struct stat st;
+    uint64_t blocks;
+
+    if (r->memory != DEDUP_MEMORY_SHARED || fstat(r->fd, &st) < 0) {
+        return 0;
+    }
+    /* what the file has and mincore() did not see resident */
+    blocks = (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT;
+    return blocks - MIN(blocks, r->counts.present);
+}
+
+static void sum_counts(DedupEngine *e, DedupCounts *sum)
+{
+    memset(sum, 0, sizeof(*sum));
+    dedup_lock(e);
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        r->counts = r->counting;
+        memset(&r->counting, 0, sizeof(r->counting));
+        r->counts.swapped += swapped_in_file(r);
+        sum->present += r->counts.present;
+        sum->unshared += r->counts.unshared;
+        sum->volatiles += r->counts.volatiles;
+        sum->pinned += r->counts.pinned;
+        sum->swapped += r->counts.swapped;
+        sum->huge_kept += r->counts.huge_kept;
+    }
+    dedup_unlock(e);
+}
+
+void dedup_stats_batch(DedupEngine *e)
+{
+    if (g_get_monotonic_time() - e->figures_us >= FIGURES_US) {
+        costly_figures(e);
+    } else {
+        dedup_stats_publish(e);
+    }
+}
+
+void dedup_stats_pass(DedupEngine *e)
+{
+    int64_t now = g_get_monotonic_time();
+    DedupCounts sum;
+
+    sum_counts(e, &sum);
+    g_mutex_lock(&e->stats_lock);
+    e->own_present = sum.present;
+    e->stats.pages_unshared = sum.unshared;
+    e->stats.pages_volatile = sum.volatiles;
+    e->stats.pages_pinned = sum.pinned;
+    e->stats.pages_swapped = sum.swapped;
+    e->stats.pages_huge_kept = sum.huge_kept;
+    e->stats.full_scans++;
+    e->stats.last_pass_ms = (now - e->pass_start_us) / 1000;
+    e->stats.limits = e->pass_limits;
+    g_mutex_unlock(&e->stats_lock);
+    e->pass_start_us = now;
+    e->idle_passes = e->pass_found ? 0 : e->idle_passes + 1;
+    e->pass_found = 0;
+    e->pass_limits = 0;
+    costly_figures(e);
+}
+
+static uint64_t cpu_time_ns(DedupEngine *e)
+{
+    struct timespec ts;
+
+    if (!__atomic_load_n(&e->cpu_clock_valid, __ATOMIC_ACQUIRE) ||
+        clock_gettime(e->cpu_clock, &ts) < 0) {
+        return 0;
+    }
+    return ts.tv_sec * 1000000000ULL + ts.tv_nsec +
+           dedup_group_cpu_ns(e->group);
+}
+
+void dedup_engine_get_stats(DedupEngine *e, DedupStats *stats,
+                            bool reset_max)
+{
+    uint64_t cpu = cpu_time_ns(e);
+
+    g_mutex_lock(&e->stats_lock);
+    *stats = e->stats;
+    stats->state = e->state;
+    stats->pages_total = live(&e->pages_total);
+    stats->pages_merged = live(&e->merged);
+    stats->pages_present = MIN(e->own_present + stats->pages_merged,
+                               stats->pages_total);
+    stats->zero_pages = live(&e->zero);
+    stats->cow_breaks = live(&e->cow_breaks);
+    stats->pages_scanned = live(&e->pages_scanned);
+    stats->cpu_time_ns = MAX(cpu, e->stats.cpu_time_ns);
+    e->stats.cpu_time_ns = stats->cpu_time_ns; /* outlives the thread */
+    stats->pages_left = e->state == DEDUP_STATE_UNMERGING ?
+                        stats->pages_merged : 0;
+    stats->window_max_ns = reset_max ?
+        __atomic_exchange_n(&e->window_max_ns, 0, __ATOMIC_RELAXED) :
+        __atomic_load_n(&e->window_max_ns, __ATOMIC_RELAXED);
+    g_mutex_unlock(&e->stats_lock);
+}

@@ -1,0 +1,543 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The merge window: the one place where guest pages are replaced by segment
+ * pages, or dropped because they are zero.
+ *
+ * A window covers at most DEDUP_WINDOW_PAGES pages of one region and goes
+ * through these stages; the remap lock is held from the first to the last:
+ *
+ *   admit     own or broken? present? not pinned? equal at a first look? is
+ *             there room for the maps?  Splits huge pages.  Touches the
+ *             guest's and the segment's pages, so that they are resident.
+ *   freeze    from here on no store can pass; a writer waits.
+ *   judge     pins again (a pin taken before the freeze bypasses it), then
+ *             the byte compare: the only judge (I1).
+ *   flush     one call takes all the pages to be replaced out of the page
+ *             table, so that one TLB flush serves the window.
+ *   map       private mappings of the segment, whole runs at a time; zero
+ *             pages are dropped; madvise() flags re-applied.
+ *   thaw      always, and everybody is woken (I3).
+ *   enter     the ledger.
+ *   punch     the replaced pages leave the region's own file (I4).
+ *
+ * Between freeze and thaw nothing is allocated, locked or called that could
+ * wait for a thread of this process (I11): such a thread may itself wait in
+ * the frozen range.
+ *
+ * What the flush does depends on the memory.  A shared page stays in its
+ * file: until the new map stands, a reader finds it there again (and a
+ * writer finds the write protection, which survives in the page table).  An
+ * anonymous page is gone: so there the range is also registered for missing
+ * faults, and a reader waits as well.  If then the mapping fails, the page
+ * is filled again from the segment, which has the same bytes.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "freeze.h"
+#include "internal.h"
+
+/* A huge page of x86-64: 2 MiB. */
+#define HUGE_SHIFT 21
+
+/* Pages that follow each other here and in the segment. */
+typedef struct Run {
+    uint32_t page;
+    uint32_t n;
+    DedupSegment *segment;    /* NULL: zero pages */
+    uint16_t index;
+    bool own;                 /* the pages were own, not broken */
+    bool mapped;              /* out: the replacement stands */
+} Run;
+
+typedef struct Window {
+    DedupRegion *r;
+    uint32_t first;
+    uint32_t span;
+    uint8_t flags[DEDUP_WINDOW_PAGES];
+    DedupAction *admitted[DEDUP_WINDOW_PAGES];
+    unsigned nadmitted;
+    Run runs[DEDUP_WINDOW_PAGES];
+    unsigned nruns;
+    bool missing;             /* frozen against readers of dropped pages */
+} Window;
+
+static bool is_broken(const DedupRegion *r, uint32_t page)
+{
+    return dedup_entry_is_segment(r->where[page]) &&
+           (r->where[page] & DEDUP_BROKEN);
+}
+
+static const void *segment_page(const DedupAction *a)
+{
+    return a->segment->map + ((size_t)a->index << DEDUP_PAGE_SHIFT);
+}
+
+static bool content_fits(const DedupRegion *r, const DedupAction *a)
+{
+    const void *page = dedup_region_addr(r, a->page);
+
+    return a->segment ? dedup_page_equal(page, segment_page(a))
+                      : dedup_page_is_zero(page);
+}
+
+/* May this action still be done?  Touches both pages if so. */
+static bool admit(const Window *w, DedupAction *a)
+{
+    DedupRegion *r = w->r;
+    uint32_t entry = r->where[a->page];
+    uint8_t flags = w->flags[a->page - w->first];
+
+    if (entry != DEDUP_OWN && !is_broken(r, a->page)) {
+        return false;
+    }
+    if (!a->segment && (flags & DEDUP_ZERO_MAPPED)) {
+        /* splitting its huge page, Linux (6.13) found it zero and freed it */
+        dedup_ledger_set(r, a->page, DEDUP_ZERO);
+        a->done = true;
+        return false;
+    }
+    if (!(flags & DEDUP_PRESENT)) {
+        return false; /* went away since it was hashed */
+    }
+    if ((flags & DEDUP_HUGE) && !r->engine->active.huge_pages_split) {
+        return false;
+    }
+    if (dedup_region_pinned(r, a->page)) {
+        return false;
+    }
+    if (DEDUP_MUTANT(TRUST_HASH)) {
+        dedup_page_touch(dedup_region_addr(r, a->page));
+        return true;
+    }
+    /* a first look: saves windows that would come to nothing */
+    return content_fits(r, a);
+}
+
+static bool continues(const Run *run, const DedupRegion *r,
+                      const DedupAction *a)
+{
+    return run->page + run->n == a->page && run->segment == a->segment &&
+           (!a->segment || run->index + run->n == a->index) &&
+           run->own == !is_broken(r, a->page);
+}
+
+static void add_to_runs(Window *w, const DedupAction *a)
+{
+    Run *run = w->nruns ? &w->runs[w->nruns - 1] : NULL;
+
+    if (run && continues(run, w->r, a)) {
+        run->n++;
+        return;
+    }
+    w->runs[w->nruns++] = (Run) {
+        .page = a->page,
+        .n = 1,
+        .segment = a->segment,
+        .index = a->index,
+        .own = !is_broken(w->r, a->page),
+    };
+}
+
+/*
+ * Is there room for the maps?  The scarcer they are, the longer a run must
+ * be: an isolated page costs two maps, a run of 64 costs two as well.
+ */
+static bool maps_allow(Window *w, unsigned *limits)
+{
+    DedupEngine *e = w->r->engine;
+    int64_t left = dedup_maps_left(e);
+    int64_t limit = e->stats.maps_limit;
+    unsigned least = left < limit / 10 ? 16 : left < limit / 4 ? 4 : 1;
+    unsigned kept = 0, runs = 0;
+    uint64_t needed = 4; /* the window's own registration splits maps */
+
+    for (unsigned i = 0, j; i < w->nadmitted; i = j) {
+        DedupAction *a = w->admitted[i];
+
+        for (j = i + 1; j < w->nadmitted &&
+             w->admitted[j]->page == a->page + (j - i) &&
+             w->admitted[j]->segment == a->segment &&
+             (!a->segment || w->admitted[j]->index == a->index + (j - i));
+             j++) {
+            ;
+        }
+        if (a->segment && j - i < least) {
+            *limits |= DEDUP_LIMIT_MAPS;
+            continue;
+        }
+        if (a->segment || w->r->memory == DEDUP_MEMORY_PRIVATE_FILE) {
+            runs++;
+        }
+        memmove(&w->admitted[kept], &w->admitted[i],
+                (j - i) * sizeof(w->admitted[0]));
+        kept += j - i;
+    }
+    w->nadmitted = kept;
+    needed += 2 * runs;
+    if (runs && left < (int64_t)needed) {
+        *limits |= DEDUP_LIMIT_MAPS;
+        return false;
+    }
+    return kept > 0;
+}
+
+/*
+ * Replacing part of a huge page frees nothing.  MADV_COLD on one page of it
+ * splits it.  Own pages that were dropped must not be brought back by
+ * khugepaged either.
+ */
+static bool split_huge(Window *w)
+{
+    DedupRegion *r = w->r;
+    uintptr_t last = 0;
+    unsigned kept;
+
+    if (r->memory == DEDUP_MEMORY_SHARED) {
+        return true; /* the punch splits those */
+    }
+    for (unsigned i = 0; i < w->nadmitted; i++) {
+        DedupAction *a = w->admitted[i];
+        uint8_t *area = &r->area[a->page / DEDUP_CHUNK_PAGES];
+        uint8_t *addr = dedup_region_addr(r, a->page);
+        bool is_huge = w->flags[a->page - w->first] & DEDUP_HUGE;
+
+        if ((is_huge && (uintptr_t)addr >> HUGE_SHIFT != last) ||
+            !(*area & DEDUP_AREA_SPLIT)) {
+            /* also reaches a huge page that is mapped page by page */
+            madvise(addr, DEDUP_PAGE_SIZE, MADV_COLD);
+            *area |= DEDUP_AREA_SPLIT;
+        }
+        if (is_huge) {
+            last = (uintptr_t)addr >> HUGE_SHIFT;
+        }
+        if (!a->segment && r->memory == DEDUP_MEMORY_ANON &&
+            (r->flags & DEDUP_REGION_HUGEPAGE) &&
+            !(*area & DEDUP_AREA_NOHUGE)) {
+            uint32_t chunk = a->page / DEDUP_CHUNK_PAGES * DEDUP_CHUNK_PAGES;
+            uint32_t n = MIN(DEDUP_CHUNK_PAGES, r->npages - chunk);
+
+            if (madvise(dedup_region_addr(r, chunk),
+                        (size_t)n << DEDUP_PAGE_SHIFT,
+                        MADV_NOHUGEPAGE) == 0) {
+                *area |= DEDUP_AREA_NOHUGE;
+            }
+        }
+    }
+    if (!last) {
+        return true;
+    }
+    /* a pinned huge page cannot be split: leave it for another pass */
+    if (!dedup_presence(r, w->first, w->span, w->flags)) {
+        return false;
+    }
+    kept = 0;
+    for (unsigned i = 0; i < w->nadmitted; i++) {
+        if (w->flags[w->admitted[i]->page - w->first] & DEDUP_HUGE) {
+            return false;
+        }
+        if (admit(w, w->admitted[i])) {
+            w->admitted[kept++] = w->admitted[i];
+        }
+    }
+    w->nadmitted = kept;
+    return kept > 0;
+}
+
+/* ---- inside the frozen range: see (I11) above ---- */
+
+static void judge(Window *w)
+{
+    DedupRegion *r = w->r;
+
+    w->nruns = 0;
+    for (unsigned i = 0; i < w->nadmitted; i++) {
+        DedupAction *a = w->admitted[i];
+
+        if (!DEDUP_MUTANT(NO_PIN_RECHECK) &&
+            dedup_region_pinned(r, a->page)) {
+            continue;
+        }
+        if (!DEDUP_MUTANT(TRUST_HASH) && !content_fits(r, a)) {
+            continue;
+        }
+        a->done = true;
+        add_to_runs(w, a);
+    }
+    if (DEDUP_MUTANT(NO_FREEZE) || DEDUP_MUTANT(NO_PIN_RECHECK)) {
+        DEDUP_MUTANT_DELAY();
+    }
+}
+
+/*
+ * Take the pages of all runs out of the page table with one TLB flush.  Only
+ * ever applied to own pages: a broken page would lose its contents.
+ */
+static bool flush_runs(Window *w)
+{
+    DedupRegion *r = w->r;
+    struct iovec iov[DEDUP_WINDOW_PAGES];
+    unsigned n = 0;
+
+    if (w->nruns < 2) {
+        return false; /* its mmap() flushes as well */
+    }
+    if (r->memory == DEDUP_MEMORY_SHARED) {
+        for (uint32_t i = 0; i < w->span; i++) {
+            if (dedup_entry_is_segment(r->where[w->first + i])) {
+                return false;
+            }
+        }
+        madvise(dedup_region_addr(r, w->first),
+                (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED);
+        return false;
+    }
+    if (!w->missing) {
+        return false;
+    }
+    for (unsigned i = 0; i < w->nruns; i++) {
+        if (w->runs[i].own) {
+            iov[n].iov_base = dedup_region_addr(r, w->runs[i].page);
+            iov[n++].iov_len = (size_t)w->runs[i].n << DEDUP_PAGE_SHIFT;
+        }
+    }
+    if (n && syscall(SYS_process_madvise, r->engine->self_pidfd, iov, n,
+                     MADV_DONTNEED, 0) < 0) {
+        /* an older kernel: nothing was dropped */
+        r->engine->has_madvise_vector = false;
+        return false;
+    }
+    return true;
+}
+
+static bool map_segment(Window *w, const Run *run)
+{
+    return mmap(dedup_region_addr(w->r, run->page),
+                (size_t)run->n << DEDUP_PAGE_SHIFT, PROT_READ | PROT_WRITE,
+                MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE, run->segment->fd,
+                (off_t)run->index << DEDUP_PAGE_SHIFT) != MAP_FAILED;
+}
+
+static bool punch(Window *w, uint32_t page, uint32_t n)
+{
+    return fallocate(w->r->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                     dedup_region_file_offset(w->r, page),
+                     (off_t)n << DEDUP_PAGE_SHIFT) == 0;
+}
+
+/* Drop zero pages; the frozen range keeps everybody from storing to them. */
+static bool drop_zero(Window *w, const Run *run)
+{
+    DedupRegion *r = w->r;
+
+    if (r->memory == DEDUP_MEMORY_PRIVATE_FILE) {
+        /* the file below may hold anything: put anonymous memory over it */
+        return mmap(dedup_region_addr(r, run->page),
+                    (size_t)run->n << DEDUP_PAGE_SHIFT,
+                    PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE |
+                    MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+    }
+    if (!run->own) {
+        /* broken: below is a hole of the file, or fresh memory */
+        return dedup_region_map_own(r, run->page, run->n);
+    }
+    if (r->memory == DEDUP_MEMORY_SHARED) {
+        return punch(w, run->page, run->n);
+    }
+    return madvise(dedup_region_addr(r, run->page),
+                   (size_t)run->n << DEDUP_PAGE_SHIFT, MADV_DONTNEED) == 0;
+}
+
+/* The flush took the page away and its replacement could not be mapped. */
+static void refill(Window *w, const Run *run)
+{
+    for (uint32_t i = 0; i < run->n; i++) {
+        const uint8_t *content = run->segment->map +
+            (((size_t)run->index + i) << DEDUP_PAGE_SHIFT);
+
+        dedup_freeze_refill(w->r->engine->uffd,
+                            dedup_region_addr(w->r, run->page + i), content);
+    }
+}
+
+static void replace(Window *w, unsigned *limits)
+{
+    bool dropped = flush_runs(w);
+
+    for (unsigned i = 0; i < w->nruns; i++) {
+        Run *run = &w->runs[i];
+
+        if (!run->segment) {
+            run->mapped = (dropped && run->own) || drop_zero(w, run);
+        } else {
+            if (DEDUP_MUTANT(PUNCH_FIRST) &&
+                w->r->memory == DEDUP_MEMORY_SHARED) {
+                punch(w, run->page, run->n);
+                DEDUP_MUTANT_DELAY();
+            }
+            run->mapped = map_segment(w, run);
+            if (!run->mapped && dropped && run->own) {
+                refill(w, run);
+            }
+        }
+        if (!run->mapped) {
+            *limits |= DEDUP_LIMIT_MAPS;
+        }
+    }
+    dedup_region_reapply(w->r, w->first, w->span);
+}
+
+/* ---- thawed again ---- */
+
+/* Give the replaced pages back, neighbouring runs in one call. */
+static void punch_runs(Window *w)
+{
+    for (unsigned i = 0, j; i < w->nruns; i = j) {
+        uint32_t end = w->runs[i].page + w->runs[i].n;
+
+        j = i + 1;
+        if (!w->runs[i].mapped || !w->runs[i].segment || !w->runs[i].own) {
+            continue;
+        }
+        while (j < w->nruns && w->runs[j].mapped && w->runs[j].segment &&
+               w->runs[j].own && w->runs[j].page == end) {
+            end += w->runs[j++].n;
+        }
+        punch(w, w->runs[i].page, end - w->runs[i].page);
+    }
+}
+
+static void enter(Window *w)
+{
+    for (unsigned i = 0; i < w->nruns; i++) {
+        const Run *run = &w->runs[i];
+
+        for (uint32_t k = 0; run->mapped && k < run->n; k++) {
+            dedup_ledger_set(w->r, run->page + k, run->segment ?
+                             dedup_entry(run->segment->no, run->index + k) :
+                             DEDUP_ZERO);
+        }
+    }
+}
+
+/* An action whose run could not be mapped was not done. */
+static void mark_done(Window *w)
+{
+    unsigned run = 0;
+
+    for (unsigned i = 0; i < w->nadmitted; i++) {
+        DedupAction *a = w->admitted[i];
+
+        if (!a->done) {
+            continue;
+        }
+        while (a->page >= w->runs[run].page + w->runs[run].n) {
+            run++;
+        }
+        a->done = w->runs[run].mapped;
+    }
+}
+
+static void note_duration(DedupEngine *e, int64_t ns)
+{
+    int64_t max = __atomic_load_n(&e->window_max_ns, __ATOMIC_RELAXED);
+
+    while (ns > max &&
+           !__atomic_compare_exchange_n(&e->window_max_ns, &max, ns, true,
+                                        __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {
+        ;
+    }
+}
+
+static void window_locked(Window *w, unsigned *limits)
+{
+    DedupRegion *r = w->r;
+    DedupEngine *e = r->engine;
+    uint8_t *addr = dedup_region_addr(r, w->first);
+    size_t len = (size_t)w->span << DEDUP_PAGE_SHIFT;
+    int64_t start;
+
+    if (DEDUP_MUTANT(NO_PIN_RECHECK)) {
+        DEDUP_MUTANT_DELAY();
+    }
+    w->missing = r->memory == DEDUP_MEMORY_ANON && e->has_madvise_vector;
+    start = dedup_now_ns();
+    if (!dedup_freeze_begin(e->uffd, addr, len, w->missing)) {
+        /* ENOMEM: no map left to split off; EBUSY: somebody else's */
+        *limits |= errno == ENOMEM ? DEDUP_LIMIT_MAPS : 0;
+        return;
+    }
+    judge(w);
+    if (w->nruns) {
+        replace(w, limits);
+    }
+    if (!dedup_freeze_end(e->uffd, addr, len)) {
+        e->uffd = -1;
+    }
+    note_duration(e, dedup_now_ns() - start);
+
+    enter(w);
+    if (DEDUP_MUTANT(NO_LOCK)) {
+        dedup_unlock(e);
+        DEDUP_MUTANT_DELAY();
+    }
+    if (r->memory == DEDUP_MEMORY_SHARED && !DEDUP_MUTANT(PUNCH_FIRST)) {
+        punch_runs(w);
+    }
+    if (DEDUP_MUTANT(NO_LOCK)) {
+        dedup_lock(e);
+    }
+    mark_done(w);
+}
+
+unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
+                      unsigned *limits)
+{
+    DedupEngine *e = r->engine;
+    Window w = { .r = r, .first = actions[0].page };
+    unsigned done = 0;
+
+    w.span = actions[n - 1].page - w.first + 1;
+    g_assert(w.span <= DEDUP_WINDOW_PAGES);
+
+    dedup_lock(e);
+    if (!r->dead && !e->blocked && e->uffd >= 0 &&
+        dedup_presence(r, w.first, w.span, w.flags)) {
+        for (unsigned i = 0; i < n; i++) {
+            actions[i].done = false;
+            if (admit(&w, &actions[i])) {
+                w.admitted[w.nadmitted++] = &actions[i];
+            }
+        }
+        if (w.nadmitted && maps_allow(&w, limits) && split_huge(&w)) {
+            window_locked(&w, limits);
+        }
+        for (unsigned i = 0; i < n; i++) {
+            done += actions[i].done;
+        }
+    }
+    dedup_unlock(e);
+    return done;
+}
+
+unsigned dedup_windows(DedupRegion *r, DedupAction *actions, unsigned n,
+                       unsigned *limits)
+{
+    unsigned done = 0;
+
+    for (unsigned i = 0, j; i < n; i = j) {
+        for (j = i + 1; j < n && actions[j].page - actions[i].page <
+             DEDUP_WINDOW_PAGES; j++) {
+            ;
+        }
+        done += dedup_window(r, &actions[i], j - i, limits);
+    }
+    return done;
+}

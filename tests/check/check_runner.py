@@ -4,22 +4,23 @@
 
 import contextlib
 import importlib.machinery
+import importlib.util
 import io
 import os
 import shutil
 import sys
 import tempfile
 import time
-import types
 
 from checks import TOP
 import tap
 
 sys.dont_write_bytecode = True
-run_tests = types.ModuleType('run_tests')
-importlib.machinery.SourceFileLoader(
-    'run_tests', os.path.join(TOP, 'scripts', 'run-tests')
-).exec_module(run_tests)
+loader = importlib.machinery.SourceFileLoader(
+    'run_tests', os.path.join(TOP, 'scripts', 'run-tests'))
+run_tests = importlib.util.module_from_spec(
+    importlib.util.spec_from_loader('run_tests', loader))
+loader.exec_module(run_tests)
 
 
 def outcome(script, timeout=20):

@@ -11,9 +11,9 @@
  * that must be zero; the command 'v' checks every word.  Going to the next
  * generation first clears the old marks, one store each, then writes the new.
  *
- * Contents: values follow from (generation % 4, page / RUN % CLASSES, page %
- * RUN), so that every page has many equals, in runs.  One page in 16 is zero
- * in odd generations; one page in 32 is unique.
+ * Contents: values follow from (generation % 4, page % RUN), so that every page
+ * has many equals, in runs.  One page in 16 is zero in odd generations; one
+ * page in 32 is unique.
  *
  * Serial port (COM1, polled): it says "ready N" (N pages), then "round R
  * errors E" after each round.  Commands are single bytes: 'q' only checks,
@@ -35,7 +35,6 @@
 #define WORDS (PAGE / 4)
 #define FIRST (2u << 20)
 #define RUN 64
-#define CLASSES 4
 #define MAX_PAGES (1u << 18)
 #define MARKS 8
 #define SPACING (WORDS / MARKS)
@@ -66,9 +65,12 @@ static inline void out16(uint16_t port, uint16_t v)
 
 static void say(const char *text)
 {
+    uint8_t ready;
+
     for (; *text; text++) {
-        while (!(in8(COM1 + 5) & 0x20)) {
-        }
+        do {
+            ready = in8(COM1 + 5) & 0x20;
+        } while (!ready);
         out8(COM1, *text);
     }
 }
@@ -102,14 +104,13 @@ static uint32_t seed_of(uint32_t i)
     if (i % 32 == 9) {
         return 0x80000001u | i << 8 | g << 1;
     }
-    return 0x40000001u | (g % 4) << 16 | (i / RUN % CLASSES) << 12 |
-           i % RUN << 1;
+    return 0x40000001u | (g % 4) << 16 | i % RUN << 1;
 }
 
 /* Where mark @k of page @i is: once in each eighth of the page. */
 static uint32_t place_of(uint32_t i, uint32_t k)
 {
-    return k * SPACING + (gen[i] * 5 + k) % SPACING;
+    return k * SPACING + (gen[i] % 4 * 5 + k) % SPACING;
 }
 
 static void set_marks(uint32_t i, int clear)

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A KVM vCPU writes to its pages while they are merged and given back."""
 
@@ -10,6 +10,7 @@ import tap
 import vm as vms
 
 CYCLES = 6
+PAGES = 512
 
 
 def wait_round(vm, more):
@@ -44,10 +45,10 @@ def kvm_guest(backing):
     """Merge, write, unmerge, again and again; then check every word."""
     if not os.access('/dev/kvm', os.R_OK | os.W_OK):
         tap.skip('no /dev/kvm')
-    vm = vms.VM('kvm', ram=6, backing=backing, accel='kvm',
+    vm = vms.VM('kvm', ram=4, backing=backing, accel='kvm',
                 bios=host.image('bare.rom'), dedup=dedup.FULL_SPEED)
     vm.start()
-    tap.check(vm.serial_port.line(60) == 'ready 1024', 'not ready')
+    tap.check(vm.serial_port.line(60) == 'ready %d' % PAGES, 'not ready')
     for cycle in range(CYCLES):
         command(vm, b'bw'[cycle % 2:][:1])
         wait_round(vm, 2)
@@ -61,7 +62,7 @@ def kvm_guest(backing):
     command(vm, b'q')
     wait_round(vm, 2)
     # Now nothing changes: all of the runs that are equal can be merged.
-    dedup.wait_merged(vm, 500)
+    dedup.wait_merged(vm, PAGES // 2)
     wait_verified(vm)
     command(vm, b'b')
     wait_round(vm, 3)

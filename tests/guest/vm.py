@@ -74,7 +74,7 @@ class VM:
         self.name = name
         self.ram = ram
         self.bios = bios
-        self.process = None
+        self.process = self.ram_file = None
         self.qmp = self.agent = self.serial_port = None
         # Socket names are short: a build directory may lie deep.
         self.dir = tempfile.mkdtemp(prefix='qemu-dedup-vm-')
@@ -90,8 +90,9 @@ class VM:
         machine = 'pc'
         options = BACKINGS[backing]
         if options:
-            shm = shm_scratch() if '{path}' in options else ''
-            options = options.format(path=os.path.join(shm, 'ram'))
+            if '{path}' in options:
+                self.ram_file = os.path.join(shm_scratch(), 'ram')
+                options = options.format(path=self.ram_file)
             args += ['-object', '%s,id=ram0,size=%dM' % (options, ram)]
             machine += ',memory-backend=ram0'
         args += ['-machine', machine]
@@ -181,6 +182,10 @@ class VM:
                 self.process.kill()
                 self.process.wait(30)
                 raise
+        if self.ram_file:
+            # QEMU leaves a file that it was given by name.
+            os.unlink(self.ram_file)
+            self.ram_file = None
 
     def quit(self):
         """End QEMU in an orderly way; fails if it does not end well."""

@@ -24,7 +24,10 @@
 #include "freeze.h"
 #include "internal.h"
 
-G_DEFINE_QUARK(dedup-error-quark, dedup_error)
+GQuark dedup_error_quark(void)
+{
+    return g_quark_from_static_string("dedup-error-quark");
+}
 
 /*
  * Whoever wants the remap lock queues on "turn" first.  The scanner, which

@@ -236,8 +236,10 @@ static uint64_t level_room(DedupHostMem *m, int fd)
         return UINT64_MAX;
     }
     usage = g_ascii_strtoull(usage_text, NULL, 10);
-    /* page cache of files gives way before the limit kills; shmem is not in
-     * these lists (it is on the anonymous ones) */
+    /*
+     * Page cache of files gives way before the limit kills; shmem is not in
+     * these lists (it is on the anonymous ones).
+     */
     find_number(stat, m->v2 ? "active_file" : "total_active_file", &active);
     find_number(stat, m->v2 ? "inactive_file" : "total_inactive_file",
                 &inactive);

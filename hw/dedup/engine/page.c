@@ -88,10 +88,11 @@ bool dedup_page_is_zero(const void *page)
 DEDUP_UNINSTRUMENTED
 void dedup_page_copy(void *to, const void *from)
 {
+    /* volatile: the compiler must not make a memcpy() of the loop */
     volatile uint64_t *x = to;
+    /* volatile: likewise */
     const volatile uint64_t *y = from;
 
-    /* volatile: the compiler must not make a memcpy() of it */
     for (size_t i = 0; i < PAGE_WORDS; i++) {
         x[i] = y[i];
     }
@@ -100,5 +101,6 @@ void dedup_page_copy(void *to, const void *from)
 DEDUP_UNINSTRUMENTED
 void dedup_page_touch(const void *page)
 {
+    /* volatile: the read is wanted, its value is not */
     (void)*(const volatile uint8_t *)page;
 }

@@ -21,6 +21,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -85,8 +86,6 @@ static void enter_own(Span *s, uint32_t i, uint32_t n)
 {
     for (uint32_t k = i; k < i + n; k++) {
         dedup_ledger_set(s->r, s->first + k, DEDUP_OWN);
-        /* what it holds is news to the scanner */
-        s->r->fingerprint[s->first + k] = 0;
     }
 }
 
@@ -151,7 +150,7 @@ static void restore_shared(Span *s)
     }
 }
 
-/* Fresh memory with the region's attributes, populated. */
+/* Fresh memory with the region's attributes. */
 static uint8_t *staging_new(const DedupRegion *r, uint32_t page, size_t len)
 {
     uint8_t *p = mmap(NULL, len, PROT_READ | PROT_WRITE,
@@ -173,10 +172,40 @@ static uint8_t *staging_new(const DedupRegion *r, uint32_t page, size_t len)
 
         madvise(p, len, nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
     }
-    for (size_t off = 0; off < len; off += DEDUP_PAGE_SIZE) {
-        *(volatile uint8_t *)(p + off) = 0;
-    }
     return p;
+}
+
+/*
+ * Moving memory costs a mapping for each piece.  In anonymous memory the own
+ * pages between the pieces are moved along, so that a window ends as one
+ * mapping.  Not where one of them is pinned, on swap or part of a huge page.
+ * Sets @move to the pages that have contents to copy.
+ */
+static bool choose_whole(Span *s, bool *move)
+{
+    uint8_t flags[DEDUP_WINDOW_PAGES];
+    bool whole = s->r->memory == DEDUP_MEMORY_ANON &&
+                 dedup_presence(s->r, s->first, s->n, flags);
+
+    for (uint32_t i = 0; i < s->n; i++) {
+        bool own = !dedup_entry_is_segment(s->r->where[s->first + i]);
+
+        move[i] = s->take[i];
+        if (!whole) {
+            continue;
+        }
+        if (!own) {
+            whole = s->take[i];
+            continue;
+        }
+        whole = !(flags[i] & (DEDUP_SWAPPED | DEDUP_HUGE)) &&
+                !dedup_region_pinned(s->r, s->first + i);
+        move[i] = flags[i] & DEDUP_PRESENT;
+    }
+    if (!whole) {
+        memcpy(move, s->take, sizeof(s->take));
+    }
+    return whole;
 }
 
 static void restore_private(Span *s)
@@ -186,27 +215,43 @@ static void restore_private(Span *s)
     uint8_t *addr = dedup_region_addr(r, s->first);
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
     uint8_t *staging = staging_new(r, s->first, len);
+    bool move[DEDUP_WINDOW_PAGES];
 
     if (!staging) {
         return;
     }
-    if (!dedup_freeze_begin(e->uffd, addr, len, false)) {
+    choose_whole(s, move);
+    for (uint32_t i = 0; i < s->n; i++) {
+        if (move[i]) {
+            /* populate, so that the copy below need not */
+            staging[(size_t)i << DEDUP_PAGE_SHIFT] = 0;
+        }
+    }
+    /* "missing": an absent own page must not come to be while we look away */
+    if (!dedup_freeze_begin(e->uffd, addr, len,
+                            r->memory == DEDUP_MEMORY_ANON)) {
         munmap(staging, len);
         return;
     }
     choose(s);
+    if (choose_whole(s, move)) {
+        memset(s->take, true, s->n * sizeof(s->take[0]));
+    }
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         size_t off = (size_t)i << DEDUP_PAGE_SHIFT;
         size_t run = (size_t)n << DEDUP_PAGE_SHIFT;
+        bool ok;
 
-        for (size_t k = off; k < off + run; k += DEDUP_PAGE_SIZE) {
-            dedup_page_copy(staging + k, addr + k);
-        }
-        if (mremap(staging + off, run, run, MREMAP_MAYMOVE | MREMAP_FIXED,
-                   addr + off) == MAP_FAILED) {
-            for (uint32_t k = i; k < i + n; k++) {
-                s->take[k] = false;
+        for (uint32_t k = i; k < i + n; k++) {
+            if (move[k]) {
+                dedup_page_copy(staging + ((size_t)k << DEDUP_PAGE_SHIFT),
+                                addr + ((size_t)k << DEDUP_PAGE_SHIFT));
             }
+        }
+        ok = mremap(staging + off, run, run, MREMAP_MAYMOVE | MREMAP_FIXED,
+                    addr + off) != MAP_FAILED;
+        for (uint32_t k = i; k < i + n; k++) {
+            s->take[k] = ok;
         }
     }
     if (!dedup_freeze_end(e->uffd, addr, len)) {

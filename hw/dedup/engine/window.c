@@ -90,17 +90,14 @@ static bool content_fits(const DedupRegion *r, const DedupAction *a)
 /* May this action still be done?  Touches both pages if so. */
 static bool admit(const Window *w, DedupAction *a)
 {
-    DedupRegion *r = w->r;
+    const DedupRegion *r = w->r;
     uint32_t entry = r->where[a->page];
     uint8_t flags = w->flags[a->page - w->first];
 
-    if (entry != DEDUP_OWN && !is_broken(r, a->page)) {
-        return false;
+    if (!a->segment && entry == DEDUP_ZERO) {
+        a->done = true; /* when its huge page was split */
     }
-    if (!a->segment && (flags & DEDUP_ZERO_MAPPED)) {
-        /* splitting its huge page, Linux (6.13) found it zero and freed it */
-        dedup_ledger_set(r, a->page, DEDUP_ZERO);
-        a->done = true;
+    if (entry != DEDUP_OWN && !is_broken(r, a->page)) {
         return false;
     }
     if (!(flags & DEDUP_PRESENT)) {
@@ -189,6 +186,30 @@ static bool maps_allow(Window *w, unsigned *limits)
 }
 
 /*
+ * Splitting a huge page, Linux (6.13) finds its zero pages and maps its own
+ * zero page there: they are dropped, and we did it.
+ */
+static void enter_split_zeroes(DedupRegion *r, uintptr_t huge)
+{
+    uintptr_t host = (uintptr_t)r->host;
+    uintptr_t start = MAX(huge << HUGE_SHIFT, host);
+    uint64_t first = (start - host) >> DEDUP_PAGE_SHIFT;
+    uint64_t end = MIN((((huge + 1) << HUGE_SHIFT) - host) >>
+                       DEDUP_PAGE_SHIFT, r->npages);
+    uint8_t flags[DEDUP_CHUNK_PAGES];
+
+    if (!dedup_presence(r, first, end - first, flags)) {
+        return;
+    }
+    for (uint32_t i = 0; i < end - first; i++) {
+        if ((flags[i] & DEDUP_ZERO_MAPPED) &&
+            r->where[first + i] == DEDUP_OWN) {
+            dedup_ledger_set(r, first + i, DEDUP_ZERO);
+        }
+    }
+}
+
+/*
  * Replacing part of a huge page frees nothing.  MADV_COLD on one page of it
  * splits it.  Own pages that were dropped must not be brought back by
  * khugepaged either.
@@ -213,6 +234,9 @@ static bool split_huge(Window *w)
             /* also reaches a huge page that is mapped page by page */
             madvise(addr, DEDUP_PAGE_SIZE, MADV_COLD);
             *area |= DEDUP_AREA_SPLIT;
+            if (is_huge) {
+                enter_split_zeroes(r, (uintptr_t)addr >> HUGE_SHIFT);
+            }
         }
         if (is_huge) {
             last = (uintptr_t)addr >> HUGE_SHIFT;

@@ -1,0 +1,282 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What the qtests of dedup-scanner share: a machine, its figures, its host
+ */
+
+#ifndef DEDUP_QTEST_H
+#define DEDUP_QTEST_H
+
+#include "libqtest.h"
+#include "qobject/qdict.h"
+#include "qobject/qjson.h"
+#include "qobject/qlist.h"
+#include "qobject/qnum.h"
+#include "qobject/qstring.h"
+#include <sys/mount.h>
+#include <sched.h>
+
+#define DEDUP_PAGE 4096
+#define DEDUP_MACHINE \
+    "-machine pc -nodefaults -display none -m 64M,slots=4,maxmem=1G "
+#define DEDUP_FAST "pages-to-scan=65536,sleep-millisecs=1"
+
+/* Poll this often for what nobody announces, at most this long. */
+#define DEDUP_POLL_US 20000
+#define DEDUP_TIMEOUT_US (30 * G_USEC_PER_SEC)
+
+static inline bool dedup_have_userfaultfd(void)
+{
+    g_autofree char *all = NULL;
+
+    return access("/dev/userfaultfd", R_OK | W_OK) == 0 ||
+           (g_file_get_contents("/proc/sys/vm/unprivileged_userfaultfd",
+                                &all, NULL, NULL) && *all == '1');
+}
+
+/* Skips the test and returns true if the host cannot run a scanner. */
+static inline bool dedup_skip(void)
+{
+    if (!dedup_have_userfaultfd()) {
+        g_test_skip("the host grants no userfaultfd");
+        return true;
+    }
+    return false;
+}
+
+static inline bool dedup_skip_unless_root(void)
+{
+    if (geteuid() != 0) {
+        g_test_skip("needs root");
+        return true;
+    }
+    return dedup_skip();
+}
+
+/* The figures; the caller frees them. */
+static inline QDict *dedup_info(QTestState *qts)
+{
+    QDict *resp = qtest_qmp(qts, "{ 'execute': 'query-dedup-stats' }");
+    QList *list = qdict_get_qlist(resp, "return");
+    QDict *info;
+
+    g_assert_nonnull(list);
+    g_assert_cmpint(qlist_size(list), ==, 1);
+    info = qobject_to(QDict, qlist_pop(list));
+    qobject_unref(resp);
+    return info;
+}
+
+static inline char *dedup_state(QTestState *qts)
+{
+    QDict *info = dedup_info(qts);
+    char *state = g_strdup(qdict_get_str(info, "state"));
+
+    qobject_unref(info);
+    return state;
+}
+
+static inline int64_t dedup_figure(QTestState *qts, const char *name)
+{
+    QDict *info = dedup_info(qts);
+    int64_t value = qdict_get_int(info, name);
+
+    qobject_unref(info);
+    return value;
+}
+
+/* "reason: detail" of a reason in blocked-reasons, or NULL. */
+static inline char *dedup_blocked(QTestState *qts, const char *reason)
+{
+    QDict *info = dedup_info(qts);
+    QListEntry *e;
+    char *detail = NULL;
+
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(info, "blocked-reasons"), e) {
+        QDict *blocked = qobject_to(QDict, qlist_entry_obj(e));
+
+        if (g_str_equal(qdict_get_str(blocked, "reason"), reason)) {
+            detail = g_strdup(qdict_get_str(blocked, "detail"));
+        }
+    }
+    qobject_unref(info);
+    return detail;
+}
+
+/* The state is blocked for this one reason, and the detail says @text. */
+static inline void dedup_assert_blocked(QTestState *qts, const char *reason,
+                                        const char *text)
+{
+    g_autofree char *state = dedup_state(qts);
+    g_autofree char *detail = dedup_blocked(qts, reason);
+
+    g_assert_cmpstr(state, ==, "blocked");
+    g_assert_nonnull(detail);
+    if (!strstr(detail, text)) {
+        g_test_message("detail: %s", detail);
+    }
+    g_assert_nonnull(strstr(detail, text));
+}
+
+/*
+ * One RAM block: its reason ("eligible" if it has none), or NULL if there is
+ * no such block.  To be freed.
+ */
+static inline char *dedup_block_reason(QTestState *qts, const char *id,
+                                       int64_t *merged)
+{
+    QDict *info = dedup_info(qts);
+    QListEntry *e;
+    char *reason = NULL;
+
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(info, "blocks"), e) {
+        QDict *block = qobject_to(QDict, qlist_entry_obj(e));
+        const char *name = qdict_get_str(block, "id");
+
+        /* Backends may be named by a QOM path. */
+        if (!g_str_has_suffix(name, id)) {
+            continue;
+        }
+        g_assert_cmpint(qdict_get_bool(block, "eligible"), ==,
+                        !qdict_haskey(block, "reason"));
+        reason = g_strdup(qdict_get_try_str(block, "reason")
+                          ?: "eligible");
+        if (merged) {
+            *merged = qdict_get_int(block, "pages-merged");
+        }
+    }
+    qobject_unref(info);
+    return reason;
+}
+
+/* Blocks are looked at in a bottom half: wait for it. */
+static inline void dedup_wait_block(QTestState *qts, const char *id,
+                                    const char *expected)
+{
+    int64_t end = g_get_monotonic_time() + DEDUP_TIMEOUT_US;
+
+    for (;;) {
+        g_autofree char *reason = dedup_block_reason(qts, id, NULL);
+
+        if (!g_strcmp0(reason, expected)) {
+            return;
+        }
+        if (g_get_monotonic_time() > end) {
+            g_assert_cmpstr(reason, ==, expected);
+        }
+        g_usleep(DEDUP_POLL_US);
+    }
+}
+
+static inline void dedup_wait_state(QTestState *qts, const char *expected)
+{
+    int64_t end = g_get_monotonic_time() + DEDUP_TIMEOUT_US;
+
+    for (;;) {
+        g_autofree char *state = dedup_state(qts);
+
+        if (g_str_equal(state, expected)) {
+            return;
+        }
+        if (g_get_monotonic_time() > end) {
+            g_assert_cmpstr(state, ==, expected);
+        }
+        g_usleep(DEDUP_POLL_US);
+    }
+}
+
+static inline void dedup_wait_at_least(QTestState *qts, const char *name,
+                                       int64_t value)
+{
+    int64_t end = g_get_monotonic_time() + DEDUP_TIMEOUT_US;
+
+    for (;;) {
+        int64_t now = dedup_figure(qts, name);
+
+        if (now >= value) {
+            return;
+        }
+        if (g_get_monotonic_time() > end) {
+            g_test_message("%s", name);
+            g_assert_cmpint(now, >=, value);
+        }
+        g_usleep(DEDUP_POLL_US);
+    }
+}
+
+/* The description of an error, to be freed; the command must fail. */
+G_GNUC_PRINTF(2, 3)
+static inline char *dedup_error(QTestState *qts, const char *fmt, ...)
+{
+    va_list ap;
+    QDict *resp;
+    char *desc;
+
+    va_start(ap, fmt);
+    resp = qtest_vqmp(qts, fmt, ap);
+    va_end(ap);
+    g_assert_true(qdict_haskey(resp, "error"));
+    desc = g_strdup(qdict_get_str(qdict_get_qdict(resp, "error"), "desc"));
+    qobject_unref(resp);
+    return desc;
+}
+
+static inline void dedup_set_bool(QTestState *qts, const char *path,
+                                  const char *property, bool value)
+{
+    qtest_qmp_assert_success(qts, "{ 'execute': 'qom-set', 'arguments': {"
+                             " 'path': %s, 'property': %s, 'value': %i } }",
+                             path, property, value);
+}
+
+/*
+ * A private mount namespace, in which @with stands in the place of @path for
+ * this test and the QEMU processes that it starts.  False if not possible.
+ */
+static inline bool dedup_mount_over(const char *with, const char *path)
+{
+    static bool unshared;
+
+    if (!unshared) {
+        if (unshare(CLONE_NEWNS) < 0 ||
+            mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0) {
+            g_test_skip("no private mount namespace");
+            return false;
+        }
+        unshared = true;
+    }
+    if (mount(with, path, NULL, MS_BIND, NULL) < 0) {
+        g_test_skip("cannot mount over a file");
+        return false;
+    }
+    return true;
+}
+
+/* Run QEMU, which must fail; its standard error, to be freed. */
+static inline char *dedup_run_failing(const char *prefix, const char *args)
+{
+    g_autofree char *command = NULL;
+    const char *binary = g_getenv("QTEST_QEMU_BINARY");
+    g_autoptr(GError) err = NULL;
+    char *output = NULL;
+    int status;
+
+    command = g_strdup_printf("%s %s -display none -nodefaults -accel qtest "
+                              "%s", prefix, binary, args);
+    g_spawn_command_line_sync(command, NULL, &output, &status, &err);
+    g_assert_no_error(err);
+    g_assert_true(WIFEXITED(status));
+    g_assert_cmpint(WEXITSTATUS(status), ==, 1);
+    return output;
+}
+
+/* A directory for one test. */
+static inline char *dedup_tmpdir(const char *parent)
+{
+    char *dir = g_strdup_printf("%s/dedup-test-XXXXXX", parent);
+
+    g_assert_nonnull(g_mkdtemp(dir));
+    return dir;
+}
+
+#endif /* DEDUP_QTEST_H */

@@ -41,7 +41,6 @@
 
 #include <fcntl.h>
 #include <glib.h>
-#include <string.h>
 
 #include "index.h"
 #include "page.h"
@@ -365,11 +364,11 @@ static void rehash(const DedupIndex *index, unsigned shard,
     for (uint64_t at = old_lines; at-- > 0;) {
         uint64_t *line = line_at(index, shard, at);
 
-        if (!line) {
-            continue;
-        }
         if (at % PAGE_LINES == 0 && word(&s->pages) != pages) {
             return;
+        }
+        if (!line) {
+            continue;
         }
         for (unsigned i = 0; i < LINE_ENTRIES; i++) {
             uint64_t entry = word(&line[i]);
@@ -423,22 +422,26 @@ static bool grow(const DedupIndex *index, unsigned shard, uint64_t pages)
     return true;
 }
 
+/* Should it grow, and may it? */
 static bool overloaded(const DedupIndex *index, unsigned shard,
                        uint64_t pages)
 {
     uint64_t count = word(&index->header->shard[shard].count);
 
-    return count >= pages * PAGE_ENTRIES * LOAD_NUM / LOAD_DEN;
+    return count >= pages * PAGE_ENTRIES * LOAD_NUM / LOAD_DEN &&
+           pages < word(&index->limit);
 }
 
 /*
- * Both lines of a tag are full.  That is rare below the load at which a
- * shard grows, so look whether the count is right: sample some lines.
+ * Look whether the count is right, by a sample of the lines: before a shard
+ * grows, and when there is no room for an entry, which is rare below the
+ * load at which a shard grows.
  */
 static void check_count(const DedupIndex *index, unsigned shard,
                         uint64_t pages, uint32_t tag)
 {
     enum { SAMPLE = 32 };
+    uint64_t *count = &index->header->shard[shard].count;
     uint64_t lines = pages * PAGE_LINES;
     uint64_t used = 0, estimate;
 
@@ -451,9 +454,20 @@ static void check_count(const DedupIndex *index, unsigned shard,
     }
     estimate = used * pages * PAGE_ENTRIES / (SAMPLE * LINE_ENTRIES);
     /* A sample is rough: believe it only if it says something new. */
-    if (estimate > word(&index->header->shard[shard].count) * 5 / 4) {
-        __atomic_store_n(&index->header->shard[shard].count, estimate,
-                         __ATOMIC_SEQ_CST);
+    if (estimate > word(count) / 4 * 5 || estimate < word(count) / 4 * 3) {
+        __atomic_store_n(count, estimate, __ATOMIC_SEQ_CST);
+    }
+}
+
+/* The count says that it is time to grow. */
+static void grow_if_overloaded(const DedupIndex *index, unsigned shard,
+                               uint64_t pages, uint32_t tag)
+{
+    if (pages) {
+        check_count(index, shard, pages, tag);
+    }
+    if (overloaded(index, shard, pages)) {
+        grow(index, shard, pages);
     }
 }
 
@@ -471,7 +485,7 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
         bool found = false;
 
         if (overloaded(index, shard, pages)) {
-            grow(index, shard, pages);
+            grow_if_overloaded(index, shard, pages, tag);
             pages = shard_pages(index, shard);
         }
         if (pages == 0) {
@@ -497,9 +511,12 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
                                __ATOMIC_RELAXED);
             return true;
         }
-        check_count(index, shard, pages, tag);
-        if (overloaded(index, shard, pages) && grow(index, shard, pages)) {
-            continue;
+        if (pages < word(&index->limit)) {
+            check_count(index, shard, pages, tag);
+            if (overloaded(index, shard, pages) &&
+                grow(index, shard, pages)) {
+                continue;
+            }
         }
         /* The bits of the hash below the tag choose the victim. */
         if (line_replace(hash & 8 ? a : b, entry, hash) ||

@@ -15,6 +15,7 @@
 #include "qobject/qstring.h"
 #include <sys/mount.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 #define DEDUP_PAGE 4096
 #define DEDUP_MACHINE \

@@ -1,0 +1,337 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Whoever gets the file behind guest RAM finds it whole
+ *
+ * Guest RAM is a shared memfd, of which the test reads the file itself, as a
+ * process would that QEMU passed the descriptor to.  Once pages are merged
+ * they are holes there.  A device that exports RAM must have put them back
+ * by the time that its peer hears from it for the first time.
+ */
+
+#include "qemu/osdep.h"
+#include "dedup-qtest.h"
+#include <sys/socket.h>
+#include <sys/un.h>
+
+/* Where the equal pages lie, in RAM and in its file, and what is in them. */
+#define START (1 * 1024 * 1024)
+#define PAGES 1024
+#define LENGTH (PAGES * DEDUP_PAGE)
+#define BYTE 0x5a
+
+static QTestState *start(const char *more)
+{
+    return qtest_initf("-nodefaults -display none -m 64M,slots=4,maxmem=1G "
+                       "-object memory-backend-memfd,id=ram0,size=64M,share=on "
+                       "-machine pc,memory-backend=ram0 "
+                       "-object dedup-scanner,id=ds0," DEDUP_FAST " %s", more);
+}
+
+/* The memfd of ram0, opened anew. */
+static int open_ram(QTestState *qts)
+{
+    g_autofree char *dir = g_strdup_printf("/proc/%d/fd", qtest_pid(qts));
+    g_autoptr(GDir) d = g_dir_open(dir, 0, NULL);
+    const char *name;
+
+    g_assert_nonnull(d);
+    while ((name = g_dir_read_name(d))) {
+        g_autofree char *path = g_strdup_printf("%s/%s", dir, name);
+        g_autofree char *target = g_file_read_link(path, NULL);
+
+        if (target && g_str_has_prefix(target,
+                                       "/memfd:memory-backend-memfd")) {
+            int fd = open(path, O_RDONLY);
+
+            g_assert_cmpint(fd, >=, 0);
+            return fd;
+        }
+    }
+    g_assert_not_reached();
+}
+
+/* How many of the equal pages have their contents in the file. */
+static int pages_in_file(int fd)
+{
+    uint8_t expected[DEDUP_PAGE], page[DEDUP_PAGE];
+    int i, n = 0;
+
+    memset(expected, BYTE, sizeof(expected));
+    for (i = 0; i < PAGES; i++) {
+        g_assert_cmpint(pread(fd, page, sizeof(page), START + i * DEDUP_PAGE),
+                        ==, sizeof(page));
+        n += memcmp(page, expected, sizeof(page)) == 0;
+    }
+    return n;
+}
+
+/* Fill RAM with equal pages and wait until they are merged. */
+static int fill_and_merge(QTestState *qts)
+{
+    int fd = open_ram(qts);
+
+    qtest_memset(qts, START, BYTE, LENGTH);
+    g_assert_cmpint(pages_in_file(fd), ==, PAGES);
+    dedup_wait_at_least(qts, "pages-merged", PAGES);
+    /* Else the test would show nothing. */
+    g_assert_cmpint(pages_in_file(fd), ==, 0);
+    return fd;
+}
+
+static void assert_guest_sees(QTestState *qts)
+{
+    g_autofree uint8_t *data = g_malloc(LENGTH);
+    int i;
+
+    qtest_memread(qts, START, data, LENGTH);
+    for (i = 0; i < LENGTH; i++) {
+        g_assert_cmphex(data[i], ==, BYTE);
+    }
+}
+
+/* Wait for the first byte from QEMU. */
+static void wait_message(int sock)
+{
+    struct pollfd p = { .fd = sock, .events = POLLIN };
+
+    g_assert_cmpint(poll(&p, 1, DEDUP_TIMEOUT_US / 1000), ==, 1);
+}
+
+/*
+ * A vhost-user device whose back end hangs up after the first message.  Then
+ * the device cannot be, nobody needs RAM whole any more, and merging resumes.
+ */
+static void test_vhost_user(gconstpointer data)
+{
+    const char *driver = data;
+    g_autofree char *dir = NULL, *path = NULL, *description = NULL;
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int listener, peer, ram;
+    QTestState *qts;
+    QDict *resp;
+
+    if (dedup_skip()) {
+        return;
+    }
+    dir = dedup_tmpdir("/tmp");
+    path = g_strdup_printf("%s/sock", dir);
+    g_strlcpy(address.sun_path, path, sizeof(address.sun_path));
+    listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    g_assert_cmpint(bind(listener, (struct sockaddr *)&address,
+                         sizeof(address)), ==, 0);
+    g_assert_cmpint(listen(listener, 1), ==, 0);
+
+    qts = start("");
+    ram = fill_and_merge(qts);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'chardev-add', 'arguments': {"
+                             " 'id': 'c0', 'backend': { 'type': 'socket',"
+                             " 'data': { 'server': false, 'addr': {"
+                             " 'type': 'unix', 'data': { 'path': %s } } } } }"
+                             " }", path);
+    peer = accept(listener, NULL, NULL);
+    g_assert_cmpint(peer, >=, 0);
+
+    qtest_qmp_send(qts, "{ 'execute': 'device_add', 'arguments': {"
+                   " 'driver': %s, 'id': 'd0', 'chardev': 'c0'%s } }", driver,
+                   "");
+    wait_message(peer);
+    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
+    close(peer);
+    close(listener);
+    unlink(path);
+    resp = qtest_qmp_receive(qts);
+    g_assert_true(qdict_haskey(resp, "error"));
+    qobject_unref(resp);
+
+    assert_guest_sees(qts);
+    dedup_wait_at_least(qts, "pages-merged", PAGES);
+    g_assert_cmpint(pages_in_file(ram), ==, 0);
+    assert_guest_sees(qts);
+    close(ram);
+    qtest_quit(qts);
+    rmdir(dir);
+}
+
+/*
+ * While the back end is there RAM stays whole, the figures say for whom, and
+ * new equal pages are left alone.  A net device needs no guest driver to
+ * have one.
+ */
+static void test_vhost_user_stays(void)
+{
+    static const char user[] = "vhost-user (chardev 'c0')";
+    g_autofree char *dir = NULL, *path = NULL, *detail = NULL;
+    int ram;
+    QTestState *qts;
+    QDict *resp;
+
+    if (dedup_skip()) {
+        return;
+    }
+    dir = dedup_tmpdir("/tmp");
+    path = g_strdup_printf("%s/sock", dir);
+    qts = start("");
+    ram = fill_and_merge(qts);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'chardev-add', 'arguments': {"
+                             " 'id': 'c0', 'backend': { 'type': 'socket',"
+                             " 'data': { 'server': true, 'wait': false,"
+                             " 'addr': { 'type': 'unix', 'data': {"
+                             " 'path': %s } } } } } }", path);
+    /* A crypto back end waits for its peer without an end. */
+    resp = qtest_qmp(qts, "{ 'execute': 'object-add', 'arguments': {"
+                     " 'qom-type': 'cryptodev-vhost-user', 'id': 'x0',"
+                     " 'chardev': 'c0' } }");
+    if (qdict_haskey(resp, "error")) {
+        g_test_skip("built without vhost-user-crypto");
+        goto out;
+    }
+    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
+    dedup_assert_blocked(qts, "exported", user);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'object-del', 'arguments': {"
+                             " 'id': 'x0' } }");
+    detail = dedup_blocked(qts, "exported");
+    g_assert_null(detail);
+    dedup_wait_at_least(qts, "pages-merged", PAGES);
+out:
+    qobject_unref(resp);
+    close(ram);
+    qtest_quit(qts);
+    unlink(path);
+    rmdir(dir);
+}
+
+/* The same for the remote process of a proxy device. */
+static void test_proxy(void)
+{
+    int pair[2], ram;
+    QTestState *qts;
+    QDict *resp;
+
+    if (dedup_skip()) {
+        return;
+    }
+    if (!qtest_has_device("x-pci-proxy-dev")) {
+        g_test_skip("built without multi-process");
+        return;
+    }
+    g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair),
+                    ==, 0);
+    qts = start("");
+    ram = fill_and_merge(qts);
+    resp = qtest_qmp_fds(qts, &pair[1], 1, "{ 'execute': 'getfd',"
+                         " 'arguments': { 'fdname': 'remote' } }");
+    g_assert_true(qdict_haskey(resp, "return"));
+    qobject_unref(resp);
+    close(pair[1]);
+    qtest_qmp_send(qts, "{ 'execute': 'device_add', 'arguments': {"
+                   " 'driver': 'x-pci-proxy-dev', 'id': 'd0',"
+                   " 'fd': 'remote' } }");
+    wait_message(pair[0]);
+    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
+    /* QEMU waits for answers that do not come: it is of no more use. */
+    close(ram);
+    close(pair[0]);
+    qtest_kill_qemu(qts);
+    qtest_quit(qts);
+}
+
+/* A udmabuf is made of pages of the memfd. */
+static void test_udmabuf(void)
+{
+    g_autofree char *detail = NULL;
+    QTestState *qts;
+    int ram;
+
+    if (dedup_skip()) {
+        return;
+    }
+    if (access("/dev/udmabuf", R_OK | W_OK) < 0) {
+        g_test_skip("the host has no /dev/udmabuf");
+        return;
+    }
+    qts = start("");
+    ram = fill_and_merge(qts);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'device_add', 'arguments': {"
+                             " 'driver': 'virtio-gpu-pci', 'id': 'd0',"
+                             " 'blob': true } }");
+    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
+    dedup_assert_blocked(qts, "exported", "virtio-gpu");
+    close(ram);
+    qtest_quit(qts);
+}
+
+/* vhost-scsi: the kernel pins pages; here it is there from the start. */
+static void test_vhost_scsi(void)
+{
+    QTestState *qts;
+
+    if (dedup_skip()) {
+        return;
+    }
+    if (access("/dev/vhost-scsi", R_OK | W_OK) < 0) {
+        g_test_skip("the host has no /dev/vhost-scsi");
+        return;
+    }
+    qts = start("-device vhost-scsi-pci,wwpn=naa.5001405324af0985");
+    dedup_assert_blocked(qts, "exported", "vhost-scsi");
+    qtest_quit(qts);
+}
+
+/* Memory that a device hands out: it alone is left alone, not all RAM. */
+static void test_device_memory(gconstpointer data)
+{
+    const char *const *driver = data;
+    g_autofree char *device = NULL;
+    QTestState *qts;
+    int ram;
+
+    if (dedup_skip()) {
+        return;
+    }
+    device = g_strdup_printf("-machine nvdimm=on "
+                             "-object memory-backend-memfd,id=mem1,size=4M,"
+                             "share=on -device %s,memdev=mem1,id=d0",
+                             *driver);
+    qts = start(device);
+    dedup_wait_block(qts, "mem1", "device-backend");
+    ram = fill_and_merge(qts);
+    close(ram);
+    qtest_quit(qts);
+}
+
+int main(int argc, char **argv)
+{
+    static const char *const memory_devices[] = {
+        "ivshmem-plain", "nvdimm", "virtio-pmem-pci",
+    };
+    static const char *const vhost_user_devices[] = {
+        "vhost-user-fs-pci", "vhost-user-blk-pci", "vhost-user-scsi-pci",
+        "vhost-user-vsock-pci", "vhost-user-rng-pci",
+    };
+    int i;
+
+    g_test_init(&argc, &argv, NULL);
+    for (i = 0; i < G_N_ELEMENTS(vhost_user_devices); i++) {
+        g_autofree char *path = g_strdup_printf("dedup/whole/%s",
+                                                vhost_user_devices[i]);
+
+        if (qtest_has_device(vhost_user_devices[i])) {
+            qtest_add_data_func(path, vhost_user_devices[i], test_vhost_user);
+        }
+    }
+    qtest_add_func("dedup/whole/vhost-user-stays", test_vhost_user_stays);
+    qtest_add_func("dedup/whole/proxy", test_proxy);
+    qtest_add_func("dedup/whole/udmabuf", test_udmabuf);
+    qtest_add_func("dedup/whole/vhost-scsi", test_vhost_scsi);
+    for (i = 0; i < G_N_ELEMENTS(memory_devices); i++) {
+        g_autofree char *path = g_strdup_printf("dedup/whole/%s",
+                                                memory_devices[i]);
+
+        if (qtest_has_device(memory_devices[i])) {
+            qtest_add_data_func(path, &memory_devices[i],
+                                test_device_memory);
+        }
+    }
+    return g_test_run();
+}

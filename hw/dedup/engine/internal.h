@@ -151,6 +151,7 @@ struct DedupEngine {
     uint64_t announced_growths;
     int64_t maps_other;       /* maps of the process that are not ours */
     int64_t figures_us;       /* when the costly figures were last taken */
+    int64_t policy_us;        /* when policy.c last judged by them */
     GHashTable *left_gids;    /* segments that we left, see publish.c */
     uint64_t *tick_scans;     /* full scans of each member at the last tick */
     uint64_t generation;      /* ticks: each member has made a pass since */
@@ -344,7 +345,8 @@ void dedup_wait(DedupEngine *e, int64_t us);
 void dedup_stats_publish(DedupEngine *e);
 /* Figures, at the end of a batch and of a pass. */
 void dedup_stats_batch(DedupEngine *e);
-void dedup_stats_pass(DedupEngine *e);
+/* True if the costly figures are new, so that policy.c can judge by them. */
+bool dedup_stats_pass(DedupEngine *e);
 void dedup_set_state(DedupEngine *e, DedupState state);
 /* How many more maps we may use. */
 int64_t dedup_maps_left(DedupEngine *e);

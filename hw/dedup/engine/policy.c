@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What becomes of segments, looked at once per full pass (I8).
+ * What becomes of segments, looked at when a full pass ends (I8), but not
+ * more often than the figures are taken (stats.c).
  *
  * A segment that no page of ours refers to any more is let go; when no
  * member maps it, its place in the group's table is free again.

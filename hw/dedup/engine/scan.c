@@ -364,8 +364,9 @@ static DedupRegion *current_region(DedupEngine *e)
 static void end_pass(DedupEngine *e)
 {
     dedup_publish_flush(e);
-    dedup_stats_pass(e);
-    dedup_policy_pass_end(e);
+    if (dedup_stats_pass(e)) {
+        dedup_policy_pass_end(e);
+    }
     e->pass_region = 0;
     e->pass_page = 0;
 }

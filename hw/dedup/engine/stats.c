@@ -302,7 +302,7 @@ void dedup_stats_batch(DedupEngine *e)
     }
 }
 
-void dedup_stats_pass(DedupEngine *e)
+bool dedup_stats_pass(DedupEngine *e)
 {
     int64_t now = g_get_monotonic_time();
     DedupCounts sum;
@@ -323,7 +323,13 @@ void dedup_stats_pass(DedupEngine *e)
     e->idle_passes = e->pass_found ? 0 : e->idle_passes + 1;
     e->pass_found = 0;
     e->pass_limits = 0;
+    if (now - e->policy_us < FIGURES_US) {
+        dedup_stats_batch(e);
+        return false;
+    }
+    e->policy_us = now;
     costly_figures(e);
+    return true;
 }
 
 static uint64_t cpu_time_ns(DedupEngine *e)

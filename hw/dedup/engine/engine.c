@@ -378,6 +378,11 @@ void dedup_engine_run(DedupEngine *e)
         if (task == TASK_STOP) {
             break;
         }
+        if (state != e->state && e->joined) {
+            /* who waits for a state wants figures that go with it */
+            e->figures_us = 0;
+            dedup_stats_batch(e);
+        }
         dedup_set_state(e, state);
         if (!e->pending->len) {
             dedup_regions_reap(e);

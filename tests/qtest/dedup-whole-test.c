@@ -11,6 +11,7 @@
 
 #include "qemu/osdep.h"
 #include "dedup-qtest.h"
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -25,7 +26,8 @@ static QTestState *start(const char *more)
     return qtest_initf("-nodefaults -display none -m 64M,slots=4,maxmem=1G "
                        "-object memory-backend-memfd,id=ram0,size=64M,share=on "
                        "-machine pc,memory-backend=ram0 "
-                       "-object dedup-scanner,id=ds0," DEDUP_FAST " %s", more);
+                       "-object dedup-scanner,id=ds0,run=off," DEDUP_FAST
+                       " %s", more);
 }
 
 /* The memfd of ram0, opened anew. */
@@ -73,6 +75,7 @@ static int fill_and_merge(QTestState *qts)
 
     qtest_memset(qts, START, BYTE, LENGTH);
     g_assert_cmpint(pages_in_file(fd), ==, PAGES);
+    dedup_set_bool(qts, "/objects/ds0", "run", true);
     dedup_wait_at_least(qts, "pages-merged", PAGES);
     /* Else the test would show nothing. */
     g_assert_cmpint(pages_in_file(fd), ==, 0);
@@ -84,7 +87,7 @@ static void assert_guest_sees(QTestState *qts)
     g_autofree uint8_t *data = g_malloc(LENGTH);
     int i;
 
-    qtest_memread(qts, START, data, LENGTH);
+    qtest_bufread(qts, START, data, LENGTH);
     for (i = 0; i < LENGTH; i++) {
         g_assert_cmphex(data[i], ==, BYTE);
     }
@@ -98,24 +101,21 @@ static void wait_message(int sock)
     g_assert_cmpint(poll(&p, 1, DEDUP_TIMEOUT_US / 1000), ==, 1);
 }
 
-/*
- * A vhost-user device whose back end hangs up after the first message.  Then
- * the device cannot be, nobody needs RAM whole any more, and merging resumes.
- */
-static void test_vhost_user(gconstpointer data)
-{
-    const char *driver = data;
-    g_autofree char *dir = NULL, *path = NULL, *description = NULL;
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
-    int listener, peer, ram;
-    QTestState *qts;
-    QDict *resp;
+typedef struct VhostUser {
+    const char *driver;
+    /* More properties, as JSON. */
+    const char *more;
+} VhostUser;
 
-    if (dedup_skip()) {
-        return;
-    }
-    dir = dedup_tmpdir("/tmp");
-    path = g_strdup_printf("%s/sock", dir);
+/* A machine with merged RAM and a chardev that is connected to *@peer. */
+static QTestState *start_with_peer(int *ram, int *peer)
+{
+    g_autofree char *dir = dedup_tmpdir("/tmp");
+    g_autofree char *path = g_strdup_printf("%s/sock", dir);
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    QTestState *qts;
+    int listener;
+
     g_strlcpy(address.sun_path, path, sizeof(address.sun_path));
     listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     g_assert_cmpint(bind(listener, (struct sockaddr *)&address,
@@ -123,23 +123,46 @@ static void test_vhost_user(gconstpointer data)
     g_assert_cmpint(listen(listener, 1), ==, 0);
 
     qts = start("");
-    ram = fill_and_merge(qts);
+    *ram = fill_and_merge(qts);
     qtest_qmp_assert_success(qts, "{ 'execute': 'chardev-add', 'arguments': {"
                              " 'id': 'c0', 'backend': { 'type': 'socket',"
                              " 'data': { 'server': false, 'addr': {"
                              " 'type': 'unix', 'data': { 'path': %s } } } } }"
                              " }", path);
-    peer = accept(listener, NULL, NULL);
-    g_assert_cmpint(peer, >=, 0);
+    *peer = accept(listener, NULL, NULL);
+    g_assert_cmpint(*peer, >=, 0);
+    close(listener);
+    unlink(path);
+    rmdir(dir);
+    return qts;
+}
 
-    qtest_qmp_send(qts, "{ 'execute': 'device_add', 'arguments': {"
-                   " 'driver': %s, 'id': 'd0', 'chardev': 'c0'%s } }", driver,
-                   "");
+static void send_device_add(QTestState *qts, const VhostUser *device)
+{
+    qtest_qmp_send_raw(qts, "{ \"execute\": \"device_add\", \"arguments\": {"
+                       " \"driver\": \"%s\", \"id\": \"d0\","
+                       " \"chardev\": \"c0\"%s } }\n",
+                       device->driver, device->more);
+}
+
+/*
+ * A vhost-user device whose back end hangs up after the first message.  Then
+ * the device cannot be, nobody needs RAM whole any more, and merging resumes.
+ */
+static void test_vhost_user(gconstpointer data)
+{
+    int peer, ram;
+    QTestState *qts;
+    QDict *resp;
+
+    if (dedup_skip()) {
+        return;
+    }
+    qts = start_with_peer(&ram, &peer);
+    send_device_add(qts, data);
     wait_message(peer);
     g_assert_cmpint(pages_in_file(ram), ==, PAGES);
     close(peer);
-    close(listener);
-    unlink(path);
     resp = qtest_qmp_receive(qts);
     g_assert_true(qdict_haskey(resp, "error"));
     qobject_unref(resp);
@@ -150,55 +173,108 @@ static void test_vhost_user(gconstpointer data)
     assert_guest_sees(qts);
     close(ram);
     qtest_quit(qts);
-    rmdir(dir);
+}
+
+#define VHOST_USER_GET_FEATURES 1
+#define VHOST_USER_GET_PROTOCOL_FEATURES 15
+#define VHOST_USER_VERSION 1
+#define VHOST_USER_REPLY 4
+#define VHOST_USER_F_PROTOCOL_FEATURES (1ULL << 30)
+#define VIRTIO_F_VERSION_1 (1ULL << 32)
+
+/* A back end that answers what it is asked while a device is made. */
+static void *backend_thread(void *opaque)
+{
+    struct QEMU_PACKED {
+        uint32_t request, flags, size;
+        uint64_t payload;
+    } reply = {
+        .flags = VHOST_USER_VERSION | VHOST_USER_REPLY,
+        .size = sizeof(reply.payload),
+    };
+    uint32_t header[3];
+    uint8_t payload[4096];
+    int sock = GPOINTER_TO_INT(opaque);
+
+    while (recv(sock, header, sizeof(header), MSG_WAITALL) ==
+           sizeof(header)) {
+        g_assert_cmpuint(header[2], <=, sizeof(payload));
+        if (header[2]) {
+            g_assert_cmpint(recv(sock, payload, header[2], MSG_WAITALL), ==,
+                            header[2]);
+        }
+        reply.request = header[0];
+        switch (header[0]) {
+        case VHOST_USER_GET_FEATURES:
+            reply.payload = VIRTIO_F_VERSION_1 |
+                            VHOST_USER_F_PROTOCOL_FEATURES;
+            break;
+        case VHOST_USER_GET_PROTOCOL_FEATURES:
+            reply.payload = 0;
+            break;
+        default:
+            continue;
+        }
+        g_assert_cmpint(send(sock, &reply, sizeof(reply), MSG_NOSIGNAL), ==,
+                        sizeof(reply));
+    }
+    close(sock);
+    return NULL;
 }
 
 /*
- * While the back end is there RAM stays whole, the figures say for whom, and
- * new equal pages are left alone.  A net device needs no guest driver to
- * have one.
+ * While the device is there RAM stays whole, the figures say for whom, and
+ * new equal pages are left alone.
  */
 static void test_vhost_user_stays(void)
 {
-    static const char user[] = "vhost-user (chardev 'c0')";
-    g_autofree char *dir = NULL, *path = NULL, *detail = NULL;
-    int ram;
+    static const VhostUser device = {
+        "vhost-user-fs-pci", ", \"tag\": \"t\"",
+    };
+    g_autofree char *detail = NULL;
+    int ram, peer;
+    int64_t scans;
+    GThread *thread;
     QTestState *qts;
     QDict *resp;
 
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/tmp");
-    path = g_strdup_printf("%s/sock", dir);
-    qts = start("");
-    ram = fill_and_merge(qts);
-    qtest_qmp_assert_success(qts, "{ 'execute': 'chardev-add', 'arguments': {"
-                             " 'id': 'c0', 'backend': { 'type': 'socket',"
-                             " 'data': { 'server': true, 'wait': false,"
-                             " 'addr': { 'type': 'unix', 'data': {"
-                             " 'path': %s } } } } } }", path);
-    /* A crypto back end waits for its peer without an end. */
-    resp = qtest_qmp(qts, "{ 'execute': 'object-add', 'arguments': {"
-                     " 'qom-type': 'cryptodev-vhost-user', 'id': 'x0',"
-                     " 'chardev': 'c0' } }");
+    qts = start_with_peer(&ram, &peer);
+    thread = g_thread_new("backend", backend_thread, GINT_TO_POINTER(peer));
+    send_device_add(qts, &device);
+    resp = qtest_qmp_receive(qts);
     if (qdict_haskey(resp, "error")) {
-        g_test_skip("built without vhost-user-crypto");
-        goto out;
+        g_test_message("%s", qdict_get_str(qdict_get_qdict(resp, "error"),
+                                           "desc"));
     }
-    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
-    dedup_assert_blocked(qts, "exported", user);
-    qtest_qmp_assert_success(qts, "{ 'execute': 'object-del', 'arguments': {"
-                             " 'id': 'x0' } }");
-    detail = dedup_blocked(qts, "exported");
-    g_assert_null(detail);
-    dedup_wait_at_least(qts, "pages-merged", PAGES);
-out:
+    g_assert_true(qdict_haskey(resp, "return"));
     qobject_unref(resp);
+
+    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
+    dedup_assert_blocked(qts, "ram-exported", "vhost-user (chardev 'c0')");
+    qtest_memset(qts, START + LENGTH, BYTE, LENGTH);
+    g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
+    scans = dedup_figure(qts, "full-scans");
+    /* Nothing happens, which no event can tell: give it time to happen. */
+    g_usleep(G_USEC_PER_SEC / 2);
+    g_assert_cmpint(dedup_figure(qts, "full-scans"), ==, scans);
+    g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
+    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
+
+    /* Unplugging is finished by the reset: there is no guest to agree. */
+    qtest_qmp_assert_success(qts, "{ 'execute': 'device_del', 'arguments': {"
+                             " 'id': 'd0' } }");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'system_reset' }");
+    qtest_qmp_eventwait(qts, "DEVICE_DELETED");
+    dedup_wait_at_least(qts, "pages-merged", 2 * PAGES);
+    detail = dedup_blocked(qts, "ram-exported");
+    g_assert_null(detail);
+    assert_guest_sees(qts);
     close(ram);
     qtest_quit(qts);
-    unlink(path);
-    rmdir(dir);
+    g_thread_join(thread);
 }
 
 /* The same for the remote process of a proxy device. */
@@ -256,7 +332,7 @@ static void test_udmabuf(void)
                              " 'driver': 'virtio-gpu-pci', 'id': 'd0',"
                              " 'blob': true } }");
     g_assert_cmpint(pages_in_file(ram), ==, PAGES);
-    dedup_assert_blocked(qts, "exported", "virtio-gpu");
+    dedup_assert_blocked(qts, "ram-exported", "virtio-gpu");
     close(ram);
     qtest_quit(qts);
 }
@@ -274,7 +350,7 @@ static void test_vhost_scsi(void)
         return;
     }
     qts = start("-device vhost-scsi-pci,wwpn=naa.5001405324af0985");
-    dedup_assert_blocked(qts, "exported", "vhost-scsi");
+    dedup_assert_blocked(qts, "ram-exported", "vhost-scsi");
     qtest_quit(qts);
 }
 
@@ -305,19 +381,24 @@ int main(int argc, char **argv)
     static const char *const memory_devices[] = {
         "ivshmem-plain", "nvdimm", "virtio-pmem-pci",
     };
-    static const char *const vhost_user_devices[] = {
-        "vhost-user-fs-pci", "vhost-user-blk-pci", "vhost-user-scsi-pci",
-        "vhost-user-vsock-pci", "vhost-user-rng-pci",
+    static const VhostUser vhost_user_devices[] = {
+        { "vhost-user-fs-pci", ", \"tag\": \"t\"" },
+        { "vhost-user-blk-pci", "" },
+        { "vhost-user-scsi-pci", "" },
+        { "vhost-user-vsock-pci", "" },
+        { "vhost-user-rng-pci", "" },
+        { "vhost-user-gpio-pci", "" },
     };
     int i;
 
     g_test_init(&argc, &argv, NULL);
     for (i = 0; i < G_N_ELEMENTS(vhost_user_devices); i++) {
+        const VhostUser *device = &vhost_user_devices[i];
         g_autofree char *path = g_strdup_printf("dedup/whole/%s",
-                                                vhost_user_devices[i]);
+                                                device->driver);
 
-        if (qtest_has_device(vhost_user_devices[i])) {
-            qtest_add_data_func(path, vhost_user_devices[i], test_vhost_user);
+        if (qtest_has_device(device->driver)) {
+            qtest_add_data_func(path, device, test_vhost_user);
         }
     }
     qtest_add_func("dedup/whole/vhost-user-stays", test_vhost_user_stays);

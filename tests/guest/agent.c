@@ -158,6 +158,7 @@ static const struct {
     { "dio-start", dio_start },
     { "dio-stat", dio_stat },
     { "dio-stop", dio_stop },
+    { "cache", cache_check },
     { "echo", command_echo },
     { "meminfo", command_meminfo },
     { "sync", command_sync },

@@ -4,6 +4,7 @@
  * agent.c         reads commands from the host, one line each, and answers
  * agent-region.c  memory regions with known contents, and loops over them
  * agent-dio.c     O_DIRECT reads into memory, checked again and again
+ * agent-cache.c   a file in the page cache
  *
  * Copyright (c) 2025 The qemu-dedup developers
  *
@@ -37,5 +38,6 @@ uint64_t agent_random(uint64_t *state);
 AgentCommand region_alloc, region_verify, region_rewrite, region_touch;
 AgentCommand region_loop, region_drop, region_list;
 AgentCommand dio_start, dio_stat, dio_stop;
+AgentCommand cache_check;
 
 #endif

@@ -43,6 +43,13 @@ def summary(vm):
                 s['window-max-ns'] // 1000))
 
 
+def group_summary(vm):
+    """One line about the VM's group."""
+    g = stats(vm)['group']
+    return 'group: ' + ' '.join('%s %s' % (k, g[k]) for k in sorted(g)
+                                if k != 'path')
+
+
 def set_property(vm, name, value):
     """Change a property of the object."""
     vm.qmp.command('qom-set', {'path': '/objects/ds0', 'property': name,

@@ -9,8 +9,7 @@
  *   mapped=N physical=N swapped=N zero=N distinct=N saveable=N
  *
  * mapped     places that have memory: a page table entry, or data in the
- *            shared file behind the place (a page that was dropped from the
- *            page table, or written through a file descriptor)
+ *            file behind the place that nobody has touched through it yet
  * physical   page frames behind them; a frame mapped in many places is one.
  *            A private read of nothing, which maps the kernel's zero page,
  *            has no memory and is not counted anywhere
@@ -20,8 +19,7 @@
  * saveable   physical - distinct: one copy of each content, and no zero page
  *
  * Contents count as equal if their 128-bit XXH3 is equal.  Needs root (page
- * frame numbers).  A file page that no page table maps has no frame number
- * here; it counts as a frame of its own per (file, offset).
+ * frame numbers).
  *
  * Copyright (c) 2025 The qemu-dedup developers
  *
@@ -29,6 +27,7 @@
  */
 
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
@@ -36,7 +35,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #include <xxhash.h>
 
@@ -47,7 +48,6 @@
 #define PM_PFN ((1ull << 55) - 1)
 #define KPF_ZERO_PAGE 24
 
-/* A frame: its number, or a hash of (file, offset) with the top bit set. */
 typedef struct Frame {
     uint64_t frame;
     bool zero;
@@ -56,7 +56,7 @@ typedef struct Frame {
 
 typedef struct Mapping {
     uint64_t start, end, offset;
-    bool shared;
+    bool file;
 } Mapping;
 
 static Frame *frames;
@@ -112,31 +112,44 @@ static void add_page(uint64_t frame, const uint8_t *bytes)
     mapped++;
 }
 
-/* The part of a shared file behind [addr, end) that has data. */
+/*
+ * Places without a page table entry whose contents are in the file behind the
+ * mapping.  A page of our own map of the file tells the frame; only where the
+ * file has data, as touching a hole would fill it.
+ */
 static void count_file(const Mapping *m, int file, uint64_t addr,
                        const uint64_t *pm, unsigned n)
 {
-    static uint8_t bytes[PAGE];
-    struct stat st;
+    uint64_t offset = m->offset + (addr - m->start);
+    int own = -1;
+    uint8_t *map;
 
-    if (fstat(file, &st)) {
-        die("fstat");
+    map = mmap(NULL, n * PAGE, PROT_READ, MAP_SHARED, file, offset);
+    if (map == MAP_FAILED) {
+        die("mmap of the file behind a mapping");
     }
     for (unsigned i = 0; i < n; i++) {
-        uint64_t offset = m->offset + (addr - m->start) + i * PAGE;
-        uint64_t key[3] = { st.st_dev, st.st_ino, offset };
+        off_t at = offset + i * PAGE;
+        uint64_t entry;
 
-        if (pm[i] & PM_PRESENT) {
+        if ((pm[i] & (PM_PRESENT | PM_SWAPPED)) ||
+            lseek(file, at, SEEK_DATA) != at) {
             continue;
         }
-        if (lseek(file, offset, SEEK_DATA) != (off_t)offset) {
-            continue;
+        if (own < 0) {
+            own = open_proc(getpid(), "pagemap");
         }
-        if (pread(file, bytes, PAGE, offset) != (ssize_t)PAGE) {
-            die("read of the file behind a mapping");
+        (void)*(volatile uint8_t *)(map + i * PAGE); /* bring it in */
+        if (pread(own, &entry, 8, (uintptr_t)(map + i * PAGE) / PAGE * 8) != 8
+            || !(entry & PM_PRESENT)) {
+            die("own pagemap");
         }
-        add_page(1ull << 63 | XXH3_64bits(key, sizeof(key)) >> 1, bytes);
+        add_page(entry & PM_PFN, map + i * PAGE);
     }
+    if (own >= 0) {
+        close(own);
+    }
+    munmap(map, n * PAGE);
 }
 
 static void count_range(int pagemap, int mem, const Mapping *m, int file,
@@ -182,20 +195,57 @@ static void count_range(int pagemap, int mem, const Mapping *m, int file,
     }
 }
 
+/*
+ * A descriptor of the file behind a mapping: the process's own, duplicated.
+ * RAM in a named file must not be opened anew: the process may hold a lease on
+ * it, by which it learns of that.  A file that the process has closed is a
+ * segment, and may be opened.
+ */
+static int file_behind(int pid, const Mapping *m)
+{
+    char path[96], name[64];
+    struct stat want, st;
+    struct dirent *e;
+    int found = -1;
+    DIR *d;
+
+    snprintf(name, sizeof(name), "map_files/%llx-%llx",
+             (unsigned long long)m->start, (unsigned long long)m->end);
+    snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
+    if (stat(path, &want)) {
+        die(path);
+    }
+    snprintf(path, sizeof(path), "/proc/%d/fd", pid);
+    d = opendir(path);
+    if (!d) {
+        die(path);
+    }
+    while (found < 0 && (e = readdir(d))) {
+        int number, pidfd;
+
+        if (fstatat(dirfd(d), e->d_name, &st, 0) ||
+            st.st_dev != want.st_dev || st.st_ino != want.st_ino ||
+            sscanf(e->d_name, "%d", &number) != 1) {
+            continue;
+        }
+        pidfd = syscall(SYS_pidfd_open, pid, 0);
+        found = syscall(SYS_pidfd_getfd, pidfd, number, 0);
+        if (found < 0) {
+            die("pidfd_getfd");
+        }
+        close(pidfd);
+    }
+    closedir(d);
+    return found < 0 ? open_proc(pid, name) : found;
+}
+
 static void count_mapping(int pid, const Mapping *m, uint64_t start,
                           uint64_t end)
 {
     int pagemap = open_proc(pid, "pagemap");
     int mem = open_proc(pid, "mem");
-    int file = -1;
+    int file = m->file ? file_behind(pid, m) : -1;
 
-    if (m->shared) {
-        char name[64];
-
-        snprintf(name, sizeof(name), "map_files/%llx-%llx",
-                 (unsigned long long)m->start, (unsigned long long)m->end);
-        file = open_proc(pid, name);
-    }
     for (uint64_t a = start; a < end; a += BATCH * PAGE) {
         uint64_t left = (end - a) / PAGE;
 
@@ -214,14 +264,14 @@ static void count_process(int pid, uint64_t start, uint64_t end)
     FILE *f = fdopen(open_proc(pid, "maps"), "r");
 
     while (f && fgets(line, sizeof(line), f)) {
-        unsigned long long s, e, offset;
-        char perms[5];
+        unsigned long long s, e, offset, inode;
 
-        if (sscanf(line, "%llx-%llx %4s %llx", &s, &e, perms, &offset) != 4) {
+        if (sscanf(line, "%llx-%llx %*s %llx %*s %llu", &s, &e, &offset,
+                   &inode) != 4) {
             continue;
         }
         if (s < end && e > start) {
-            Mapping m = { s, e, offset, perms[3] == 's' };
+            Mapping m = { s, e, offset, inode != 0 };
 
             count_mapping(pid, &m, s > start ? s : start, e < end ? e : end);
         }

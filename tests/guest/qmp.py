@@ -148,6 +148,11 @@ class Agent(Lines):
     def ask(self, text, timeout=120):
         """Run a command in the guest; return what follows "ok"."""
         self.send(text)
+        return self.answer(text, timeout)
+
+    def answer(self, text, timeout=120):
+        """Wait for the answer to @text, the oldest command that was sent and
+        has none; return what follows "ok"."""
         while True:
             word, _, rest = self.line(timeout).partition(' ')
             if word == 'ok':

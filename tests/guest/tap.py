@@ -47,6 +47,18 @@ def cleanup(function):
     _cleanups.append(function)
 
 
+def run_cleanups():
+    """Do what cleanup() was asked for, the last first; return the tracebacks
+    of those that failed.  For programs that have no cases."""
+    failed = []
+    while _cleanups:
+        try:
+            _cleanups.pop()()
+        except Exception:
+            failed.append(traceback.format_exc())
+    return failed
+
+
 def detail(function):
     """Call @function if the case fails; print the lines it returns."""
     _details.append(function)
@@ -86,13 +98,10 @@ def _run(number, function):
             raise
     finally:
         _details.clear()
-        while _cleanups:
-            try:
-                _cleanups.pop()()
-            except Exception:
-                good = False
-                result = 'not ok %d - %s' % (number, name)
-                _comment(traceback.format_exc())
+        for trace in run_cleanups():
+            good = False
+            result = 'not ok %d - %s' % (number, name)
+            _comment(trace)
     print(result, flush=True)
     note('%.1f s' % (time.monotonic() - start))
     return good

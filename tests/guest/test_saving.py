@@ -51,6 +51,7 @@ def saving(backings):
     got = before - after
     for vm in guests:
         tap.note(dedup.summary(vm))
+    tap.note(dedup.group_summary(guests[0]))
     tap.note('%s: usage %d -> %d MiB; saved %.1f of %.1f MiB: %.1f %%' % (
         '+'.join(sorted(set(backings))), before // MIB, after // MIB,
         got / MIB, want / MIB, 100 * got / want))

@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the engine's tests share: RAM of each kind with a shadow of what it
+ * must hold, an engine with its thread, waiting for events with a deadline,
+ * and the view from outside: what /proc, the file system and the memory
+ * cgroup say, as opposed to the engine's own counters.
+ *
+ * Terms:
+ *   RAM      a region's memory, standing for a guest's
+ *   shadow   the bytes that it must hold, in memory that nobody merges
+ *   symptom  what a failure looks like, in words that test-dedup-mutants.c
+ *            looks for: "lost store", "zero page", "foreign bytes",
+ *            "writer hangs", ...
+ *
+ * A store to RAM by the test stands for a guest's: it is no C program to
+ * the engine, so functions that do it while a scanner runs are free of
+ * sanitizer instrumentation (FX_GUEST).
+ *
+ * Thread: the test's main thread, unless a comment says otherwise.
+ */
+
+#ifndef ENGINE_FIXTURE_H
+#define ENGINE_FIXTURE_H
+
+#include <glib.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "engine.h"
+
+#define FX_PAGE 4096u
+#define FX_GUEST __attribute__((no_sanitize("thread", "address", \
+                                            "undefined"), noinline))
+
+/* Seconds after which something that must happen is said not to. */
+#define FX_DEADLINE 30
+
+/* Say what the failure looks like, and end the process. */
+void fx_fail(const char *symptom, const char *format, ...)
+    G_GNUC_PRINTF(2, 3) G_GNUC_NORETURN;
+
+/*
+ * To be called first in main(): as g_test_init(); a crash leaves no core
+ * file; user code of the tests may see mutants by $DEDUP_MUTANT.
+ */
+void fx_init(int *argc, char ***argv);
+
+/* ---- RAM ---- */
+
+typedef enum FxKind {
+    FX_MEMFD,       /* memfd, shared */
+    FX_TMPFS,       /* file with a name on tmpfs, shared */
+    FX_ANON,        /* anonymous, 4 KiB pages */
+    FX_ANON_THP,    /* anonymous, transparent huge pages wanted */
+    FX_PRIVATE,     /* memfd, private */
+    FX_KINDS
+} FxKind;
+
+typedef struct FxRam {
+    FxKind kind;
+    uint8_t *host;
+    uint8_t *shadow;
+    uint32_t npages;
+    int fd;                 /* -1: anonymous */
+    uint16_t *pins;         /* one counter per 64 KiB */
+    DedupRegion *region;    /* while an engine has it */
+    void *map;              /* with the slack of the alignment */
+    size_t map_size;
+} FxRam;
+
+const char *fx_kind_name(FxKind kind);
+
+/* Memory without contents, aligned to 2 MiB; DONTFORK as QEMU sets it. */
+FxRam *fx_ram_new(FxKind kind, uint32_t npages);
+void fx_ram_free(FxRam *ram);
+
+/* The bytes that a seed stands for; 0 is a page of zeros. */
+void fx_content(void *page, uint64_t seed);
+
+static inline uint8_t *fx_addr(const FxRam *ram, uint32_t page)
+{
+    return ram->host + (size_t)page * FX_PAGE;
+}
+
+/* Store a whole page, or one byte of it, to RAM and to the shadow. */
+void fx_page(FxRam *ram, uint32_t page, uint64_t seed);
+void fx_byte(FxRam *ram, uint32_t page, uint32_t at, uint8_t value);
+
+/* The shadow alone: what somebody else stored or dropped. */
+void fx_shadow_page(FxRam *ram, uint32_t page, uint64_t seed);
+
+/* Every byte of every page is what the shadow says; any thread. */
+void fx_assert_bytes(const FxRam *ram);
+void fx_assert_page(const FxRam *ram, uint32_t page, const void *expected);
+
+/* ---- an engine with its thread ---- */
+
+typedef struct FxEngine {
+    DedupEngine *e;
+    GThread *thread;
+    GMutex lock;
+    GCond cond;
+    DedupState state;
+    bool restored;          /* the callback came */
+    uint64_t left;
+    char *message;          /* its error */
+} FxEngine;
+
+/* @dir: the group's directory, or NULL.  Not started. */
+FxEngine *fx_engine_new(const char *dir);
+void fx_engine_start(FxEngine *fe);
+void fx_engine_stop(FxEngine *fe);
+/* Stops it if need be. */
+void fx_engine_free(FxEngine *fe);
+
+void fx_add(FxEngine *fe, FxRam *ram);
+void fx_add_flags(FxEngine *fe, FxRam *ram, unsigned flags);
+void fx_remove(FxRam *ram, bool keep_contents);
+
+void fx_stats(FxEngine *fe, DedupStats *stats);
+void fx_set_run(FxEngine *fe, bool run);
+
+/* @n more full passes that began after this call. */
+void fx_wait_scans(FxEngine *fe, unsigned n);
+void fx_wait_state(FxEngine *fe, DedupState state);
+/* Passes that found nothing more to do, after this call. */
+void fx_wait_settled(FxEngine *fe);
+/* Unmerge everything, or start to and wait for its end. */
+void fx_unmerge(FxEngine *fe);
+void fx_restore_begin(FxEngine *fe, bool unmerge, bool force);
+void fx_wait_restored(FxEngine *fe);
+
+/*
+ * Waits, looking every millisecond, until @test(@opaque) is true; fails with
+ * the symptom "@what" after FX_DEADLINE seconds.
+ */
+void fx_wait_until(bool (*test)(void *opaque), void *opaque,
+                   const char *what);
+
+/* ---- the view from outside ---- */
+
+/* What is mapped in a RAM's range, by /proc/self/maps and smaps. */
+typedef struct FxView {
+    uint64_t segment_pages;    /* that segments are mapped to */
+    uint64_t distinct;         /* different segment pages among them */
+    uint64_t copied;           /* of them: with a copy of their own */
+    uint64_t maps;
+    uint64_t own_pages;        /* memory of the RAM's own: file blocks and
+                                  anonymous memory */
+    uint64_t huge_pages;       /* of 2 MiB */
+} FxView;
+
+void fx_view(const FxRam *ram, FxView *view);
+
+/* Is the page mapped from a segment? */
+bool fx_is_merged(const FxRam *ram, uint32_t page);
+
+/* Which pages have memory, a byte each: mincore() or pagemap. */
+void fx_resident(const FxRam *ram, uint8_t *resident);
+
+/* All segments (sealed memfds) that this process holds an fd of. */
+typedef struct FxSegments {
+    uint64_t files;
+    uint64_t pages;            /* that have memory */
+} FxSegments;
+
+void fx_segments(FxSegments *s);
+
+/* "VmRSS", "RssAnon", ... of /proc/self/status, in bytes. */
+uint64_t fx_status(const char *name);
+uint64_t fx_maps(void);
+uint64_t fx_max_maps(void);
+
+/* ---- processes ---- */
+
+/*
+ * Runs @body in a process of its own, made by fork: no thread may exist.
+ * Returns its wait status; it is killed after @seconds.
+ */
+int fx_in_child(void (*body)(void *opaque), void *opaque, unsigned seconds);
+/* The same; the test fails if it does not exit with 0. */
+void fx_must_pass(void (*body)(void *opaque), void *opaque,
+                  unsigned seconds);
+
+/* A directory for a group below the temporary directory, mode 0700. */
+char *fx_group_dir(void);
+void fx_group_dir_free(char *dir);
+
+/* ---- a memory cgroup of our own (version 1 or 2) ---- */
+
+typedef struct FxCgroup FxCgroup;
+
+/* NULL where that cannot be had: then the test is skipped. */
+FxCgroup *fx_cgroup_new(void);
+/* Removed by the parent when the child that was in it is gone. */
+void fx_cgroup_free(FxCgroup *cg);
+/* Move this process into it: what it allocates from now on is charged. */
+bool fx_cgroup_enter(FxCgroup *cg);
+bool fx_cgroup_limit(FxCgroup *cg, uint64_t bytes);
+uint64_t fx_cgroup_usage(FxCgroup *cg);
+
+#endif /* ENGINE_FIXTURE_H */

@@ -34,7 +34,8 @@
  *
  * Discards.  The registered one may have put foreign mappings over a block.
  * Discarding those would bring the foreign contents back instead of zeros,
- * so it is asked first to put the block's own mapping in place.
+ * so it is asked first to put the block's own mapping in place, and to leave
+ * it there until the memory is gone.
  *
  * Whole RAM.  A counted list of users' names per block, and one for all RAM.
  * All of it is protected by the BQL.
@@ -180,23 +181,47 @@ void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length)
     counters_change(rb, start, length, counter_lower);
 }
 
-bool ram_guard_discard(RAMBlock *rb, ram_addr_t start, size_t length)
+bool ram_guard_discard_begin(RamGuardDiscard *d, RAMBlock *rb,
+                             ram_addr_t start, size_t length)
 {
     RamGuard *g;
 
-    RCU_READ_LOCK_GUARD();
+    /* Held until the end: so the one who replaces stays registered. */
+    rcu_read_lock();
     g = qatomic_rcu_read(&guard);
-    return !g || g->ops->discard(g->opaque, rb, start, length);
+    if (g && g->ops->discard_begin(g->opaque, rb, start, length)) {
+        d->guard = g;
+        return true;
+    }
+    d->guard = NULL;
+    rcu_read_unlock();
+    return !g;
 }
 
-bool ram_guard_discard_host(void *host, size_t length)
+bool ram_guard_discard_host_begin(RamGuardDiscard *d, void *host,
+                                  size_t length)
 {
     RAMBlock *rb;
     ram_addr_t offset;
 
     RCU_READ_LOCK_GUARD();
     rb = qemu_ram_block_from_host(host, false, &offset);
-    return !rb || ram_guard_discard(rb, offset, length);
+    if (!rb) {
+        d->guard = NULL;
+        return true;
+    }
+    return ram_guard_discard_begin(d, rb, offset, length);
+}
+
+void ram_guard_discard_end(RamGuardDiscard *d)
+{
+    RamGuard *g = d->guard;
+
+    if (g) {
+        d->guard = NULL;
+        g->ops->discard_end(g->opaque);
+        rcu_read_unlock();
+    }
 }
 
 static unsigned whole_count(const RAMBlock *rb)

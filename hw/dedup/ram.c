@@ -159,12 +159,19 @@ static void memory_commit(MemoryListener *listener)
 }
 
 /* On any thread, in an RCU read-side critical section, without the BQL. */
-static bool guard_discard(void *opaque, RAMBlock *rb, ram_addr_t start,
-                          size_t length)
+static bool guard_discard_begin(void *opaque, RAMBlock *rb, ram_addr_t start,
+                                size_t length)
 {
     DedupScanner *ds = opaque;
 
-    return dedup_engine_discard(ds->engine, rb->host + start, length);
+    return dedup_engine_discard_begin(ds->engine, rb->host + start, length);
+}
+
+static void guard_discard_end(void *opaque)
+{
+    DedupScanner *ds = opaque;
+
+    dedup_engine_discard_end(ds->engine);
 }
 
 static bool is_needed_whole(RAMBlock *rb)
@@ -199,7 +206,8 @@ static void guard_whole_end(void *opaque, RAMBlock *rb)
 }
 
 static const RamGuardOps guard_ops = {
-    .discard = guard_discard,
+    .discard_begin = guard_discard_begin,
+    .discard_end = guard_discard_end,
     .whole_begin = guard_whole_begin,
     .whole_end = guard_whole_end,
 };

@@ -246,14 +246,21 @@ static const char *block_name(Replacer *r, RAMBlock *rb)
     return !rb ? "all" : rb == r->one ? "one" : "other";
 }
 
-static bool replacer_discard(void *opaque, RAMBlock *rb, ram_addr_t start,
-                             size_t length)
+static bool replacer_discard_begin(void *opaque, RAMBlock *rb,
+                                   ram_addr_t start, size_t length)
 {
     Replacer *r = opaque;
 
     g_string_append_printf(r->log, "discard %s %d+%d;", block_name(r, rb),
                            (int)start, (int)length);
     return !r->refuse;
+}
+
+static void replacer_discard_end(void *opaque)
+{
+    Replacer *r = opaque;
+
+    g_string_append(r->log, "end;");
 }
 
 static bool replacer_begin(void *opaque, RAMBlock *rb, Error **errp)
@@ -279,7 +286,8 @@ static void replacer_end(void *opaque, RAMBlock *rb)
 }
 
 static const RamGuardOps replacer_ops = {
-    .discard = replacer_discard,
+    .discard_begin = replacer_discard_begin,
+    .discard_end = replacer_discard_end,
     .whole_begin = replacer_begin,
     .whole_end = replacer_end,
 };
@@ -290,16 +298,35 @@ static void assert_log(Replacer *r, const char *expected)
     g_string_truncate(r->log, 0);
 }
 
+/* One discard of @length bytes at @start of @rb; the log says what came. */
+static bool discard(RAMBlock *rb, ram_addr_t start, size_t length)
+{
+    RamGuardDiscard d;
+    bool ok = ram_guard_discard_begin(&d, rb, start, length);
+
+    ram_guard_discard_end(&d);
+    return ok;
+}
+
+static bool discard_host(void *host, size_t length)
+{
+    RamGuardDiscard d;
+    bool ok = ram_guard_discard_host_begin(&d, host, length);
+
+    ram_guard_discard_end(&d);
+    return ok;
+}
+
 static void test_register(void)
 {
     Replacer r = { .log = g_string_new(NULL) }, other = { 0 };
 
     g_assert_true(ram_guard_register(&replacer_ops, &r));
     g_assert_false(ram_guard_register(&replacer_ops, &other));
-    ram_guard_discard(NULL, 0, 1);
-    assert_log(&r, "discard all 0+1;");
+    discard(NULL, 0, 1);
+    assert_log(&r, "discard all 0+1;end;");
     ram_guard_unregister();
-    ram_guard_discard(NULL, 0, 1);
+    discard(NULL, 0, 1);
     assert_log(&r, "");
     g_assert_true(ram_guard_register(&replacer_ops, &r));
     ram_guard_unregister();
@@ -309,25 +336,29 @@ static void test_register(void)
 static void test_discard(void)
 {
     Replacer r = { .log = g_string_new(NULL), .one = block_new(CHUNK) };
+    RamGuardDiscard unused = { 0 };
     uint8_t elsewhere;
 
     memory_block = r.one;
-    g_assert_true(ram_guard_discard(r.one, 3, 4));
-    g_assert_true(ram_guard_discard_host(memory, 4));
+    g_assert_true(discard(r.one, 3, 4));
+    g_assert_true(discard_host(memory, 4));
 
     g_assert_true(ram_guard_register(&replacer_ops, &r));
-    g_assert_true(ram_guard_discard(r.one, 3, 4));
-    assert_log(&r, "discard one 3+4;");
-    g_assert_true(ram_guard_discard_host(memory + 5, 6));
-    assert_log(&r, "discard one 5+6;");
-    g_assert_true(ram_guard_discard_host(&elsewhere, 1));
+    g_assert_true(discard(r.one, 3, 4));
+    assert_log(&r, "discard one 3+4;end;");
+    g_assert_true(discard_host(memory + 5, 6));
+    assert_log(&r, "discard one 5+6;end;");
+    g_assert_true(discard_host(&elsewhere, 1));
+    assert_log(&r, "");
+    ram_guard_discard_end(&unused);
     assert_log(&r, "");
 
+    /* what was refused is not ended */
     r.refuse = true;
-    g_assert_false(ram_guard_discard(r.one, 0, 1));
-    g_assert_false(ram_guard_discard_host(memory, 1));
+    g_assert_false(discard(r.one, 0, 1));
+    g_assert_false(discard_host(memory, 1));
     assert_log(&r, "discard one 0+1;discard one 0+1;");
-    g_assert_true(ram_guard_discard_host(&elsewhere, 1));
+    g_assert_true(discard_host(&elsewhere, 1));
 
     ram_guard_unregister();
     memory_block = NULL;

@@ -309,19 +309,28 @@ bool dedup_region_remove(DedupRegion *region, bool keep_contents,
                          GError **error);
 
 /**
- * dedup_engine_discard() - the caller is about to throw pages away
+ * dedup_engine_discard_begin() - the caller is about to throw pages away
  *
  * Puts the region's own mapping back for every page of the range that is
  * merged, broken or dropped, without its contents: the file's hole, or fresh
  * anonymous memory.  After it madvise(), fallocate() and mmap() on the range
  * do what they did before the engine came.  Ranges outside all regions are
- * ignored.  Takes the remap lock, so it waits at most for one window.
+ * ignored.  Waits at most for one window.
+ *
+ * Until dedup_engine_discard_end() the remap lock is held, or a page could be
+ * merged again just before it is thrown away, and the guest would see the
+ * segment's contents where it must see zeros.  The caller must not touch
+ * memory of a region in between, nor call the engine.
  *
  * Returns: false when the mapping could not be put back (the process is at
- * vm.max_map_count): the caller must not discard then, or the guest would
- * see a segment's contents again.
+ * vm.max_map_count): the caller must not discard then, and there is nothing
+ * to end.
  */
-bool dedup_engine_discard(DedupEngine *engine, void *host, uint64_t size);
+bool dedup_engine_discard_begin(DedupEngine *engine, void *host,
+                                uint64_t size);
+
+/** dedup_engine_discard_end() - the pages are gone */
+void dedup_engine_discard_end(DedupEngine *engine);
 
 /**
  * dedup_engine_restore_range() - give a range its own memory back, now, on

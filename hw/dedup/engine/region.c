@@ -293,7 +293,7 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
     return true;
 }
 
-bool dedup_engine_discard(DedupEngine *e, void *host, uint64_t size)
+bool dedup_engine_discard_begin(DedupEngine *e, void *host, uint64_t size)
 {
     bool ok = true;
 
@@ -306,8 +306,15 @@ bool dedup_engine_discard(DedupEngine *e, void *host, uint64_t size)
             ok &= discard_locked(r, first, n);
         }
     }
-    dedup_unlock(e);
+    if (!ok) {
+        dedup_unlock(e);
+    }
     return ok;
+}
+
+void dedup_engine_discard_end(DedupEngine *e)
+{
+    dedup_unlock(e);
 }
 
 bool dedup_engine_restore_range(DedupEngine *e, void *host, uint64_t size,

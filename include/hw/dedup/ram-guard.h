@@ -31,15 +31,23 @@
 /* Somebody who needs RAM whole: from ram_guard_whole_get() to _put(). */
 typedef struct RamGuardUser RamGuardUser;
 
+/* A discard under way, see ram_guard_discard_begin(). */
+typedef struct RamGuardDiscard {
+    struct RamGuard *guard;
+} RamGuardDiscard;
+
 /**
  * struct RamGuardOps - what the one who replaces RAM does when it is told
  *
- * @discard: memory of @rb from @start on is about to be thrown away by
+ * @discard_begin: memory of @rb from @start on is about to be thrown away by
  *   madvise() or fallocate().  Put the block's own mapping back there, the
- *   contents need not survive.  Called on any thread, with or without the
- *   BQL, inside an RCU read-side critical section; must not take the BQL.
- *   Returns false if the memory for it cannot be had; then nothing is
- *   discarded.
+ *   contents need not survive, and replace nothing until @discard_end.
+ *   Called on any thread, with or without the BQL, inside an RCU read-side
+ *   critical section; must not take the BQL.  Returns false if the memory
+ *   for it cannot be had; then nothing is discarded, and @discard_end is not
+ *   called.
+ *
+ * @discard_end: the memory is gone.  Same thread.
  *
  * @whole_begin: stop replacing memory of @rb (of all blocks if @rb is NULL),
  *   and give every page there memory of its own.  Called with the BQL held,
@@ -54,8 +62,9 @@ typedef struct RamGuardUser RamGuardUser;
  *   see ram_guard_is_whole().
  */
 typedef struct RamGuardOps {
-    bool (*discard)(void *opaque, RAMBlock *rb, ram_addr_t start,
-                    size_t length);
+    bool (*discard_begin)(void *opaque, RAMBlock *rb, ram_addr_t start,
+                          size_t length);
+    void (*discard_end)(void *opaque);
     bool (*whole_begin)(void *opaque, RAMBlock *rb, Error **errp);
     void (*whole_end)(void *opaque, RAMBlock *rb);
 } RamGuardOps;
@@ -120,24 +129,35 @@ void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
 const uint16_t *ram_guard_dma_writes(const RAMBlock *rb);
 
 /**
- * ram_guard_discard - say that memory of a block is about to be discarded
+ * ram_guard_discard_begin - memory of a block is about to be discarded
+ * @d: what ram_guard_discard_end() needs; set in any case
  * @rb: the block
  * @start: offset in the block
  * @length: how many bytes
  *
- * Any thread.  Call it before madvise() or fallocate().
+ * Any thread.  Call it before madvise() or fallocate(), and the other one
+ * after: in between nothing is replaced, the caller is in an RCU read-side
+ * critical section, and it must not touch guest RAM.
  *
  * Returns: false when the memory must not be discarded, because the block's
  * own mapping could not be put back: out of memory.
  */
-bool ram_guard_discard(RAMBlock *rb, ram_addr_t start, size_t length);
+bool ram_guard_discard_begin(RamGuardDiscard *d, RAMBlock *rb,
+                             ram_addr_t start, size_t length);
 
 /**
- * ram_guard_discard_host - the same, by host address
+ * ram_guard_discard_host_begin - the same, by host address
  *
  * An address outside guest RAM is nothing to care about: returns true.
  */
-bool ram_guard_discard_host(void *host, size_t length);
+bool ram_guard_discard_host_begin(RamGuardDiscard *d, void *host,
+                                  size_t length);
+
+/**
+ * ram_guard_discard_end - the memory is gone, or will not go
+ * @d: zeroed, or set by one of the above; nothing is done if that failed
+ */
+void ram_guard_discard_end(RamGuardDiscard *d);
 
 /**
  * ram_guard_whole_get - make RAM whole and keep it so
@@ -200,15 +220,20 @@ static inline void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start,
 {
 }
 
-static inline bool ram_guard_discard(RAMBlock *rb, ram_addr_t start,
-                                     size_t length)
+static inline bool ram_guard_discard_begin(RamGuardDiscard *d, RAMBlock *rb,
+                                           ram_addr_t start, size_t length)
 {
     return true;
 }
 
-static inline bool ram_guard_discard_host(void *host, size_t length)
+static inline bool ram_guard_discard_host_begin(RamGuardDiscard *d,
+                                                void *host, size_t length)
 {
     return true;
+}
+
+static inline void ram_guard_discard_end(RamGuardDiscard *d)
+{
 }
 
 static inline bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb,

@@ -98,6 +98,26 @@ def test_dio():
 
 
 @tap.case
+def test_cache():
+    """a file stays in the page cache, and a wrong byte there is found"""
+    disk = os.path.join(vms.scratch(), 'disk')
+    host.make_disk(disk, 2048, 9, 2048)
+    vm = vms.VM('cache', ram=128, disk=disk).start().boot()
+    got = vm.agent.get('cache /dev/vda 9 2048 2048')
+    tap.check(got['bad'] == 0 and got['cached'] < 2048, str(got))
+    pid, start, end = vm.ram_range()
+    key = pg_key(9 ^ 0xd15c, 1500)
+    at = host.find_page(pid, start, end,
+                        struct.pack('<QQ', key, pg_next(key)))
+    byte = host.peek(pid, at + 4001, 1)
+    host.poke(pid, at + 4001, bytes([byte[0] ^ 4]))
+    got = vm.agent.get('cache /dev/vda 9 2048 2048')
+    tap.check(got['bad'] == 1 and got['first'] == 1500 and
+              got['cached'] == 2048, str(got))
+    vm.quit()
+
+
+@tap.case
 def test_count():
     """the offline count agrees with contents that are known"""
     a = vms.VM('a', ram=128, backing='file-shared').start().boot()

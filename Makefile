@@ -65,7 +65,7 @@ check: engine
 	@scripts/run-tests
 
 demo: qemu
-	@tests/guest/demo
+	@scripts/demo
 
 bench: engine
 	@meson test --benchmark -C $(engine) --no-rebuild --verbose

@@ -22,8 +22,12 @@ def balloon(vm, mib):
 
 def nonzero(vm):
     """Places of the guest's RAM that hold something."""
+    running = dedup.stats(vm)['state'] != 'stopped'
+    dedup.run(vm, False)
+    dedup.wait_state(vm, ['stopped'])
     count = vms.count_saveable([vm])
     tap.note(count)
+    dedup.run(vm, running)
     return count['mapped'] - count['zero']
 
 

@@ -65,10 +65,11 @@ class VM:
     def __init__(self, name, ram=192, backing='memfd-shared', accel='tcg',
                  dedup=None, group=None, cgroup=None, disk=None, aio='threads',
                  balloon=False, hotplug=False, incoming=None, bios=None,
-                 extra=()):
+                 qemu=host.QEMU, env=None, extra=()):
         """@ram in MiB.  @dedup: properties of the dedup-scanner object, None
         for no object.  @disk: a raw file, read only, cache=none.  @bios: boot
-        this ROM instead of Linux; its serial port is .serial then."""
+        this ROM instead of Linux; its serial port is .serial_port then.
+        @env: added to the environment."""
         VM.serial += 1
         self.number = VM.serial
         self.name = name
@@ -127,7 +128,8 @@ class VM:
                 ['%s=%s' % (k, v) for k, v in dedup.items()])]
         if incoming:
             args += ['-incoming', incoming]
-        self.args = [host.QEMU] + args + list(extra)
+        self.args = [qemu] + args + list(extra)
+        self.env = dict(os.environ, **(env or {}))
         self.cgroup = cgroup
 
     def path(self, name):
@@ -142,7 +144,8 @@ class VM:
         with open(self.path('stderr'), 'wb') as err:
             self.process = subprocess.Popen(
                 ['/bin/sh', '-c', command, 'sh'] + self.args,
-                stdin=subprocess.DEVNULL, stdout=err, stderr=err)
+                stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+                env=self.env)
         if self.bios:
             # wait=on: QEMU starts the machine when this is connected.
             self.serial_port = Lines(self.path('serial'), self.alive)

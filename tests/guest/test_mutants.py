@@ -1,0 +1,70 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the guests' own checks see when a guard is taken out of the engine.
+
+The same run is made without the mutant: it must be right there.
+"""
+
+import os
+
+import dedup
+import host
+import tap
+import vm as vms
+
+QEMU = os.path.join(host.BUILD, 'mutants', 'qemu-system-x86_64')
+DISK = (4096, 9, 700)           # blocks, seed, distinct
+GUARDED_SECONDS = 20
+
+
+def guest(mutant):
+    """A guest that reads with O_DIRECT into pages that are being merged, and
+    rewrites others."""
+    disk = os.path.join(vms.scratch(), 'disk')
+    host.make_disk(disk, *DISK)
+    vm = vms.VM('mutant%d' % mutant, ram=128, qemu=QEMU, disk=disk,
+                aio='threads', env={'DEDUP_MUTANT': str(mutant)},
+                dedup=dedup.FULL_SPEED)
+    vm.start().boot()
+    # Copies of what the buffers hold while they wait (agent-dio.c).
+    vm.agent.ask('dio-start /dev/vda %d %d %d 8 24 2' %
+                 (DISK[1], DISK[2], DISK[0]))
+    return vm
+
+
+def wait_errors(vm, seconds):
+    """Run until the guest finds an error, or so long."""
+    try:
+        dedup.wait_until(lambda: vm.agent.get('dio-stat')['errors'],
+                         'error', seconds, 0.2)
+    except dedup.Timeout:
+        pass
+    got = vm.agent.get('dio-stat')
+    tap.note('%s; %s' % (got, dedup.summary(vm)))
+    return got
+
+
+@tap.case
+def test_guarded():
+    """no mutant: every read arrives"""
+    vm = guest(0)
+    got = wait_errors(vm, GUARDED_SECONDS)
+    tap.check(got['errors'] == 0 and got['rounds'] > 20, str(got))
+    tap.check(dedup.stats(vm)['cow-breaks'] > 100, 'nothing was merged')
+    vm.agent.ask('dio-stop')
+    vm.quit()
+
+
+@tap.case
+def test_m1():
+    """M1, DMA counters not read after the freeze: a read is lost"""
+    vm = guest(1)
+    got = wait_errors(vm, 6 * GUARDED_SECONDS)
+    tap.check(got['lost'] > 0, 'no read was lost: %s' % got)
+
+
+host.prepare()
+if not os.access(QEMU, os.X_OK):
+    print('Bail out! %s is not built' % QEMU, flush=True)
+    raise SystemExit(1)
+tap.main()

@@ -73,6 +73,28 @@ static uint32_t next_gid(uint32_t gid, uint32_t slot)
     return (generation ? generation : 1) * DEDUP_MAX_SEGMENTS + slot;
 }
 
+/* Makes the free entry @e ours; the table is locked. */
+static uint32_t entry_take(DedupGroup *g, DedupTableEntry *e, uint32_t slot,
+                           unsigned npages)
+{
+    *e = (DedupTableEntry) {
+        .gid = next_gid(e->gid, slot),
+        .npages = npages,
+        .member = g->self,
+        .incarnation = g->incarnation,
+    };
+    if (!dedup_group_file_write(&g->file, e, sizeof(*e),
+                                table_offset(slot))) {
+        return 0;
+    }
+    g->free_hint = slot;
+    if (table_extent(g) <= slot) {
+        __atomic_store_n(&g->file.header->segments, slot + 1,
+                         __ATOMIC_RELAXED);
+    }
+    return e->gid;
+}
+
 uint32_t dedup_group_segment_alloc(DedupGroup *g, unsigned npages)
 {
     DedupTableEntry entries[256];
@@ -82,35 +104,23 @@ uint32_t dedup_group_segment_alloc(DedupGroup *g, unsigned npages)
     if (!dedup_group_table_lock(g)) {
         return 0;
     }
-    for (uint32_t base = g->free_hint & ~255u;
-         base < DEDUP_MAX_SEGMENTS && !gid; base += G_N_ELEMENTS(entries)) {
+    /* Once around, from where one was found last. */
+    for (uint32_t n = 0; n < DEDUP_MAX_SEGMENTS && !gid;
+         n += G_N_ELEMENTS(entries)) {
+        uint32_t base = (g->free_hint / G_N_ELEMENTS(entries) *
+                         G_N_ELEMENTS(entries) + n) % DEDUP_MAX_SEGMENTS;
+
         if (!dedup_group_file_read(&g->file, entries, sizeof(entries),
                                    table_offset(base))) {
             break;
         }
         for (uint32_t i = 0; i < G_N_ELEMENTS(entries); i++) {
             DedupTableEntry *e = &entries[i];
-            uint32_t slot = base + i;
 
-            if (entry_valid(e, slot)) {
-                continue;
+            if (!entry_valid(e, base + i)) {
+                gid = entry_take(g, e, base + i, npages);
+                break;
             }
-            *e = (DedupTableEntry) {
-                .gid = next_gid(e->gid, slot),
-                .npages = npages,
-                .member = g->self,
-                .incarnation = g->incarnation,
-            };
-            if (dedup_group_file_write(&g->file, e, sizeof(*e),
-                                       table_offset(slot))) {
-                gid = e->gid;
-                g->free_hint = slot + 1;
-                if (table_extent(g) <= slot) {
-                    __atomic_store_n(&g->file.header->segments, slot + 1,
-                                     __ATOMIC_RELAXED);
-                }
-            }
-            break;
         }
     }
     dedup_group_table_unlock(g);

@@ -32,6 +32,13 @@
 #define FX_GUEST __attribute__((no_sanitize("thread", "address", \
                                             "undefined"), noinline))
 
+/* Built with a sanitizer: it has memory of its own, which figures would see. */
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define FX_SANITIZED true
+#else
+#define FX_SANITIZED false
+#endif
+
 /* Seconds after which something that must happen is said not to. */
 #define FX_DEADLINE 30
 
@@ -190,7 +197,10 @@ void fx_group_dir_free(char *dir);
 
 typedef struct FxCgroup FxCgroup;
 
-/* NULL where that cannot be had: then the test is skipped. */
+/*
+ * NULL where that cannot be had, and where a sanitizer's memory would be
+ * charged to it: then the test was marked as skipped, with the reason.
+ */
 FxCgroup *fx_cgroup_new(void);
 /* Removed by the parent when the child that was in it is gone. */
 void fx_cgroup_free(FxCgroup *cg);

@@ -61,6 +61,7 @@ struct DedupRegion {
     uint64_t fd_offset;
     const uint16_t *pins;
     unsigned flags;
+    bool closing;             /* about to be removed: nothing is merged */
     bool dead;                /* removed; freed when the scanner lets go */
 
     uint32_t *where;          /* the ledger; lazily populated */

@@ -134,10 +134,16 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
 {
     DedupEngine *e = r->engine;
 
+    dedup_lock(e);
+    r->closing = true; /* or the scanner merges behind the restore's back */
+    dedup_unlock(e);
     if (keep_contents &&
         !dedup_engine_restore_range(e, r->host,
                                     (uint64_t)r->npages << DEDUP_PAGE_SHIFT,
                                     error)) {
+        dedup_lock(e);
+        r->closing = false;
+        dedup_unlock(e);
         return false;
     }
     dedup_lock(e);

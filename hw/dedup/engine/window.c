@@ -532,7 +532,7 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
     g_assert(w.span <= DEDUP_WINDOW_PAGES);
 
     dedup_lock(e);
-    if (!r->dead && !e->blocked && e->uffd >= 0 &&
+    if (!r->dead && !r->closing && !e->blocked && e->uffd >= 0 &&
         dedup_presence(r, w.first, w.span, w.flags)) {
         for (unsigned i = 0; i < n; i++) {
             actions[i].done = false;

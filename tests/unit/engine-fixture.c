@@ -96,8 +96,10 @@ FxRam *fx_ram_new(FxKind kind, uint32_t npages)
                      flags | MAP_FIXED, ram->fd, 0);
     g_assert_true(ram->host != MAP_FAILED);
     g_assert_cmpint(madvise(ram->host, size, MADV_DONTFORK), ==, 0);
-    madvise(ram->host, size, kind == FX_ANON_THP ? MADV_HUGEPAGE
-                                                 : MADV_NOHUGEPAGE);
+    if (ram->fd < 0) {
+        madvise(ram->host, size, kind == FX_ANON_THP ? MADV_HUGEPAGE
+                                                     : MADV_NOHUGEPAGE);
+    }
     ram->shadow = mmap(NULL, size, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     g_assert_true(ram->shadow != MAP_FAILED);

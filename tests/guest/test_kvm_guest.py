@@ -9,8 +9,8 @@ import host
 import tap
 import vm as vms
 
-CYCLES = 6
-PAGES = 512
+CYCLES = 4
+PAGES = 256
 
 
 def wait_round(vm, more):
@@ -45,7 +45,7 @@ def kvm_guest(backing):
     """Merge, write, unmerge, again and again; then check every word."""
     if not os.access('/dev/kvm', os.R_OK | os.W_OK):
         tap.skip('no /dev/kvm')
-    vm = vms.VM('kvm', ram=4, backing=backing, accel='kvm',
+    vm = vms.VM('kvm', ram=3, backing=backing, accel='kvm',
                 bios=host.image('bare.rom'), dedup=dedup.FULL_SPEED)
     vm.start()
     tap.check(vm.serial_port.line(60) == 'ready %d' % PAGES, 'not ready')
@@ -62,7 +62,7 @@ def kvm_guest(backing):
     command(vm, b'q')
     wait_round(vm, 2)
     # Now nothing changes: all of the runs that are equal can be merged.
-    dedup.wait_merged(vm, PAGES // 2)
+    dedup.wait_merged(vm, PAGES // 4)
     wait_verified(vm)
     command(vm, b'b')
     wait_round(vm, 3)

@@ -12,13 +12,18 @@
  * segment only after its mapping is gone.  So whatever number is read from
  * an entry is a segment that exists.
  *
- * Everything here needs the remap lock; the region's sums are written
- * atomically because the figures read them without it.
+ * Everything here needs the remap lock; the sums of regions and segments are
+ * written atomically because figures and policy read them without it.
  */
 
 #include "internal.h"
 
 static void add(uint64_t *sum, int64_t delta)
+{
+    __atomic_fetch_add(sum, delta, __ATOMIC_RELAXED);
+}
+
+static void add32(uint32_t *sum, int delta)
 {
     __atomic_fetch_add(sum, delta, __ATOMIC_RELAXED);
 }
@@ -70,7 +75,7 @@ static void account(DedupRegion *r, uint32_t entry, int sign)
         return;
     }
     s = dedup_entry_segment(r->engine, entry);
-    s->refs += sign;
+    add32(&s->refs, sign);
     if (entry & DEDUP_BROKEN) {
         add(&r->broken, sign);
         add(&r->engine->broken, sign);
@@ -78,17 +83,33 @@ static void account(DedupRegion *r, uint32_t entry, int sign)
     }
     add(&r->merged, sign);
     add(&r->engine->merged, sign);
-    s->dirty = true;
-    s->mapped += sign;
-    s->use[dedup_entry_page(entry)] += sign;
+    __atomic_store_n(&s->dirty, true, __ATOMIC_RELAXED);
+    add32(&s->mapped, sign);
+    add32(&s->use[dedup_entry_page(entry)], sign);
+}
+
+/*
+ * Does a page in this state have memory of its own?  Own pages may be holes;
+ * whoever makes one own (a restore) or takes it (a window) knows better, and
+ * the next pass counts anew.
+ */
+static bool has_memory(uint32_t entry)
+{
+    return entry == DEDUP_OWN ||
+           (dedup_entry_is_segment(entry) && (entry & DEDUP_BROKEN));
 }
 
 void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
 {
+    int memory = has_memory(entry) - has_memory(r->where[page]);
     unsigned before;
 
     if (r->where[page] == entry) {
         return;
+    }
+    __atomic_fetch_add(&r->engine->own_present, memory, __ATOMIC_RELAXED);
+    if (page < r->looked) {
+        r->counting.present += memory;
     }
     before = boundaries_around(r, page);
     account(r, r->where[page], -1);

@@ -68,7 +68,8 @@ static void drop_unused(DedupEngine *e)
         DedupSegmentUse others;
         uint32_t gid;
 
-        if (!s || s->refs) {
+        /* only the scanner, which is here, makes it rise */
+        if (!s || __atomic_load_n(&s->refs, __ATOMIC_RELAXED)) {
             continue;
         }
         gid = s->gid;
@@ -93,7 +94,8 @@ static bool find_lean(DedupEngine *e)
         if (!s || s->leaving) {
             continue;
         }
-        if ((uint64_t)s->mapped + s->others > cost_in_pages(s)) {
+        if ((uint64_t)__atomic_load_n(&s->mapped, __ATOMIC_RELAXED) +
+            s->others > cost_in_pages(s)) {
             s->lean_since = 0;
         } else if (!s->lean_since) {
             s->lean_since = e->generation;

@@ -80,9 +80,10 @@ static uint64_t private_metadata(DedupEngine *e)
 
 uint64_t dedup_owed_bytes(DedupEngine *e)
 {
-    uint64_t total = live(&e->pages_total);
+    int64_t total = live(&e->pages_total);
+    int64_t own = __atomic_load_n(&e->own_present, __ATOMIC_RELAXED);
 
-    return (total - MIN(e->own_present, total)) << DEDUP_PAGE_SHIFT;
+    return (uint64_t)(total - CLAMP(own, 0, total)) << DEDUP_PAGE_SHIFT;
 }
 
 void dedup_stats_publish(DedupEngine *e)
@@ -118,7 +119,7 @@ static void publish_use(DedupEngine *e)
         DedupSegment *s = g_ptr_array_index(e->segments, i);
         DedupSegmentUse use = { 0 };
 
-        if (!s || !s->dirty) {
+        if (!s || !__atomic_load_n(&s->dirty, __ATOMIC_RELAXED)) {
             continue;
         }
         dedup_lock(e);
@@ -282,6 +283,7 @@ static void sum_counts(DedupEngine *e, DedupCounts *sum)
 
         r->counts = r->counting;
         memset(&r->counting, 0, sizeof(r->counting));
+        r->looked = 0;
         r->counts.swapped += swapped_in_file(r);
         sum->present += r->counts.present;
         sum->unshared += r->counts.unshared;
@@ -309,7 +311,7 @@ bool dedup_stats_pass(DedupEngine *e)
 
     sum_counts(e, &sum);
     g_mutex_lock(&e->stats_lock);
-    e->own_present = sum.present;
+    __atomic_store_n(&e->own_present, sum.present, __ATOMIC_RELAXED);
     e->stats.pages_unshared = sum.unshared;
     e->stats.pages_volatile = sum.volatiles;
     e->stats.pages_pinned = sum.pinned;
@@ -348,13 +350,15 @@ void dedup_engine_get_stats(DedupEngine *e, DedupStats *stats,
                             bool reset_max)
 {
     uint64_t cpu = cpu_time_ns(e);
+    int64_t own;
 
     g_mutex_lock(&e->stats_lock);
     *stats = e->stats;
     stats->state = e->state;
     stats->pages_total = live(&e->pages_total);
     stats->pages_merged = live(&e->merged);
-    stats->pages_present = MIN(e->own_present + stats->pages_merged,
+    own = __atomic_load_n(&e->own_present, __ATOMIC_RELAXED);
+    stats->pages_present = MIN(MAX(own, 0) + stats->pages_merged,
                                stats->pages_total);
     stats->zero_pages = live(&e->zero);
     stats->cow_breaks = live(&e->cow_breaks);

@@ -211,11 +211,14 @@ void fx_segments(FxSegments *s)
     while ((d = readdir(dir))) {
         int fd = atoi(d->d_name);
 
-        if (d->d_name[0] != '.' && fd != dirfd(dir) &&
-            (fcntl(fd, F_GET_SEALS) & ALL_SEALS) == ALL_SEALS &&
-            fcntl(fd, F_GET_SEALS) >= 0) {
+        int seals = d->d_name[0] == '.' ? -1 : fcntl(fd, F_GET_SEALS);
+        struct stat st;
+
+        /* by name: the scanner may close the fd at this moment */
+        if (seals >= 0 && (seals & ALL_SEALS) == ALL_SEALS &&
+            fstatat(dirfd(dir), d->d_name, &st, 0) == 0) {
             s->files++;
-            s->pages += file_pages(fd);
+            s->pages += (uint64_t)st.st_blocks * 512 / FX_PAGE;
         }
     }
     closedir(dir);

@@ -11,7 +11,12 @@
  * complain.
  */
 
+#ifdef DEDUP_XXHASH_DISPATCH
+/* the same hash by the widest vectors that the processor has */
+#include <xxh_x86dispatch.h>
+#else
 #include <xxhash.h>
+#endif
 
 #include "mutant.h"
 #include "page.h"

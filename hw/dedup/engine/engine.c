@@ -227,6 +227,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->announce = g_array_new(false, false, sizeof(DedupAnnounce));
     e->pending_hash = g_hash_table_new(NULL, NULL);
     e->left_gids = g_hash_table_new(NULL, NULL);
+    e->failed_gids = g_hash_table_new(NULL, NULL);
     e->tick_scans = g_new0(uint64_t, DEDUP_MAX_MEMBERS);
     e->generation = 1;
     e->proof_buffer = mmap(NULL, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE,
@@ -258,6 +259,7 @@ void dedup_engine_free(DedupEngine *e)
     dedup_scan_free(e);
     munmap(e->proof_buffer, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
     g_free(e->tick_scans);
+    g_hash_table_destroy(e->failed_gids);
     g_hash_table_destroy(e->left_gids);
     g_hash_table_destroy(e->pending_hash);
     g_array_free(e->announce, true);

@@ -56,7 +56,7 @@ static bool entry_valid(const DedupTableEntry *e, uint32_t slot)
 }
 
 /* Has the publisher died or left? */
-static bool publisher_gone(const DedupGroup *g, const DedupTableEntry *e)
+static bool publisher_gone(DedupGroup *g, const DedupTableEntry *e)
 {
     DedupSlot slot;
 

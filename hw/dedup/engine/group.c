@@ -120,30 +120,46 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g)
 
 void dedup_group_refresh(DedupGroup *g)
 {
-    g->members = 0;
+    unsigned members = 0;
+
     g->free_hint = 0;
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-        g->alive[k] = k == g->self ||
-                      (g->slots_fd >= 0 &&
-                       dedup_group_slot_locked(g->slots_fd, k));
-        g->members += g->alive[k];
-        if (!g->alive[k] || !g->client[k].used) {
+        bool alive = k == g->self ||
+                     (g->slots_fd >= 0 &&
+                      dedup_group_slot_locked(g->slots_fd, k));
+
+        __atomic_store_n(&g->alive[k], alive, __ATOMIC_RELAXED);
+        members += alive;
+        if (!alive || !g->client[k].used) {
             dedup_peer_close(&g->client[k].peer);
         }
         g->client[k].skip = false;
         g->client[k].used = false;
     }
+    __atomic_store_n(&g->members, members, __ATOMIC_RELAXED);
     g->members_incompatible = g->path ? dedup_group_count_incompatible(g) : 0;
 }
 
-bool dedup_group_alive(const DedupGroup *g, unsigned member)
+bool dedup_group_alive(DedupGroup *g, unsigned member)
 {
-    return member < DEDUP_MAX_MEMBERS && g->alive[member];
+    if (member >= DEDUP_MAX_MEMBERS) {
+        return false;
+    }
+    if (__atomic_load_n(&g->alive[member], __ATOMIC_RELAXED)) {
+        return true;
+    }
+    /* it may have joined since the last look */
+    if (g->slots_fd < 0 || !dedup_group_slot_locked(g->slots_fd, member)) {
+        return false;
+    }
+    __atomic_fetch_add(&g->members, 1, __ATOMIC_RELAXED);
+    __atomic_store_n(&g->alive[member], true, __ATOMIC_RELAXED);
+    return true;
 }
 
 unsigned dedup_group_members(const DedupGroup *g)
 {
-    return g->members;
+    return __atomic_load_n(&g->members, __ATOMIC_RELAXED);
 }
 
 unsigned dedup_group_members_incompatible(const DedupGroup *g)

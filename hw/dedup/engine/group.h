@@ -111,7 +111,7 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g);
  * versions.  Call once a pass, and after a peer did not answer.
  */
 void dedup_group_refresh(DedupGroup *g);
-bool dedup_group_alive(const DedupGroup *g, unsigned member);
+bool dedup_group_alive(DedupGroup *g, unsigned member);
 unsigned dedup_group_members(const DedupGroup *g);
 unsigned dedup_group_members_incompatible(const DedupGroup *g);
 

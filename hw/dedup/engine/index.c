@@ -171,14 +171,19 @@ static uint32_t entry_tag(uint64_t entry)
     return (entry >> WHERE_BITS) & TAG_MASK;
 }
 
+/* Candidates and claims name a member's page, published hints a segment's. */
+static unsigned page_bits(DedupHintKind kind)
+{
+    return kind == DEDUP_HINT_PUBLISHED ? DEDUP_GID_PAGE_BITS
+                                        : DEDUP_MEMBER_PAGE_BITS;
+}
+
 static uint64_t entry_encode(uint64_t hash, const DedupHint *hint)
 {
-    unsigned bits = hint->kind == DEDUP_HINT_CANDIDATE ?
-                    DEDUP_MEMBER_PAGE_BITS : DEDUP_GID_PAGE_BITS;
+    unsigned bits = page_bits(hint->kind);
     uint64_t where = (uint64_t)hint->where << bits | hint->page;
 
-    g_assert(hint->kind == DEDUP_HINT_CANDIDATE ||
-             hint->kind == DEDUP_HINT_PUBLISHED);
+    g_assert(hint->kind != DEDUP_HINT_NONE);
     g_assert(where <= WHERE_MASK && hint->page < 1u << bits);
     return (uint64_t)hint->kind << 62 | (uint64_t)tag_of(hash) << WHERE_BITS |
            where;
@@ -186,8 +191,7 @@ static uint64_t entry_encode(uint64_t hash, const DedupHint *hint)
 
 static void entry_decode(uint64_t entry, DedupHint *hint)
 {
-    unsigned bits = entry_kind(entry) == DEDUP_HINT_CANDIDATE ?
-                    DEDUP_MEMBER_PAGE_BITS : DEDUP_GID_PAGE_BITS;
+    unsigned bits = page_bits(entry_kind(entry));
     uint64_t where = entry & WHERE_MASK;
 
     hint->kind = entry_kind(entry);
@@ -384,8 +388,7 @@ static void rehash(const DedupIndex *index, unsigned shard,
             }
             /* Somebody may have changed it since it was read. */
             entry = __atomic_exchange_n(&line[i], 0, __ATOMIC_SEQ_CST);
-            if (entry_kind(entry) != DEDUP_HINT_CANDIDATE &&
-                entry_kind(entry) != DEDUP_HINT_PUBLISHED) {
+            if (entry_kind(entry) == DEDUP_HINT_NONE) {
                 continue;
             }
             to = rehash_line(entry_tag(entry), at, old_lines, lines, &other);
@@ -566,32 +569,49 @@ static unsigned lines_of(const DedupIndex *index, uint64_t hash,
     return n;
 }
 
+uint64_t dedup_index_raw(uint64_t hash, const DedupHint *hint)
+{
+    return entry_encode(hash, hint);
+}
+
+/* Which of two entries of the same tag everybody prefers. */
+static uint64_t preference(uint64_t entry)
+{
+    static const uint64_t rank[] = {
+        [DEDUP_HINT_PUBLISHED] = 0,
+        [DEDUP_HINT_CLAIMED] = 1,
+        [DEDUP_HINT_CANDIDATE] = 2,
+    };
+
+    return rank[entry_kind(entry)] << 62 | (entry & WHERE_MASK);
+}
+
 unsigned dedup_index_lookup(const DedupIndex *index, uint64_t hash,
                             DedupHint hits[DEDUP_INDEX_HITS])
 {
     uint64_t *line[2];
     unsigned lines = lines_of(index, hash, line);
-    uint64_t candidate[DEDUP_INDEX_HITS];
-    unsigned n = 0, candidates = 0;
+    uint64_t best[DEDUP_INDEX_HITS + 1];
+    unsigned n = 0;
 
     for (unsigned i = 0; i < lines * LINE_ENTRIES; i++) {
         uint64_t e = word(&line[i / LINE_ENTRIES][i % LINE_ENTRIES]);
 
-        if (entry_tag(e) != tag_of(hash)) {
+        unsigned at = n;
+
+        if (entry_tag(e) != tag_of(hash) ||
+            entry_kind(e) == DEDUP_HINT_NONE) {
             continue;
         }
-        if (entry_kind(e) == DEDUP_HINT_PUBLISHED) {
-            if (n < DEDUP_INDEX_HITS) {
-                entry_decode(e, &hits[n++]);
-            }
-        } else if (entry_kind(e) == DEDUP_HINT_CANDIDATE) {
-            if (candidates < DEDUP_INDEX_HITS) {
-                candidate[candidates++] = e;
-            }
+        while (at > 0 && preference(e) < preference(best[at - 1])) {
+            best[at] = best[at - 1];
+            at--;
         }
+        best[at] = e;
+        n = MIN(n + 1, DEDUP_INDEX_HITS);
     }
-    for (unsigned i = 0; i < candidates && n < DEDUP_INDEX_HITS; i++) {
-        entry_decode(candidate[i], &hits[n++]);
+    for (unsigned i = 0; i < n; i++) {
+        entry_decode(best[i], &hits[i]);
     }
     return n;
 }

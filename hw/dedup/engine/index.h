@@ -22,6 +22,7 @@ typedef enum DedupHintKind {
     DEDUP_HINT_NONE = 0,
     DEDUP_HINT_CANDIDATE = 1,     /* a member has it: (member, page) */
     DEDUP_HINT_PUBLISHED = 2,     /* a segment has it: (gid, page) */
+    DEDUP_HINT_CLAIMED = 3,       /* a member is publishing its copy */
 } DedupHintKind;
 
 #define DEDUP_MEMBER_BITS 8       /* 256 members */
@@ -64,7 +65,11 @@ void dedup_index_set_limit(DedupIndex *index, uint64_t entries);
 
 void dedup_index_prefetch(const DedupIndex *index, uint64_t hash);
 
-/* Fills @hits, published ones first; returns how many. */
+/*
+ * Fills @hits: published ones first, then claimed ones, then candidates, each
+ * kind in ascending order of where and page.  So all members that see the
+ * same entries prefer the same one.  Returns how many.
+ */
 unsigned dedup_index_lookup(const DedupIndex *index, uint64_t hash,
                             DedupHint hits[DEDUP_INDEX_HITS]);
 
@@ -81,6 +86,9 @@ bool dedup_index_replace(DedupIndex *index, uint64_t hash,
                          const DedupHint *old, const DedupHint *hint);
 bool dedup_index_remove(DedupIndex *index, uint64_t hash,
                         const DedupHint *old);
+
+/* The entry that stands for a hint: what dedup_index_replace() wants. */
+uint64_t dedup_index_raw(uint64_t hash, const DedupHint *hint);
 
 /* Memory that the table takes, and how often it grew (hints may be lost). */
 uint64_t dedup_index_bytes(const DedupIndex *index);

@@ -74,6 +74,7 @@ struct DedupRegion {
     uint64_t zero;
     uint64_t boundaries;      /* places where our mappings begin or end */
 
+    uint32_t looked;          /* pages looked at in the pass under way */
     DedupCounts counts;       /* of the last full pass */
     DedupCounts counting;     /* of the pass under way */
 };
@@ -88,7 +89,7 @@ typedef struct DedupPending {
 /* A page of the builder, to be announced when it is sealed. */
 typedef struct DedupAnnounce {
     uint64_t hash;
-    uint64_t old_raw;         /* the hint that it replaces, 0: none */
+    uint64_t old_raw;         /* the claim that it replaces */
 } DedupAnnounce;
 
 struct DedupEngine {
@@ -153,11 +154,13 @@ struct DedupEngine {
     int64_t maps_other;       /* maps of the process that are not ours */
     int64_t figures_us;       /* when the costly figures were last taken */
     int64_t policy_us;        /* when policy.c last judged by them */
-    GHashTable *left_gids;    /* segments that we left, see publish.c */
+    GHashTable *left_gids;    /* segments that we left, see policy.c */
+    GHashTable *failed_gids;  /* that nobody gave us since the last look */
     uint64_t *tick_scans;     /* full scans of each member at the last tick */
     uint64_t generation;      /* ticks: each member has made a pass since */
 
     /* Live sums, atomic. */
+    int64_t own_present;      /* pages with memory of their own, about */
     uint64_t merged;
     uint64_t broken;
     uint64_t zero;
@@ -168,7 +171,6 @@ struct DedupEngine {
     GMutex stats_lock;
     DedupStats stats;         /* what get_stats() returns */
     DedupState state;
-    uint64_t own_present;     /* pages with memory of their own, last pass */
     uint64_t overhead_bytes;  /* metadata and maps that we bear */
     int64_t window_max_ns;    /* atomic */
     clockid_t cpu_clock;
@@ -320,8 +322,12 @@ void dedup_publish_remote(DedupEngine *e, DedupRemote *remotes, unsigned n);
 /* Seal what is there, announce it, merge onto it. */
 void dedup_publish_flush(DedupEngine *e);
 void dedup_publish_free(DedupEngine *e);
-/* Find the segment behind a hint, fetching it if need be; or NULL. */
-DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid);
+/*
+ * Find the segment behind a hint, fetching it if need be.  NULL: there is none
+ * (@stale), or we do not want it or cannot have it now.
+ */
+DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid,
+                                    bool *stale);
 
 /* ---- policy.c ---- */
 

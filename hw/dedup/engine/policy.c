@@ -202,6 +202,7 @@ void dedup_policy_pass_end(DedupEngine *e)
     g_mutex_lock(&e->group_lock);
     dedup_group_refresh(e->group);
     g_mutex_unlock(&e->group_lock);
+    g_hash_table_remove_all(e->failed_gids);
     tick(e);
     if (find_lean(e)) {
         leave_segments(e);

@@ -6,7 +6,8 @@
  * page into the segment that is being built (the builder), in scan order, so
  * that runs of guest pages become runs of segment pages.  When the builder
  * is full, or the pass ends, it is sealed, its pages are announced in the
- * index, and what waited for it is merged.
+ * index, and what waited for it is merged.  Until then its pages are claimed
+ * there, so that no other member publishes the same content meanwhile.
  *
  * What another member is said to have is published only after that member
  * proved that it has it (I10): the proof is made over the copy that will be
@@ -80,10 +81,50 @@ static void add_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
     g_array_append_val(e->pending, p);
 }
 
-/* The page in the builder's next place becomes part of the segment. */
-static unsigned commit(DedupEngine *e, uint64_t hash, uint64_t old_raw)
+/* A hint of ours about one of our pages. */
+static DedupHint own_hint(DedupEngine *e, DedupHintKind kind,
+                          const DedupRegion *r, uint32_t page)
 {
-    DedupAnnounce a = { .hash = hash, .old_raw = old_raw };
+    return (DedupHint) {
+        .kind = kind,
+        .where = dedup_group_self(e->group),
+        .page = r->base + page,
+    };
+}
+
+/*
+ * Tell the others that we are about to publish this content, so that no two
+ * members do.  False: the hint is another one by now, and the content is for
+ * whoever changed it to publish.
+ */
+static bool claim(DedupEngine *e, const DedupRegion *r, uint32_t page,
+                  uint64_t hash, const DedupHint *hint)
+{
+    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
+
+    return dedup_index_replace(e->index, hash, hint, &claimed);
+}
+
+/* The claim came to nothing: we have the page, no more. */
+static void disclaim(DedupEngine *e, const DedupRemote *remote)
+{
+    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, remote->region,
+                                 remote->page);
+    DedupHint mine = own_hint(e, DEDUP_HINT_CANDIDATE, remote->region,
+                              remote->page);
+
+    claimed.raw = dedup_index_raw(remote->hash, &claimed);
+    dedup_index_replace(e->index, remote->hash, &claimed, &mine);
+}
+
+/* The page in the builder's next place, claimed, becomes part of it. */
+static unsigned commit(DedupEngine *e, const DedupRegion *r, uint32_t page,
+                       uint64_t hash)
+{
+    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
+    DedupAnnounce a = {
+        .hash = hash, .old_raw = dedup_index_raw(hash, &claimed),
+    };
     unsigned index = dedup_builder_commit(e->builder);
 
     g_array_append_val(e->announce, a);
@@ -165,8 +206,8 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
         }
     }
     dedup_unlock(e);
-    if (same && ready) {
-        unsigned index = commit(e, hash, hint->raw);
+    if (same && ready && claim(e, r, page, hash, hint)) {
+        unsigned index = commit(e, r, page, hash);
 
         add_pending(e, r2, page2, index);
         add_pending(e, r, page, index);
@@ -195,12 +236,12 @@ static void publish_proven(DedupEngine *e, const DedupRemote *remote,
 {
     unsigned index;
 
-    if (dedup_publish_pending(e, remote->region, remote->page,
-                              remote->hash) || !builder_ready(e)) {
+    if (!builder_ready(e)) {
+        disclaim(e, remote);
         return;
     }
     memcpy(dedup_builder_next(e->builder), copy, DEDUP_PAGE_SIZE);
-    index = commit(e, remote->hash, remote->hint.raw);
+    index = commit(e, remote->region, remote->page, remote->hash);
     add_pending(e, remote->region, remote->page, index);
 }
 
@@ -212,6 +253,9 @@ static void ask_member(DedupEngine *e, unsigned member,
     const DedupRemote *asked[DEDUP_PROOF_PAGES];
     unsigned nproofs = 0;
 
+    if (!builder_ready(e)) {
+        return;
+    }
     for (unsigned i = 0; i < n; i++) {
         uint8_t *copy = e->proof_buffer + ((size_t)nproofs <<
                                            DEDUP_PAGE_SHIFT);
@@ -219,28 +263,25 @@ static void ask_member(DedupEngine *e, unsigned member,
         if (remotes[i].hint.where == member &&
             !dedup_publish_pending(e, remotes[i].region, remotes[i].page,
                                    remotes[i].hash) &&
-            copy_for_proof(e, &remotes[i], copy)) {
+            copy_for_proof(e, &remotes[i], copy) &&
+            claim(e, remotes[i].region, remotes[i].page, remotes[i].hash,
+                  &remotes[i].hint)) {
             asked[nproofs] = &remotes[i];
             proofs[nproofs++] = (DedupProof) {
                 .page = remotes[i].hint.page, .content = copy,
             };
         }
     }
-    if (!nproofs || !dedup_group_prove(e->group, member, proofs, nproofs)) {
-        return; /* it does not answer: the next pass will see why */
+    if (!nproofs) {
+        return;
     }
+    /* a member that does not answer proves nothing */
+    dedup_group_prove(e->group, member, proofs, nproofs);
     for (unsigned i = 0; i < nproofs; i++) {
         if (proofs[i].proven) {
             publish_proven(e, asked[i], proofs[i].content);
         } else {
-            DedupHint mine = {
-                .kind = DEDUP_HINT_CANDIDATE,
-                .where = dedup_group_self(e->group),
-                .page = asked[i]->region->base + asked[i]->page,
-            };
-
-            dedup_index_replace(e->index, asked[i]->hash, &asked[i]->hint,
-                                &mine);
+            disclaim(e, asked[i]);
         }
     }
 }
@@ -302,7 +343,7 @@ static void announce(DedupEngine *e, const DedupSegment *segment)
     for (unsigned i = 0; i < e->announce->len; i++) {
         const DedupAnnounce *a = &g_array_index(e->announce, DedupAnnounce,
                                                 i);
-        DedupHint old = { .kind = DEDUP_HINT_CANDIDATE, .raw = a->old_raw };
+        DedupHint old = { .kind = DEDUP_HINT_CLAIMED, .raw = a->old_raw };
         DedupHint published = {
             .kind = DEDUP_HINT_PUBLISHED, .where = segment->gid, .page = i,
         };
@@ -363,24 +404,33 @@ void dedup_publish_free(DedupEngine *e)
     forget_builder(e);
 }
 
-DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid)
+DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid,
+                                    bool *stale)
 {
     g_autoptr(GError) error = NULL;
     DedupSegment *s = dedup_segments_find(e, gid);
     unsigned member, npages;
     int fd = -1;
 
-    if (s || g_hash_table_contains(e->left_gids, GUINT_TO_POINTER(gid)) ||
-        !dedup_group_segment_lookup(e->group, gid, &member, &npages)) {
-        return s;
+    *stale = false;
+    if (s) {
+        return s->leaving ? NULL : s;
+    }
+    if (g_hash_table_contains(e->left_gids, GUINT_TO_POINTER(gid)) ||
+        g_hash_table_contains(e->failed_gids, GUINT_TO_POINTER(gid))) {
+        return NULL;
+    }
+    if (!dedup_group_segment_lookup(e->group, gid, &member, &npages)) {
+        *stale = true;
+        return NULL;
     }
     dedup_group_fetch(e->group, member, &gid, 1, &fd);
     if (fd >= 0) {
         s = dedup_segment_accept(fd, gid, npages, &error);
     }
     if (!s) {
-        /* nobody has it, or it is not what it should be: not again soon */
-        g_hash_table_add(e->left_gids, GUINT_TO_POINTER(gid));
+        /* nobody answers, or it is not what it should be: ask again later */
+        g_hash_table_add(e->failed_gids, GUINT_TO_POINTER(gid));
         return NULL;
     }
     dedup_lock(e);

@@ -156,6 +156,7 @@ static bool look(DedupEngine *e, Chunk *c)
                 hash_page(e, c, page);
             }
         }
+        r->looked = c->first + c->n;
     }
     dedup_unlock(e);
     return ok;
@@ -185,6 +186,9 @@ static bool try_own(DedupEngine *e, Chunk *c, const Seen *s,
     uint32_t page2;
     bool found;
 
+    if (hint->kind == DEDUP_HINT_CLAIMED) {
+        return false; /* what we claimed came to nothing */
+    }
     dedup_lock(e);
     found = dedup_region_find(e, hint->page, &r2, &page2);
     dedup_unlock(e);
@@ -193,6 +197,28 @@ static bool try_own(DedupEngine *e, Chunk *c, const Seen *s,
     }
     return found && dedup_publish_pair(e, c->r, s->page, r2, page2, s->hash,
                                        hint);
+}
+
+/* A hint that names a member.  False: it is stale. */
+static bool try_member(DedupEngine *e, Chunk *c, const Seen *s,
+                       const DedupHint *hint)
+{
+    if (hint->where == dedup_group_self(e->group)) {
+        return try_own(e, c, s, hint);
+    }
+    if (!dedup_group_alive(e->group, hint->where)) {
+        return false;
+    }
+    if (hint->kind == DEDUP_HINT_CANDIDATE) {
+        c->remotes[c->nremotes++] = (DedupRemote) {
+            .region = c->r, .page = s->page, .hash = s->hash, .hint = *hint,
+        };
+        if (c->nremotes == DEDUP_PROOF_PAGES) {
+            ask_remotes(e, c);
+        }
+    }
+    /* claimed: it is published by the time of the next pass */
+    return true;
 }
 
 /* What to do with one page that is not zero. */
@@ -209,17 +235,19 @@ static void decide(DedupEngine *e, Chunk *c, const Seen *s)
 
     for (unsigned i = 0; i < n; i++) {
         DedupSegment *segment;
+        bool is_stale;
 
         if (hits[i].kind != DEDUP_HINT_PUBLISHED) {
             continue;
         }
-        segment = dedup_publish_segment(e, hits[i].where);
-        if (segment && hits[i].page < segment->npages &&
-            !segment->leaving) {
+        segment = dedup_publish_segment(e, hits[i].where, &is_stale);
+        if (segment && hits[i].page < segment->npages) {
             add_action(c, s->page, segment, hits[i].page);
             return;
         }
-        stale = &hits[i];
+        if (segment || is_stale) {
+            stale = &hits[i];
+        }
     }
     if (!s->stable) {
         return;
@@ -228,26 +256,13 @@ static void decide(DedupEngine *e, Chunk *c, const Seen *s)
         return;
     }
     for (unsigned i = 0; i < n; i++) {
-        if (hits[i].kind != DEDUP_HINT_CANDIDATE) {
+        if (hits[i].kind == DEDUP_HINT_PUBLISHED) {
             continue;
         }
-        if (hits[i].where == dedup_group_self(e->group)) {
-            if (try_own(e, c, s, &hits[i])) {
-                return;
-            }
-            stale = &hits[i];
-        } else if (dedup_group_alive(e->group, hits[i].where)) {
-            c->remotes[c->nremotes++] = (DedupRemote) {
-                .region = c->r, .page = s->page, .hash = s->hash,
-                .hint = hits[i],
-            };
-            if (c->nremotes == DEDUP_PROOF_PAGES) {
-                ask_remotes(e, c);
-            }
+        if (try_member(e, c, s, &hits[i])) {
             return;
-        } else {
-            stale = &hits[i];
         }
+        stale = &hits[i];
     }
     if (stale) {
         dedup_index_replace(e->index, s->hash, stale, &mine);

@@ -49,7 +49,9 @@
  * @busy: the worker is removing it right now, and @region is NULL; lock
  * @leased: the worker watches a lease on rb->fd; lock
  * @named: the file outlives the block
- * @error: why the last attempt of the worker to remove it failed; lock
+ * @error: why the last attempts of the worker to remove it failed; lock
+ * @tries: how many did so far; lock
+ * @retry_ms: when it tries again; lock
  * @pages_merged: last known figure, for when @busy
  */
 typedef struct DedupBlock {
@@ -63,6 +65,8 @@ typedef struct DedupBlock {
     bool leased;
     bool named;
     GError *error;
+    unsigned tries;
+    int64_t retry_ms;
     uint64_t pages_merged;
     QTAILQ_ENTRY(DedupBlock) next;
 } DedupBlock;

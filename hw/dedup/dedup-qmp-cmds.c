@@ -73,6 +73,28 @@ static DedupGroupInfo *group_info(DedupScanner *ds,
     return info;
 }
 
+/*
+ * The scanner's thread takes a moment to notice what was decided here, and
+ * nobody should read "blocked" without a reason.
+ */
+static DedupScannerState info_state(DedupScanner *ds, const DedupStats *stats)
+{
+    DedupParams params;
+
+    if (stats->state == DEDUP_STATE_UNMERGING) {
+        return DEDUP_SCANNER_STATE_UNMERGING;
+    }
+    if (ds->reasons) {
+        return DEDUP_SCANNER_STATE_BLOCKED;
+    }
+    if (stats->state == DEDUP_STATE_BLOCKED) {
+        dedup_scanner_get_params(ds, &params);
+        return params.run ? DEDUP_SCANNER_STATE_SCANNING
+                          : DEDUP_SCANNER_STATE_STOPPED;
+    }
+    return (DedupScannerState)stats->state;
+}
+
 DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
 {
     DedupInfo *info = g_new0(DedupInfo, 1);
@@ -83,7 +105,7 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
         dedup_engine_get_stats(ds->engine, &stats, reset_max);
     }
     info->id = g_strdup(object_get_canonical_path_component(OBJECT(ds)));
-    info->state = (DedupScannerState)stats.state;
+    info->state = info_state(ds, &stats);
     info->blocked_reasons = dedup_blockers_list(ds, &stats);
     info->write_protect = ds->engine ? DEDUP_WRITE_PROTECT_USERFAULTFD
                                      : DEDUP_WRITE_PROTECT_AUTO;

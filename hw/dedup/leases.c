@@ -40,7 +40,14 @@
  */
 #define DEDUP_LEASE_SIGNAL (SIGRTMIN + 8)
 
-/* How long to wait before restoring is tried again that failed */
+/*
+ * Restoring fails when the memory lacks, and when input is being read into
+ * the block.  The latter is over in a moment: it is not reported before so
+ * many attempts, so long apart.
+ */
+#define DEDUP_BUSY_TRIES 100
+#define DEDUP_BUSY_MS 10
+/* How long to wait before it is tried again after that */
 #define DEDUP_RETRY_MS 1000
 
 int dedup_lease_take(DedupScanner *ds, DedupBlock *block)
@@ -88,24 +95,53 @@ static bool lease_is_breaking(const DedupBlock *block)
            fcntl(block->rb->fd, F_GETLEASE) != F_WRLCK;
 }
 
-/* Find a block to work on.  On the worker; lock held. */
-static DedupBlock *worker_next(DedupRam *ram, bool *retry)
+/*
+ * Find a block to work on, or say in *@timeout when to look again.  On the
+ * worker; lock held.
+ */
+static DedupBlock *worker_next(DedupRam *ram, int *timeout)
 {
+    int64_t now = g_get_monotonic_time() / 1000;
     DedupBlock *block;
 
+    *timeout = -1;
     QTAILQ_FOREACH(block, &ram->blocks, next) {
         if (lease_is_breaking(block) && !block->opened) {
             trace_dedup_lease_break(block->rb->fd);
             block->opened = true;
             block->leaving = true;
         }
-        if (block->leaving && block->error) {
-            *retry = true;
-        } else if (block->leaving) {
+        if (!block->leaving) {
+            continue;
+        }
+        if (now >= block->retry_ms) {
             return block;
+        }
+        if (*timeout < 0 || block->retry_ms - now < *timeout) {
+            *timeout = block->retry_ms - now;
         }
     }
     return NULL;
+}
+
+/* On the worker; lock held. */
+static void restore_failed(DedupBlock *block, GError *error)
+{
+    bool busy = g_error_matches(error, DEDUP_ERROR, DEDUP_ERROR_STATE) &&
+                ++block->tries < DEDUP_BUSY_TRIES;
+
+    block->retry_ms = g_get_monotonic_time() / 1000 +
+                      (busy ? DEDUP_BUSY_MS : DEDUP_RETRY_MS);
+    if (busy) {
+        g_error_free(error);
+        return;
+    }
+    block->error = error;
+    if (block->opened) {
+        warn_report_once("dedup-scanner: RAM whose file was opened by "
+                         "another process cannot be restored yet: %s",
+                         error->message);
+    }
 }
 
 /* Remove a region with its contents.  On the worker; lock held, released. */
@@ -126,18 +162,15 @@ static void worker_restore(DedupScanner *ds, DedupBlock *block)
         block->busy = false;
         trace_dedup_block_restore(block->rb->fd, ok);
     }
+    g_clear_error(&block->error);
     if (ok) {
         block->leaving = false;
+        block->tries = 0;
         lease_release(block);
     } else {
-        /* Still merged, and not to be merged further: try again later. */
+        restore_failed(block, error);
+        /* Still merged, and not to be merged further */
         block->region = region;
-        block->error = error;
-        if (block->opened) {
-            warn_report_once("dedup-scanner: RAM whose file was opened by "
-                             "another process cannot be restored yet: %s",
-                             error->message);
-        }
     }
     qemu_cond_broadcast(&ram->changed);
     qemu_bh_schedule(ds->update_bh);
@@ -179,7 +212,7 @@ static void *worker_run(void *opaque)
         { .fd = ram->signal_fd, .events = POLLIN },
     };
     DedupBlock *block;
-    bool retry;
+    int timeout;
 
     rcu_register_thread();
     /* The signals are blocked here as in every thread of QEMU's. */
@@ -188,20 +221,14 @@ static void *worker_run(void *opaque)
 
     qemu_mutex_lock(&ram->lock);
     while (!ram->stop) {
-        retry = false;
-        block = worker_next(ram, &retry);
+        block = worker_next(ram, &timeout);
         if (block) {
             worker_restore(ds, block);
             continue;
         }
         qemu_mutex_unlock(&ram->lock);
-        worker_wait(fds, retry ? DEDUP_RETRY_MS : -1);
+        worker_wait(fds, timeout);
         qemu_mutex_lock(&ram->lock);
-        if (retry) {
-            QTAILQ_FOREACH(block, &ram->blocks, next) {
-                g_clear_error(&block->error);
-            }
-        }
     }
     qemu_mutex_unlock(&ram->lock);
 

@@ -78,6 +78,8 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
             g_clear_error(&block->error);
         } else if (!block->leaving && (block->region || block->leased)) {
             block->leaving = true;
+            block->tries = 0;
+            block->retry_ms = 0;
             kick = true;
         }
         enter = eligible && !block->region && !block->busy;

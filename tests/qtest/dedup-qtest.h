@@ -271,6 +271,28 @@ static inline char *dedup_run_failing(const char *prefix, const char *args)
     return output;
 }
 
+/* The file behind a memory-backend-memfd, opened anew; there must be one. */
+static inline int dedup_open_memfd(QTestState *qts)
+{
+    g_autofree char *dir = g_strdup_printf("/proc/%d/fd", qtest_pid(qts));
+    g_autoptr(GDir) d = g_dir_open(dir, 0, NULL);
+    const char *name;
+    int fd = -1;
+
+    g_assert_nonnull(d);
+    while (fd < 0 && (name = g_dir_read_name(d))) {
+        g_autofree char *path = g_strdup_printf("%s/%s", dir, name);
+        g_autofree char *target = g_file_read_link(path, NULL);
+
+        if (target && g_str_has_prefix(target,
+                                       "/memfd:memory-backend-memfd")) {
+            fd = open(path, O_RDONLY);
+        }
+    }
+    g_assert_cmpint(fd, >=, 0);
+    return fd;
+}
+
 /* A directory for one test. */
 static inline char *dedup_tmpdir(const char *parent)
 {
@@ -278,6 +300,54 @@ static inline char *dedup_tmpdir(const char *parent)
 
     g_assert_nonnull(g_mkdtemp(dir));
     return dir;
+}
+
+/*
+ * Guest memory: page @i of @seed, the same wherever it is written, unlike
+ * any other.
+ */
+static inline void dedup_page(uint8_t *page, unsigned seed, unsigned i)
+{
+    uint64_t *words = (uint64_t *)page;
+    int w;
+
+    for (w = 0; w < DEDUP_PAGE / 8; w++) {
+        words[w] = ((uint64_t)seed << 48) + ((uint64_t)i << 16) + w +
+                   0x5a00000000000000;
+    }
+}
+
+static inline void dedup_fill(QTestState *qts, uint64_t addr, unsigned seed,
+                              unsigned pages)
+{
+    g_autofree uint8_t *buf = g_malloc(pages * DEDUP_PAGE);
+    unsigned i;
+
+    for (i = 0; i < pages; i++) {
+        dedup_page(buf + i * DEDUP_PAGE, seed, i);
+    }
+    qtest_bufwrite(qts, addr, buf, pages * DEDUP_PAGE);
+}
+
+static inline void dedup_verify_buffer(const uint8_t *buf, unsigned seed,
+                                       unsigned pages)
+{
+    uint8_t page[DEDUP_PAGE] __attribute__((aligned(8)));
+    unsigned i;
+
+    for (i = 0; i < pages; i++) {
+        dedup_page(page, seed, i);
+        g_assert_cmpmem(buf + i * DEDUP_PAGE, DEDUP_PAGE, page, DEDUP_PAGE);
+    }
+}
+
+static inline void dedup_verify(QTestState *qts, uint64_t addr, unsigned seed,
+                                unsigned pages)
+{
+    g_autofree uint8_t *buf = g_malloc(pages * DEDUP_PAGE);
+
+    qtest_bufread(qts, addr, buf, pages * DEDUP_PAGE);
+    dedup_verify_buffer(buf, seed, pages);
 }
 
 #endif /* DEDUP_QTEST_H */

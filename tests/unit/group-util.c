@@ -347,3 +347,15 @@ void test_greet(int sock, uint8_t *nonce)
     }
     dedup_message_send(sock, &m, DEDUP_MESSAGE_GREETING, NULL, 0);
 }
+
+int test_connect(const char *dir, unsigned member)
+{
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+    snprintf(addr.sun_path, sizeof(addr.sun_path), "%s/v1-4k/m%u.sock", dir,
+             member);
+    g_assert_cmpint(connect(sock, (struct sockaddr *)&addr, sizeof(addr)),
+                    ==, 0);
+    return sock;
+}

@@ -66,5 +66,7 @@ void test_fake_free(TestFake *f);
 /* Blocking, at most two seconds; fds that come are closed. */
 bool test_receive(int sock, DedupMessage *m);
 void test_greet(int sock, uint8_t *nonce);
+/* A blocking connection to @member. */
+int test_connect(const char *dir, unsigned member);
 
 #endif /* TEST_GROUP_UTIL_H */

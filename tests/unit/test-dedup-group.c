@@ -218,7 +218,7 @@ static void test_eight(Fixture *f, gconstpointer data)
     for (unsigned i = 0; i < 8; i++) {
         c[i] = test_child_new(f->dir, i);
     }
-    for (unsigned round = 0; round < 60; round++) {
+    for (unsigned round = 0; round < 40; round++) {
         TestChild *one = &c[(random >> 16) % 8];
 
         random = random * 1664525 + 1013904223;
@@ -257,9 +257,48 @@ static void test_eight(Fixture *f, gconstpointer data)
     }
 }
 
-static void *join_error(void *dir)
+/* What the join of @dir says to a process of user @uid. */
+typedef struct Failing {
+    pid_t pid;
+    int fd;
+} Failing;
+
+static Failing failing_join(const char *dir, uid_t uid)
 {
-    return test_join_error(dir);
+    Failing child;
+    int fd[2];
+
+    g_assert_cmpint(pipe2(fd, O_CLOEXEC), ==, 0);
+    child.pid = fork();
+    g_assert_cmpint(child.pid, >=, 0);
+    if (child.pid == 0) {
+        g_autofree char *message = NULL;
+        ssize_t n;
+
+        if (uid != getuid() && (setresgid(uid, uid, uid) ||
+                                setresuid(uid, uid, uid))) {
+            _exit(1);
+        }
+        message = test_join_error(dir);
+        n = write(fd[1], message, strlen(message));
+        _exit(n != (ssize_t)strlen(message));
+    }
+    close(fd[1]);
+    child.fd = fd[0];
+    return child;
+}
+
+static char *failing_message(Failing child)
+{
+    char text[1024] = "";
+    ssize_t n = read(child.fd, text, sizeof(text) - 1);
+    int status;
+
+    close(child.fd);
+    g_assert_cmpint(waitpid(child.pid, &status, 0), ==, child.pid);
+    g_assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    g_assert_cmpint(n, >, 0);
+    return g_strdup(text);
 }
 
 /*
@@ -279,7 +318,7 @@ static void test_stopped(Fixture *f, gconstpointer data)
     };
     DedupProof proof;
     TestMember *m;
-    GThread *thread;
+    Failing child;
     int64_t start;
     int status, fd;
 
@@ -301,13 +340,13 @@ static void test_stopped(Fixture *f, gconstpointer data)
     test_member_free(m);
     test_child_quit(&other);
 
-    thread = g_thread_new("join", join_error, f->dir);
+    child = failing_join(f->dir, getuid());
     g_assert_cmpint(mkdir(sub, 0700), ==, 0);
     fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     g_assert_cmpint(fcntl(fd, F_OFD_SETLK, &lock), ==, 0);
     joining = test_join_error(dir2);
     g_assert_nonnull(strstr(joining, "has been joining"));
-    alone = g_thread_join(thread);
+    alone = failing_message(child);
     g_assert_nonnull(strstr(alone, "1 live member"));
     g_assert_cmpint(g_get_monotonic_time() - start, <, 20 * G_USEC_PER_SEC);
     close(fd);
@@ -454,32 +493,9 @@ static void test_writable(Fixture *f, gconstpointer data)
     test_member_free(m);
 }
 
-/* What @dir says to a user who may not use it, in a process of its own. */
 static char *error_as_nobody(const char *dir)
 {
-    char text[1024] = "";
-    int fd[2], status;
-    pid_t pid;
-    ssize_t n;
-
-    g_assert_cmpint(pipe2(fd, O_CLOEXEC), ==, 0);
-    pid = fork();
-    if (pid == 0) {
-        g_autofree char *message = NULL;
-
-        if (setresgid(65534, 65534, 65534) || setresuid(65534, 65534, 65534)) {
-            _exit(1);
-        }
-        message = test_join_error(dir);
-        n = write(fd[1], message, strlen(message));
-        _exit(n != (ssize_t)strlen(message));
-    }
-    close(fd[1]);
-    n = read(fd[0], text, sizeof(text) - 1);
-    close(fd[0]);
-    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
-    g_assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-    return g_strdup(n > 0 ? text : "");
+    return failing_message(failing_join(dir, 65534));
 }
 
 static void test_unreadable(Fixture *f, gconstpointer data)

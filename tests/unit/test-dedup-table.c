@@ -102,7 +102,7 @@ static void test_generations(Fixture *f, gconstpointer data)
     g_assert_cmpuint(n, ==, (1u << (DEDUP_GID_BITS - 18)) - 1);
 }
 
-/* The publisher is gone: anyone may release; its slot's next owner is not it. */
+/* The publisher is gone: anyone may release.  Its slot has another owner. */
 static void test_publisher_gone(Fixture *f, gconstpointer data)
 {
     uint32_t x = dedup_group_segment_alloc(f->a->g, 64);

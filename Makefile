@@ -9,13 +9,12 @@ export PATH := /usr/sbin:/usr/bin:/sbin:/bin:$(PATH)
 
 top := $(CURDIR)
 B := $(top)/build
-PYTHON ?= /usr/bin/python3
 prefix ?= /usr/local
 SANITIZE ?=
 JOBS ?= $(shell nproc)
 
 # The standalone build of the engine, one directory per kind of sanitizer.
-engine := $(B)/engine$(if $(SANITIZE),-$(SANITIZE))$(if $(CC_SUFFIX),-$(CC_SUFFIX))
+engine := $(B)/engine$(if $(SANITIZE),-$(SANITIZE))
 sanitizer_address := address,undefined
 sanitizer_thread := thread
 ifneq ($(SANITIZE),)
@@ -71,7 +70,7 @@ bench: engine
 	@meson test --benchmark -C $(engine) --no-rebuild --verbose
 
 install: qemu
-	@$(lock) env DESTDIR=$(DESTDIR) ninja -C $(B)/qemu install
+	@$(lock) env DESTDIR=$(DESTDIR) ninja -C $(B)/qemu-obj install
 
 clean:
-	rm -rf $(B)/qemu $(B)/qemu-src $(B)/bin $(B)/engine* $(B)/test-logs
+	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/engine* $(B)/test-logs

@@ -88,7 +88,7 @@ def test_warnings_qemu():
         manifest = json.load(f)
     for path in manifest['patched'] + manifest['overlay']:
         ours.add(os.path.join(TREE, path))
-    compile_all(os.path.join(BUILD, 'qemu', 'compile_commands.json'), None,
+    compile_all(os.path.join(BUILD, 'qemu-obj', 'compile_commands.json'), None,
                 lambda s: s in ours and '/tests/' not in s)
 
 

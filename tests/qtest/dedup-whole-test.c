@@ -30,29 +30,6 @@ static QTestState *start(const char *more)
                        " %s", more);
 }
 
-/* The memfd of ram0, opened anew. */
-static int open_ram(QTestState *qts)
-{
-    g_autofree char *dir = g_strdup_printf("/proc/%d/fd", qtest_pid(qts));
-    g_autoptr(GDir) d = g_dir_open(dir, 0, NULL);
-    const char *name;
-
-    g_assert_nonnull(d);
-    while ((name = g_dir_read_name(d))) {
-        g_autofree char *path = g_strdup_printf("%s/%s", dir, name);
-        g_autofree char *target = g_file_read_link(path, NULL);
-
-        if (target && g_str_has_prefix(target,
-                                       "/memfd:memory-backend-memfd")) {
-            int fd = open(path, O_RDONLY);
-
-            g_assert_cmpint(fd, >=, 0);
-            return fd;
-        }
-    }
-    g_assert_not_reached();
-}
-
 /* How many of the equal pages have their contents in the file. */
 static int pages_in_file(int fd)
 {
@@ -71,7 +48,7 @@ static int pages_in_file(int fd)
 /* Fill RAM with equal pages and wait until they are merged. */
 static int fill_and_merge(QTestState *qts)
 {
-    int fd = open_ram(qts);
+    int fd = dedup_open_memfd(qts);
 
     qtest_memset(qts, START, BYTE, LENGTH);
     g_assert_cmpint(pages_in_file(fd), ==, PAGES);

@@ -30,8 +30,8 @@
  *   - Two processes insert the same hint at once: it is there twice, which
  *     costs 8 bytes.
  *   - The count of entries drifts (a process dies between storing and
- *     counting; an enemy writes to it).  Each rehash counts anew, and an
- *     insert that finds both its lines full samples the shard.
+ *     counting; an enemy writes to it).  Each rehash counts anew; before a
+ *     shard grows, and when an insert finds no room, it is sampled.
  *   - Garbage in the header: the number of pages is clamped to the size of
  *     the mapping, and table pages are allocated with fallocate() by whoever
  *     touches them first, so a lack of memory is an error and no SIGBUS.
@@ -39,64 +39,10 @@
  * Threads: any, of any process.  All shared words are accessed with atomics.
  */
 
-#include <fcntl.h>
-#include <glib.h>
-
-#include "index.h"
-#include "page.h"
-
-#define SHARDS 16
-#define LINE_ENTRIES 8
-#define PAGE_LINES (DEDUP_PAGE_SIZE / (LINE_ENTRIES * sizeof(uint64_t)))
-#define PAGE_ENTRIES (PAGE_LINES * LINE_ENTRIES)
-#define SHARD_PAGES 65536u      /* at most: 256 MiB */
-
-#define TAG_BITS 24
-#define WHERE_BITS 38
-#define TAG_MASK ((1u << TAG_BITS) - 1)
-#define WHERE_MASK ((1ull << WHERE_BITS) - 1)
-
-/*
- * A shard grows when more than this share of its entries is in use.  The
- * unit test measures what it costs: bytes per entry and hints lost.
- */
-#define LOAD_NUM 57
-#define LOAD_DEN 64
-
-/*
- * A shard grows by a quarter: by an eighth each entry would be rehashed
- * twice as often, and that is most of what an insert costs.  A small shard
- * grows by a page at a time.  Then the shards take different steps, so that
- * later on they grow at different times, and the table as a whole by little.
- */
-#define SMALL_PAGES 16
+#include "index-internal.h"
 
 /* Attempts of an insert before it gives in to the others. */
 #define ATTEMPTS 16
-
-typedef struct Shard {
-    uint64_t pages;             /* in use; grows only */
-    uint64_t count;             /* entries, about */
-    uint64_t growths;
-    uint64_t spare[5];          /* a cache line each */
-} Shard;
-
-struct DedupIndexHeader {
-    Shard shard[SHARDS];
-};
-
-struct DedupIndex {
-    DedupIndexHeader *header;
-    uint64_t *table;
-    int fd;
-    uint64_t offset;
-    uint64_t limit;             /* pages that a shard may grow to */
-    /*
-     * One bit per page of the table: this process knows that it is
-     * allocated.  Set late or twice costs a system call, nothing else.
-     */
-    uint64_t *backed;
-};
 
 size_t dedup_index_header_size(void)
 {
@@ -140,37 +86,6 @@ void dedup_index_set_limit(DedupIndex *index, uint64_t entries)
                      __ATOMIC_RELAXED);
 }
 
-static uint64_t word(const uint64_t *p)
-{
-    return __atomic_load_n(p, __ATOMIC_RELAXED);
-}
-
-static bool change_word(uint64_t *p, uint64_t from, uint64_t to)
-{
-    return __atomic_compare_exchange_n(p, &from, to, false, __ATOMIC_SEQ_CST,
-                                       __ATOMIC_SEQ_CST);
-}
-
-static unsigned shard_of(uint64_t hash)
-{
-    return hash >> 60;
-}
-
-static uint32_t tag_of(uint64_t hash)
-{
-    return (hash >> 36) & TAG_MASK;
-}
-
-static DedupHintKind entry_kind(uint64_t entry)
-{
-    return entry >> 62;
-}
-
-static uint32_t entry_tag(uint64_t entry)
-{
-    return (entry >> WHERE_BITS) & TAG_MASK;
-}
-
 /* Candidates and claims name a member's page, published hints a segment's. */
 static unsigned page_bits(DedupHintKind kind)
 {
@@ -200,277 +115,15 @@ static void entry_decode(uint64_t entry, DedupHint *hint)
     hint->raw = entry;
 }
 
-/* A bijection on tags, so that the second line says nothing of the first. */
-static uint32_t mix(uint32_t tag)
-{
-    tag ^= tag >> 11;
-    tag = (tag * 0x9e3779b1u) & TAG_MASK;
-    tag ^= tag >> 13;
-    tag = (tag * 0x85ebca6bu) & TAG_MASK;
-    return tag ^ tag >> 12;
-}
-
-static uint64_t first_line(uint32_t tag, uint64_t lines)
-{
-    return (tag * lines) >> TAG_BITS;
-}
-
-static uint64_t second_line(uint32_t tag, uint64_t lines)
-{
-    return (mix(tag) * lines) >> TAG_BITS;
-}
-
-static uint64_t shard_pages(const DedupIndex *index, unsigned shard)
-{
-    return MIN(word(&index->header->shard[shard].pages), SHARD_PAGES);
-}
-
-static bool allocate(const DedupIndex *index, uint64_t page, uint64_t n)
-{
-    uint64_t at = index->offset + page * DEDUP_PAGE_SIZE;
-
-    return fallocate(index->fd, 0, at, n * DEDUP_PAGE_SIZE) == 0;
-}
-
-/* Line @line of @shard, or NULL if there is no memory for it. */
-static uint64_t *line_at(const DedupIndex *index, unsigned shard,
-                         uint64_t line)
-{
-    uint64_t page = (uint64_t)shard * SHARD_PAGES + line / PAGE_LINES;
-    uint64_t *bits = &index->backed[page / 64];
-    uint64_t bit = 1ull << page % 64;
-
-    if (!(word(bits) & bit)) {
-        if (!allocate(index, page, 1)) {
-            return NULL;
-        }
-        __atomic_fetch_or(bits, bit, __ATOMIC_RELAXED);
-    }
-    return index->table + ((uint64_t)shard * SHARD_PAGES * PAGE_LINES + line) *
-                          LINE_ENTRIES;
-}
-
-/* Free entries of a line, and whether @entry is there already. */
-static unsigned line_free(const uint64_t *line, uint64_t entry, bool *found)
-{
-    unsigned n = 0;
-
-    for (unsigned i = 0; i < LINE_ENTRIES; i++) {
-        uint64_t e = word(&line[i]);
-
-        n += e == 0;
-        *found |= e == entry;
-    }
-    return n;
-}
-
-static bool line_add(uint64_t *line, uint64_t entry)
-{
-    for (unsigned i = 0; i < LINE_ENTRIES; i++) {
-        if (word(&line[i]) == 0 && change_word(&line[i], 0, entry)) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/*
- * Put @entry in the place of one that is no published hint, beginning at a
- * place that @seed chooses.
- */
-static bool line_replace(uint64_t *line, uint64_t entry, unsigned seed)
-{
-    for (unsigned i = 0; i < LINE_ENTRIES; i++) {
-        uint64_t *p = &line[(seed + i) % LINE_ENTRIES];
-        uint64_t e = word(p);
-
-        if (entry_kind(e) != DEDUP_HINT_PUBLISHED && change_word(p, e, entry)) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/*
- * Makes room in line @at, which is full: one of its entries moves to the
- * other line where it may be, if there is room.  The entry is there twice
- * for a moment, and for good if somebody changes the old one just then.
- */
-static bool line_displace(const DedupIndex *index, unsigned shard,
-                          uint64_t at, uint64_t lines, uint64_t entry)
-{
-    uint64_t *line = line_at(index, shard, at);
-
-    for (unsigned i = 0; line && i < LINE_ENTRIES; i++) {
-        uint64_t e = word(&line[i]);
-        uint64_t a = first_line(entry_tag(e), lines);
-        uint64_t b = second_line(entry_tag(e), lines);
-        uint64_t *to = line_at(index, shard, a == at ? b : a);
-
-        if (to && to != line && line_add(to, e) &&
-            change_word(&line[i], e, entry)) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/* The line that @tag goes to if it was found in line @at of @old_lines. */
-static uint64_t rehash_line(uint32_t tag, uint64_t at, uint64_t old_lines,
-                            uint64_t lines, uint64_t *other)
-{
-    uint64_t a = first_line(tag, lines), b = second_line(tag, lines);
-    bool first = first_line(tag, old_lines) == at;
-
-    *other = first ? b : a;
-    return first ? a : b;
-}
-
-static bool rehash_store(const DedupIndex *index, unsigned shard,
-                         uint64_t entry, uint64_t line, uint64_t other,
-                         uint64_t lines)
-{
-    uint64_t *a = line_at(index, shard, line);
-    uint64_t *b;
-
-    if (a && line_add(a, entry)) {
-        return true;
-    }
-    b = line_at(index, shard, other);
-    if (b && line_add(b, entry)) {
-        return true;
-    }
-    if (line_displace(index, shard, line, lines, entry) ||
-        line_displace(index, shard, other, lines, entry)) {
-        return true;
-    }
-    if (entry_kind(entry) != DEDUP_HINT_PUBLISHED) {
-        return false;
-    }
-    return (a && line_replace(a, entry, 0)) ||
-           (b && line_replace(b, entry, 0));
-}
-
-/*
- * Move every entry to where it belongs now that @shard has @pages pages.
- * Called by the one that changed the number from @old_pages.  When somebody
- * changes it again meanwhile, that one's rehash does all of the work.
- */
-static void rehash(const DedupIndex *index, unsigned shard,
-                   uint64_t old_pages, uint64_t pages)
-{
-    Shard *s = &index->header->shard[shard];
-    uint64_t old_lines = old_pages * PAGE_LINES;
-    uint64_t lines = pages * PAGE_LINES;
-    uint64_t counted = word(&s->count);
-    uint64_t seen = 0;
-
-    for (uint64_t at = old_lines; at-- > 0;) {
-        uint64_t *line = line_at(index, shard, at);
-
-        if (at % PAGE_LINES == 0 && word(&s->pages) != pages) {
-            return;
-        }
-        if (!line) {
-            continue;
-        }
-        for (unsigned i = 0; i < LINE_ENTRIES; i++) {
-            uint64_t entry = word(&line[i]);
-            uint64_t to, other;
-
-            if (entry == 0) {
-                continue;
-            }
-            to = rehash_line(entry_tag(entry), at, old_lines, lines, &other);
-            if (to == at) {
-                seen++;
-                continue;
-            }
-            /* Somebody may have changed it since it was read. */
-            entry = __atomic_exchange_n(&line[i], 0, __ATOMIC_SEQ_CST);
-            if (entry_kind(entry) == DEDUP_HINT_NONE) {
-                continue;
-            }
-            to = rehash_line(entry_tag(entry), at, old_lines, lines, &other);
-            seen += rehash_store(index, shard, entry, to, other, lines);
-        }
-    }
-    /* What the others added since is in the difference. */
-    __atomic_fetch_add(&s->count, seen - counted, __ATOMIC_SEQ_CST);
-}
-
-/* Returns false if @shard has no more than @pages pages and cannot grow. */
-static bool grow(const DedupIndex *index, unsigned shard, uint64_t pages)
-{
-    Shard *s = &index->header->shard[shard];
-    uint64_t base = (uint64_t)shard * SHARD_PAGES;
-    uint64_t want;
-
-    if (pages < SMALL_PAGES) {
-        want = pages + 1;
-    } else if (pages == SMALL_PAGES) {
-        want = pages + 1 + shard % 4;
-    } else {
-        want = pages + pages / 4;
-    }
-    want = MIN(want, word(&index->limit));
-    if (want <= pages || !allocate(index, base + pages, want - pages)) {
-        return shard_pages(index, shard) > pages;
-    }
-    if (__atomic_compare_exchange_n(&s->pages, &pages, want, false,
-                                    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
-        __atomic_fetch_add(&s->growths, 1, __ATOMIC_RELAXED);
-        rehash(index, shard, pages, want);
-    }
-    return true;
-}
-
-/* Should it grow, and may it? */
-static bool overloaded(const DedupIndex *index, unsigned shard,
-                       uint64_t pages)
-{
-    uint64_t count = word(&index->header->shard[shard].count);
-
-    return count >= pages * PAGE_ENTRIES * LOAD_NUM / LOAD_DEN &&
-           pages < word(&index->limit);
-}
-
-/*
- * Look whether the count is right, by a sample of the lines: before a shard
- * grows, and when there is no room for an entry, which is rare below the
- * load at which a shard grows.
- */
-static void check_count(const DedupIndex *index, unsigned shard,
-                        uint64_t pages, uint32_t tag)
-{
-    enum { SAMPLE = 32 };
-    uint64_t *count = &index->header->shard[shard].count;
-    uint64_t lines = pages * PAGE_LINES;
-    uint64_t used = 0, estimate;
-
-    for (unsigned i = 0; i < SAMPLE; i++) {
-        uint32_t t = mix(tag + i * (TAG_MASK / SAMPLE));
-        uint64_t *line = line_at(index, shard, first_line(t, lines));
-        bool found = false;
-
-        used += line ? LINE_ENTRIES - line_free(line, 0, &found) : 0;
-    }
-    estimate = used * pages * PAGE_ENTRIES / (SAMPLE * LINE_ENTRIES);
-    /* A sample is rough: believe it only if it says something new. */
-    if (estimate > word(count) / 4 * 5 || estimate < word(count) / 4 * 3) {
-        __atomic_store_n(count, estimate, __ATOMIC_SEQ_CST);
-    }
-}
-
 /* The count says that it is time to grow. */
 static void grow_if_overloaded(const DedupIndex *index, unsigned shard,
                                uint64_t pages, uint32_t tag)
 {
     if (pages) {
-        check_count(index, shard, pages, tag);
+        dedup_shard_check_count(index, shard, pages, tag);
     }
-    if (overloaded(index, shard, pages)) {
-        grow(index, shard, pages);
+    if (dedup_shard_overloaded(index, shard, pages)) {
+        dedup_shard_grow(index, shard, pages);
     }
 }
 
@@ -487,7 +140,7 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
         unsigned free_a, free_b;
         bool found = false;
 
-        if (overloaded(index, shard, pages)) {
+        if (dedup_shard_overloaded(index, shard, pages)) {
             grow_if_overloaded(index, shard, pages, tag);
             pages = shard_pages(index, shard);
         }
@@ -508,25 +161,25 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
             return true;
         }
         if (line_add(free_b > free_a ? b : a, entry) ||
-            line_displace(index, shard, at, lines, entry) ||
-            line_displace(index, shard, bt, lines, entry)) {
+            dedup_line_displace(index, shard, at, lines, entry) ||
+            dedup_line_displace(index, shard, bt, lines, entry)) {
             __atomic_fetch_add(&index->header->shard[shard].count, 1,
                                __ATOMIC_RELAXED);
             return true;
         }
         if (pages < word(&index->limit)) {
-            check_count(index, shard, pages, tag);
-            if (overloaded(index, shard, pages) &&
-                grow(index, shard, pages)) {
+            dedup_shard_check_count(index, shard, pages, tag);
+            if (dedup_shard_overloaded(index, shard, pages) &&
+                dedup_shard_grow(index, shard, pages)) {
                 continue;
             }
         }
         /* The bits of the hash below the tag choose the victim. */
-        if (line_replace(hash & 8 ? a : b, entry, hash) ||
-            line_replace(hash & 8 ? b : a, entry, hash)) {
+        if (dedup_line_replace(hash & 8 ? a : b, entry, hash) ||
+            dedup_line_replace(hash & 8 ? b : a, entry, hash)) {
             return true;
         }
-        if (!grow(index, shard, pages)) {
+        if (!dedup_shard_grow(index, shard, pages)) {
             return false;
         }
     }

@@ -33,7 +33,7 @@ typedef enum DedupHintKind {
 typedef struct DedupHint {
     DedupHintKind kind;
     uint32_t where;               /* member number, or segment gid */
-    uint32_t page;                /* the member's page number, or the segment's */
+    uint32_t page;                /* number in the member, or the segment */
     uint64_t raw;                 /* the entry as read, for replace/remove */
 } DedupHint;
 

@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The layout of the index, and how its lines are read and written: what
+ * index.c (the hints) and index-grow.c (the size of a shard) share.  The
+ * terms are explained in index.c.
+ */
+
+#ifndef DEDUP_INDEX_INTERNAL_H
+#define DEDUP_INDEX_INTERNAL_H
+
+#include <fcntl.h>
+#include <glib.h>
+
+#include "index.h"
+#include "page.h"
+
+#define SHARDS 16
+#define LINE_ENTRIES 8
+#define PAGE_LINES (DEDUP_PAGE_SIZE / (LINE_ENTRIES * sizeof(uint64_t)))
+#define PAGE_ENTRIES (PAGE_LINES * LINE_ENTRIES)
+#define SHARD_PAGES 65536u      /* at most: 256 MiB */
+
+#define TAG_BITS 24
+#define WHERE_BITS 38
+#define TAG_MASK ((1u << TAG_BITS) - 1)
+#define WHERE_MASK ((1ull << WHERE_BITS) - 1)
+
+/*
+ * A shard grows when more than this share of its entries is in use.  The
+ * unit test measures what it costs: bytes per entry and hints lost.
+ */
+#define LOAD_NUM 57
+#define LOAD_DEN 64
+
+typedef struct Shard {
+    uint64_t pages;             /* in use; grows only */
+    uint64_t count;             /* entries, about */
+    uint64_t growths;
+    uint64_t spare[5];          /* a cache line each */
+} Shard;
+
+struct DedupIndexHeader {
+    Shard shard[SHARDS];
+};
+
+struct DedupIndex {
+    DedupIndexHeader *header;
+    uint64_t *table;
+    int fd;
+    uint64_t offset;
+    uint64_t limit;             /* pages that a shard may grow to */
+    /*
+     * One bit per page of the table: this process knows that it is
+     * allocated.  Set late or twice costs a system call, nothing else.
+     */
+    uint64_t *backed;
+};
+
+static inline uint64_t word(const uint64_t *p)
+{
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static inline bool change_word(uint64_t *p, uint64_t from, uint64_t to)
+{
+    return __atomic_compare_exchange_n(p, &from, to, false, __ATOMIC_SEQ_CST,
+                                       __ATOMIC_SEQ_CST);
+}
+
+static inline unsigned shard_of(uint64_t hash)
+{
+    return hash >> 60;
+}
+
+static inline uint32_t tag_of(uint64_t hash)
+{
+    return (hash >> 36) & TAG_MASK;
+}
+
+static inline DedupHintKind entry_kind(uint64_t entry)
+{
+    return entry >> 62;
+}
+
+static inline uint32_t entry_tag(uint64_t entry)
+{
+    return (entry >> WHERE_BITS) & TAG_MASK;
+}
+
+/* A bijection on tags, so that the second line says nothing of the first. */
+static inline uint32_t mix(uint32_t tag)
+{
+    tag ^= tag >> 11;
+    tag = (tag * 0x9e3779b1u) & TAG_MASK;
+    tag ^= tag >> 13;
+    tag = (tag * 0x85ebca6bu) & TAG_MASK;
+    return tag ^ tag >> 12;
+}
+
+static inline uint64_t first_line(uint32_t tag, uint64_t lines)
+{
+    return (tag * lines) >> TAG_BITS;
+}
+
+static inline uint64_t second_line(uint32_t tag, uint64_t lines)
+{
+    return (mix(tag) * lines) >> TAG_BITS;
+}
+
+static inline uint64_t shard_pages(const DedupIndex *index, unsigned shard)
+{
+    return MIN(word(&index->header->shard[shard].pages), SHARD_PAGES);
+}
+
+static inline bool allocate(const DedupIndex *index, uint64_t page,
+                            uint64_t n)
+{
+    uint64_t at = index->offset + page * DEDUP_PAGE_SIZE;
+
+    return fallocate(index->fd, 0, at, n * DEDUP_PAGE_SIZE) == 0;
+}
+
+/* Line @line of @shard, or NULL if there is no memory for it. */
+static inline uint64_t *line_at(const DedupIndex *index, unsigned shard,
+                                uint64_t line)
+{
+    uint64_t page = (uint64_t)shard * SHARD_PAGES + line / PAGE_LINES;
+    uint64_t *bits = &index->backed[page / 64];
+    uint64_t bit = 1ull << page % 64;
+
+    if (!(word(bits) & bit)) {
+        if (!allocate(index, page, 1)) {
+            return NULL;
+        }
+        __atomic_fetch_or(bits, bit, __ATOMIC_RELAXED);
+    }
+    return index->table + ((uint64_t)shard * SHARD_PAGES * PAGE_LINES + line) *
+                          LINE_ENTRIES;
+}
+
+/* Free entries of a line, and whether @entry is there already. */
+static inline unsigned line_free(const uint64_t *line, uint64_t entry,
+                                 bool *found)
+{
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < LINE_ENTRIES; i++) {
+        uint64_t e = word(&line[i]);
+
+        n += e == 0;
+        *found |= e == entry;
+    }
+    return n;
+}
+
+static inline bool line_add(uint64_t *line, uint64_t entry)
+{
+    for (unsigned i = 0; i < LINE_ENTRIES; i++) {
+        if (word(&line[i]) == 0 && change_word(&line[i], 0, entry)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* index-grow.c */
+
+/*
+ * Put @entry in the place of one that is no published hint, beginning at a
+ * place that @seed chooses.
+ */
+bool dedup_line_replace(uint64_t *line, uint64_t entry, unsigned seed);
+/*
+ * Makes room in line @at, which is full: one of its entries moves to the
+ * other line where it may be, if there is room.
+ */
+bool dedup_line_displace(const DedupIndex *index, unsigned shard,
+                         uint64_t at, uint64_t lines, uint64_t entry);
+/* Should @shard, which has @pages pages, grow, and may it? */
+bool dedup_shard_overloaded(const DedupIndex *index, unsigned shard,
+                            uint64_t pages);
+/* Correct the count of entries by a sample that @tag chooses. */
+void dedup_shard_check_count(const DedupIndex *index, unsigned shard,
+                             uint64_t pages, uint32_t tag);
+/* Returns false if it has no more than @pages pages and cannot grow. */
+bool dedup_shard_grow(const DedupIndex *index, unsigned shard,
+                      uint64_t pages);
+
+#endif /* DEDUP_INDEX_INTERNAL_H */

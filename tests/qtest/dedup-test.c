@@ -293,7 +293,7 @@ static void test_errors(void)
         g_assert_nonnull(strstr(err, cases[i].hint));
         /* One line, and a hint at most */
         lines = g_strsplit(g_strchomp(err), "\n", -1);
-        g_assert_cmpint(g_strv_length(lines), ==, *cases[i].hint ? 2 : 1);
+        g_assert_cmpint(g_strv_length(lines), ==, 1 + !!*cases[i].hint);
     }
 }
 

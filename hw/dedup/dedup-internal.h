@@ -45,6 +45,7 @@
  * @reason: why not
  * @opened: somebody opened the file while it was leased to us; for good; lock
  * @region: the engine's, NULL if it does not work on the block; lock
+ * @flags: what the engine was told, enum DedupRegionFlags
  * @leaving: the worker is to remove the region, with contents; lock
  * @busy: the worker is removing it right now, and @region is NULL; lock
  * @leased: the worker watches a lease on rb->fd; lock
@@ -60,6 +61,7 @@ typedef struct DedupBlock {
     DedupBlockReason reason;
     bool opened;
     DedupRegion *region;
+    unsigned flags;
     bool leaving;
     bool busy;
     bool leased;

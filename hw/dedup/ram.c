@@ -50,12 +50,25 @@ static void enter_engine(DedupScanner *ds, DedupBlock *block)
     trace_dedup_block_enter(info.id, info.size, info.flags, !!region);
     QEMU_LOCK_GUARD(&ds->ram.lock);
     block->region = region;
+    block->flags = info.flags;
     if (!region) {
         block->eligible = false;
         block->reason = DEDUP_BLOCK_REASON_OUT_OF_MEMORY;
         /* The worker gives the lease back. */
         block->leaving = block->leased;
     }
+}
+
+/* Was it given to the engine with advice that has changed since? */
+static bool is_stale(DedupBlock *block)
+{
+    DedupRegionInfo info;
+
+    if (!block->region) {
+        return false;
+    }
+    dedup_block_info(block, &info);
+    return info.flags != block->flags;
 }
 
 static void update_block(DedupScanner *ds, DedupBlock *block)
@@ -72,7 +85,7 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
         }
         block->eligible = eligible;
         block->reason = reason;
-        if (eligible) {
+        if (eligible && !is_stale(block)) {
             /* Too late if the worker is at it: then it enters again. */
             block->leaving = false;
             g_clear_error(&block->error);

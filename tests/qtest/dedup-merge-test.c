@@ -396,6 +396,81 @@ static void test_group(void)
     qtest_quit(a);
 }
 
+/* How many mappings of segments there are, and how many say @flag. */
+static void count_segment_maps(QTestState *qts, const char *flag, int *maps,
+                               int *flagged)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/smaps", qtest_pid(qts));
+    g_autofree char *all = NULL;
+    g_auto(GStrv) lines = NULL;
+    bool segment = false;
+    int i;
+
+    g_assert_true(g_file_get_contents(path, &all, NULL, NULL));
+    lines = g_strsplit(all, "\n", -1);
+    *maps = *flagged = 0;
+    for (i = 0; lines[i]; i++) {
+        if (g_ascii_isxdigit(lines[i][0]) && strchr(lines[i], '-')) {
+            segment = strstr(lines[i], "memfd:dedup-segment") &&
+                      strstr(lines[i], "rw-p");
+        } else if (segment && g_str_has_prefix(lines[i], "VmFlags:")) {
+            ++*maps;
+            *flagged += strstr(lines[i], flag) != NULL;
+        }
+    }
+}
+
+/* What a backend's property says is true for merged pages, too. */
+static void test_dump(void)
+{
+    QTestState *qts;
+    int maps, flagged;
+
+    if (dedup_skip()) {
+        return;
+    }
+    qts = start("-object memory-backend-ram,id=ram0,size=64M", SCANNER);
+    fill_and_merge(qts);
+    count_segment_maps(qts, " dd", &maps, &flagged);
+    g_assert_cmpint(maps, >, 0);
+    g_assert_cmpint(flagged, ==, 0);
+    dedup_set_bool(qts, "/objects/ram0", "dump", false);
+    dedup_wait_at_least(qts, "pages-merged", 2 * PAGES);
+    /* Pages that are new, merged from now on */
+    dedup_fill(qts, FIRST + PAGES * DEDUP_PAGE, 2, PAGES);
+    dedup_fill(qts, SECOND + PAGES * DEDUP_PAGE, 2, PAGES);
+    dedup_wait_at_least(qts, "pages-merged", 4 * PAGES);
+    count_segment_maps(qts, " dd", &maps, &flagged);
+    g_assert_cmpint(maps, >, 0);
+    g_assert_cmpint(flagged, ==, maps);
+    verify_both(qts);
+    qtest_quit(qts);
+}
+
+/* merge=off: what is merged is given back. */
+static void test_merge_off(void)
+{
+    QTestState *qts;
+    int maps, flagged;
+
+    if (dedup_skip()) {
+        return;
+    }
+    qts = start("-object memory-backend-memfd,id=ram0,size=64M", SCANNER);
+    fill_and_merge(qts);
+    dedup_set_bool(qts, "/objects/ram0", "merge", false);
+    dedup_wait_block(qts, "ram0", "merge-off");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'dedup-unmerge',"
+                             " 'arguments': { 'id': 'ds0' } }");
+    qtest_qmp_eventwait(qts, "DEDUP_UNMERGE_COMPLETED");
+    dedup_wait_state(qts, "stopped");
+    g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
+    count_segment_maps(qts, " ", &maps, &flagged);
+    g_assert_cmpint(maps, ==, 0);
+    verify_both(qts);
+    qtest_quit(qts);
+}
+
 /* QEMU exits with merged pages: at once, and without a complaint. */
 static void test_exit(void)
 {
@@ -420,6 +495,8 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/merge/ignore-shared", test_ignore_shared);
     qtest_add_func("/dedup/merge/limited", test_limited);
     qtest_add_func("/dedup/merge/group", test_group);
+    qtest_add_func("/dedup/merge/dump", test_dump);
+    qtest_add_func("/dedup/merge/merge-off", test_merge_off);
     qtest_add_func("/dedup/merge/exit", test_exit);
     return g_test_run();
 }

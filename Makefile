@@ -69,8 +69,9 @@ demo: qemu
 bench: engine
 	@meson test --benchmark -C $(engine) --no-rebuild --verbose
 
-install: qemu
-	@$(lock) env DESTDIR=$(DESTDIR) ninja -C $(B)/qemu-obj install
+install: deps
+	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) DESTDIR=$(DESTDIR) \
+	    scripts/build-qemu --install
 
 clean:
 	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/engine* $(B)/test-logs

@@ -230,6 +230,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->failed_gids = g_hash_table_new(NULL, NULL);
     e->tick_scans = g_new0(uint64_t, DEDUP_MAX_MEMBERS);
     e->generation = 1;
+    e->tick_us = g_get_monotonic_time();
     e->proof_buffer = mmap(NULL, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE,
                            PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
@@ -334,9 +335,8 @@ static Task next_task(DedupEngine *e, DedupState *state)
             e->restore_fresh = false;
             e->restore_region = 0;
             e->restore_page = 0;
-            e->restore_left = 0;
             e->restore_last = 0;
-            e->restore_idle = 0;
+            e->restore_moved_us = g_get_monotonic_time();
         }
     } else if (blocked) {
         *state = DEDUP_STATE_BLOCKED;
@@ -364,6 +364,24 @@ static bool has_regions(DedupEngine *e)
     return __atomic_load_n(&e->pages_total, __ATOMIC_RELAXED) > 0;
 }
 
+/* Take over a state, with figures that go with it for whoever waits for it. */
+static void enter_state(DedupEngine *e, DedupState state)
+{
+    if (state != e->state && e->joined) {
+        e->figures_us = 0;
+        dedup_stats_batch(e);
+    }
+    dedup_set_state(e, state);
+}
+
+void dedup_update_state(DedupEngine *e)
+{
+    DedupState state = e->state;
+
+    next_task(e, &state);
+    enter_state(e, state);
+}
+
 void dedup_engine_run(DedupEngine *e)
 {
     DedupState state = DEDUP_STATE_SCANNING;
@@ -380,12 +398,11 @@ void dedup_engine_run(DedupEngine *e)
         if (task == TASK_STOP) {
             break;
         }
-        if (state != e->state && e->joined) {
-            /* who waits for a state wants figures that go with it */
-            e->figures_us = 0;
-            dedup_stats_batch(e);
+        enter_state(e, state);
+        if (task != TASK_SCAN) {
+            /* what waits for a segment would wait for long */
+            dedup_publish_free(e);
         }
-        dedup_set_state(e, state);
         if (!e->pending->len) {
             dedup_regions_reap(e);
         }

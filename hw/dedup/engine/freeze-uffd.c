@@ -14,6 +14,8 @@
  *
  * Facts of the kernel that the code leans on (Linux 5.19 to 6.18):
  * - WRITEPROTECT flushes the TLB before it returns.
+ * - REGISTER works mapping by mapping and does not undo what it did when it
+ *   fails with ENOMEM; registering again adds modes.
  * - UNREGISTER clears the protection of all pages of the range that are
  *   still registered (Linux 6.0) and passes over what was mapped there
  *   meanwhile; it does not wake.
@@ -118,7 +120,21 @@ static bool uffd_writeprotect(int uffd, void *addr, size_t len, bool on)
     return ret == 0;
 }
 
-bool dedup_freeze_begin(int uffd, void *addr, size_t len, bool missing)
+/*
+ * Linux before 6.3 refuses a range of more than one mapping; then every page
+ * is protected on its own.
+ */
+static bool uffd_protect_each(int uffd, uint8_t *addr, size_t len)
+{
+    for (size_t off = 0; off < len; off += DEDUP_PAGE_SIZE) {
+        if (!uffd_writeprotect(uffd, addr + off, DEDUP_PAGE_SIZE, true)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool uffd_register(int uffd, void *addr, size_t len, bool missing)
 {
     struct uffdio_register reg = {
         .range = { .start = (uintptr_t)addr, .len = len },
@@ -126,20 +142,38 @@ bool dedup_freeze_begin(int uffd, void *addr, size_t len, bool missing)
                 (missing ? UFFDIO_REGISTER_MODE_MISSING : 0),
     };
 
+    return ioctl(uffd, UFFDIO_REGISTER, &reg) == 0;
+}
+
+bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing)
+{
+    int saved;
+
     if (DEDUP_MUTANT(NO_FREEZE)) {
         return true;
     }
-    if (ioctl(uffd, UFFDIO_REGISTER, &reg) < 0) {
-        return false;
-    }
-    if (!uffd_writeprotect(uffd, addr, len, true)) {
-        int saved = errno;
-
-        dedup_freeze_end(uffd, addr, len);
+    if (!uffd_register(*uffd, addr, len, missing)) {
+        saved = errno;
+        if (saved == ENOMEM) {
+            /* some of its mappings may be registered already */
+            dedup_freeze_end(uffd, addr, len);
+        }
         errno = saved;
         return false;
     }
-    return true;
+    if (uffd_writeprotect(*uffd, addr, len, true) ||
+        (errno == ENOENT && uffd_protect_each(*uffd, addr, len))) {
+        return true;
+    }
+    saved = errno;
+    dedup_freeze_end(uffd, addr, len);
+    errno = saved;
+    return false;
+}
+
+bool dedup_freeze_readers(int uffd, void *addr, size_t len)
+{
+    return DEDUP_MUTANT(NO_FREEZE) || uffd_register(uffd, addr, len, true);
 }
 
 /* Old kernels: lift the protection wherever our registration survives. */
@@ -154,29 +188,29 @@ static void uffd_thaw_each(int uffd, uint8_t *addr, size_t len)
     }
 }
 
-bool dedup_freeze_end(int uffd, void *addr, size_t len)
+void dedup_freeze_end(int *uffd, void *addr, size_t len)
 {
     struct uffdio_range range = { .start = (uintptr_t)addr, .len = len };
 
     if (DEDUP_MUTANT(NO_FREEZE)) {
-        return true;
+        return;
     }
     if (thaw_each) {
-        uffd_thaw_each(uffd, addr, len);
+        uffd_thaw_each(*uffd, addr, len);
     }
-    if (ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0) {
+    if (ioctl(*uffd, UFFDIO_UNREGISTER, &range) < 0) {
         /*
          * Out of kernel memory while VMAs are joined.  Closing needs none,
          * thaws all and wakes all; there are no windows after that.
          */
-        close(uffd);
-        return false;
+        close(*uffd);
+        *uffd = -1;
+        return;
     }
     if (!DEDUP_MUTANT(NO_WAKE)) {
         /* cannot fail on a range that was registered */
-        ioctl(uffd, UFFDIO_WAKE, &range);
+        ioctl(*uffd, UFFDIO_WAKE, &range);
     }
-    return true;
 }
 
 bool dedup_freeze_refill(int uffd, void *addr, const void *content)

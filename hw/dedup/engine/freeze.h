@@ -19,18 +19,26 @@
 int dedup_freeze_open(GError **error);
 
 /*
- * Freeze a range.  @missing: pages that are dropped in it meanwhile block
- * their readers as well (anonymous memory only).  On failure nothing is left
- * frozen and nobody waits.
+ * Freeze a range.  @missing: pages of it that are absent, or are dropped
+ * meanwhile, block their readers as well (anonymous memory only).  On failure
+ * nothing is left frozen and nobody waits.
+ *
+ * *@uffd becomes -1 when thawing was only possible by closing it: then
+ * nothing can be frozen again.
  */
-bool dedup_freeze_begin(int uffd, void *addr, size_t len, bool missing);
+bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing);
+
+/*
+ * Let a frozen range block readers of absent pages from here on, as @missing
+ * does: for a caller that wants to read the range itself before that.
+ */
+bool dedup_freeze_readers(int uffd, void *addr, size_t len);
 
 /*
  * Thaw it and wake everybody who waited in it (I3), whatever was mapped over
- * it meanwhile.  Returns false when the descriptor had to be closed for
- * that: the range is thawed all the same, but nothing can be frozen again.
+ * it meanwhile.
  */
-bool dedup_freeze_end(int uffd, void *addr, size_t len);
+void dedup_freeze_end(int *uffd, void *addr, size_t len);
 
 /*
  * Fill a page that was dropped inside a frozen range with contents again:

@@ -39,6 +39,7 @@ typedef struct DedupGroup DedupGroup;
 typedef struct DedupMemberInfo {
     uint32_t pid;
     uint32_t scanning;        /* 1: it makes passes */
+    uint64_t pages_total;     /* of the RAM that it scans */
     uint64_t full_scans;
     uint64_t pages_merged;
     uint64_t zero_pages;

@@ -62,6 +62,7 @@ struct DedupRegion {
     const uint16_t *pins;
     unsigned flags;
     bool closing;             /* about to be removed: nothing is merged */
+    bool blind;               /* mincore() would not tell us, presence.c */
     bool dead;                /* removed; freed when the scanner lets go */
 
     uint32_t *where;          /* the ledger; lazily populated */
@@ -129,9 +130,8 @@ struct DedupEngine {
     /* A restore request's walk; scanner's own. */
     unsigned restore_region;
     uint32_t restore_page;
-    uint64_t restore_left;    /* pages left in this round */
-    uint64_t restore_last;    /* and in the last */
-    unsigned restore_idle;    /* rounds without progress */
+    uint64_t restore_last;    /* pages left after the last round */
+    int64_t restore_moved_us; /* when a round last made progress */
 
     /* Scanner's own. */
     DedupParams active;       /* copy of params, taken at each batch */
@@ -157,6 +157,7 @@ struct DedupEngine {
     GHashTable *left_gids;    /* segments that we left, see policy.c */
     GHashTable *failed_gids;  /* that nobody gave us since the last look */
     uint64_t *tick_scans;     /* full scans of each member at the last tick */
+    int64_t tick_us;          /* when that was */
     uint64_t generation;      /* ticks: each member has made a pass since */
 
     /* Live sums, atomic. */
@@ -254,6 +255,9 @@ void dedup_regions_reap(DedupEngine *e);
 #define DEDUP_HUGE (1 << 2)          /* mapped by a huge page */
 #define DEDUP_ZERO_MAPPED (1 << 3)   /* the kernel's zero page is mapped */
 
+/* Find out how to look at a region; once a pass, as the user id may change. */
+void dedup_presence_prepare(DedupRegion *r);
+
 /* Flags of @n pages (at most a chunk) from @first; touches no page. */
 bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
                     uint8_t *flags);
@@ -344,6 +348,9 @@ bool dedup_may_scan(DedupEngine *e);
 
 /* Ask the scanner to look at params and requests again; any thread. */
 void dedup_kick(DedupEngine *e);
+
+/* Work out the state anew and tell whoever wants to know. */
+void dedup_update_state(DedupEngine *e);
 
 /* Wait, or until something is asked of the scanner. */
 void dedup_wait(DedupEngine *e, int64_t us);

@@ -22,6 +22,8 @@
 #include "internal.h"
 
 #define LEAN_TICKS 3
+/* A member that hangs must not keep the others from leaving: 5 minutes. */
+#define TICK_MAX_US (300 * G_TIME_SPAN_SECOND)
 /* Forget after this many ticks that a segment was left or not to be had. */
 #define FORGET_TICKS 16
 
@@ -31,21 +33,34 @@ static uint64_t cost_in_pages(const DedupSegment *s)
     return s->npages + 1;
 }
 
+/*
+ * Has every member made a pass since the last tick?  The same look at the
+ * members tells how large the index needs to be.
+ */
 static void tick(DedupEngine *e)
 {
+    int64_t now = g_get_monotonic_time();
+    uint64_t pages = 0;
     bool all = true;
 
     g_mutex_lock(&e->group_lock);
-    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS && all; m++) {
+    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
         DedupMemberInfo info;
 
-        if (m != dedup_group_self(e->group) &&
-            dedup_group_member(e->group, m, &info) && info.scanning) {
+        if (!dedup_group_member(e->group, m, &info)) {
+            continue;
+        }
+        pages += MIN(info.pages_total, 1ULL << DEDUP_MEMBER_PAGE_BITS);
+        if (m != dedup_group_self(e->group) && info.scanning) {
             /* "not equal": a slot may have got a new owner */
-            all = info.full_scans != e->tick_scans[m];
+            all &= info.full_scans != e->tick_scans[m];
         }
     }
+    /* hints of what was there once fill the index; it need not grow on */
+    dedup_index_set_limit(e->index, pages * 2);
+    all |= now - e->tick_us > TICK_MAX_US;
     if (all) {
+        e->tick_us = now;
         e->generation++;
         for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
             DedupMemberInfo info;
@@ -91,7 +106,12 @@ static bool find_lean(DedupEngine *e)
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
 
-        if (!s || s->leaving) {
+        if (!s) {
+            continue;
+        }
+        if (s->leaving) {
+            /* again: some of its pages were pinned, or we were blocked */
+            any |= s->refs > 0;
             continue;
         }
         if ((uint64_t)__atomic_load_n(&s->mapped, __ATOMIC_RELAXED) +

@@ -9,19 +9,26 @@
  * from pagemap, because there the question is another one: is there a copy
  * of this process's own (anonymous) behind the page?
  *
+ * mincore() calls everything present in a file that we neither own nor may
+ * write by its mode, as after "-run-with user=".  There SEEK_DATA is asked,
+ * which cannot tell a page on swap from one in memory.
+ *
  * PAGEMAP_SCAN (Linux 6.7) tells the kernel's zero page from memory; where
  * it is missing /proc/self/pagemap is read, and a read zero page counts as
- * present: it is found to be zero and dropped, which changes nothing.
+ * present: it is found to be zero and dropped, which changes nothing.  Huge
+ * pages are not told apart there either, so that they cannot be kept.
  *
  * Runs under the remap lock, so nothing of ours changes meanwhile; what the
  * guest or the kernel changes only makes the answer stale.
  */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fs.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -65,10 +72,14 @@ struct pm_scan_arg {
 /* One pagemap category as our flags; memory of a file is nobody's own. */
 static uint8_t own_flags(uint64_t categories)
 {
+    /* before "swapped": a page that is being migrated looks like that */
+    if (categories & PAGE_IS_FILE) {
+        return 0;
+    }
     if (categories & PAGE_IS_SWAPPED) {
         return DEDUP_SWAPPED;
     }
-    if (!(categories & PAGE_IS_PRESENT) || (categories & PAGE_IS_FILE)) {
+    if (!(categories & PAGE_IS_PRESENT)) {
         return 0;
     }
     if (categories & PAGE_IS_PFNZERO) {
@@ -156,6 +167,46 @@ static bool private_presence(DedupEngine *e, uint8_t *addr, uint32_t n,
     return pagemap_read(e, addr, n, flags);
 }
 
+void dedup_presence_prepare(DedupRegion *r)
+{
+    g_autofree char *path = NULL;
+    struct stat st;
+
+    if (r->memory != DEDUP_MEMORY_SHARED) {
+        return;
+    }
+    path = g_strdup_printf("/proc/self/fd/%d", r->fd);
+    r->blind = (fstat(r->fd, &st) < 0 || st.st_uid != geteuid()) &&
+               faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) < 0;
+}
+
+/* Which pages of a range of the region's file have data; holes have none. */
+static bool file_data(const DedupRegion *r, uint32_t first, uint32_t n,
+                      unsigned char *resident)
+{
+    off_t start = dedup_region_file_offset(r, first);
+    off_t end = start + ((off_t)n << DEDUP_PAGE_SHIFT);
+    off_t data, hole;
+
+    memset(resident, 0, n);
+    for (off_t at = start; at < end; at = hole) {
+        data = lseek(r->fd, at, SEEK_DATA);
+        if (data < 0) {
+            return errno == ENXIO; /* no data behind */
+        }
+        if (data >= end) {
+            return true;
+        }
+        hole = lseek(r->fd, data, SEEK_HOLE);
+        if (hole < 0) {
+            return false;
+        }
+        memset(resident + ((data - start) >> DEDUP_PAGE_SHIFT), 1,
+               (MIN(hole, end) - data) >> DEDUP_PAGE_SHIFT);
+    }
+    return true;
+}
+
 bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
                     uint8_t *flags)
 {
@@ -183,7 +234,9 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
                           flags + segments_first)) {
         return false;
     }
-    if (mincore(addr, (size_t)n << DEDUP_PAGE_SHIFT, resident) < 0) {
+    if (r->blind ? !file_data(r, first, n, resident)
+                 : mincore(addr, (size_t)n << DEDUP_PAGE_SHIFT,
+                           resident) < 0) {
         return false;
     }
     for (uint32_t i = 0; i < n; i++) {

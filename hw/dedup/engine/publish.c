@@ -19,6 +19,7 @@
  */
 
 #include <string.h>
+#include <sys/resource.h>
 
 #include "internal.h"
 
@@ -50,6 +51,24 @@ static bool cgroup_has_room(DedupEngine *e)
     return room >= need;
 }
 
+/* QEMU needs descriptors as well: half of them are for segments. */
+static bool fds_left(DedupEngine *e)
+{
+    struct rlimit limit;
+
+    return getrlimit(RLIMIT_NOFILE, &limit) < 0 ||
+           g_hash_table_size(e->by_gid) < limit.rlim_cur / 2;
+}
+
+static bool builder_has_memory(DedupEngine *e)
+{
+    if (!dedup_builder_next(e->builder)) {
+        e->pass_limits |= DEDUP_LIMIT_MEMORY;
+        return false;
+    }
+    return true;
+}
+
 /* Make sure that the builder has room for a page. */
 static bool builder_ready(DedupEngine *e)
 {
@@ -60,7 +79,11 @@ static bool builder_ready(DedupEngine *e)
         dedup_publish_flush(e);
     }
     if (e->builder) {
-        return true;
+        return builder_has_memory(e);
+    }
+    if (!fds_left(e)) {
+        e->pass_limits |= DEDUP_LIMIT_FDS;
+        return false;
     }
     if (!cgroup_has_room(e)) {
         e->pass_limits |= DEDUP_LIMIT_MEMORY;
@@ -69,8 +92,9 @@ static bool builder_ready(DedupEngine *e)
     e->builder = dedup_builder_new(&error);
     if (!e->builder) {
         e->pass_limits |= DEDUP_LIMIT_FDS;
+        return false;
     }
-    return e->builder != NULL;
+    return builder_has_memory(e);
 }
 
 static void add_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
@@ -322,15 +346,17 @@ static void merge_pending(DedupEngine *e, DedupSegment *segment)
 
     g_array_sort(e->pending, compare_pending);
     for (unsigned i = 0; i < e->pending->len; i++) {
-        if (i && p[i].region == p[i - 1].region &&
-            p[i].page == p[i - 1].page) {
-            continue;
+        /* a page may wait twice: found by another page, then scanned itself */
+        bool again = i && p[i].region == p[i - 1].region &&
+                     p[i].page == p[i - 1].page;
+
+        if (!again) {
+            actions[n++] = (DedupAction) {
+                .page = p[i].page, .segment = segment, .index = p[i].index,
+            };
         }
-        actions[n++] = (DedupAction) {
-            .page = p[i].page, .segment = segment, .index = p[i].index,
-        };
-        if (n == DEDUP_WINDOW_PAGES || i + 1 == e->pending->len ||
-            p[i + 1].region != p[i].region) {
+        if (n && (n == DEDUP_WINDOW_PAGES || i + 1 == e->pending->len ||
+                  p[i + 1].region != p[i].region)) {
             e->pass_found += dedup_windows(p[i].region, actions, n,
                                            &e->pass_limits);
             n = 0;
@@ -422,6 +448,10 @@ DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid,
     }
     if (!dedup_group_segment_lookup(e->group, gid, &member, &npages)) {
         *stale = true;
+        return NULL;
+    }
+    if (!fds_left(e)) {
+        e->pass_limits |= DEDUP_LIMIT_FDS;
         return NULL;
     }
     dedup_group_fetch(e->group, member, &gid, 1, &fd);

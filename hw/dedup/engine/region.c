@@ -324,33 +324,47 @@ void dedup_engine_discard_end(DedupEngine *e)
     dedup_unlock(e);
 }
 
+/* The first region that has a part at or behind @host; NULL: none. */
+static DedupRegion *next_region(DedupEngine *e, const uint8_t *host,
+                                const uint8_t *end, uint32_t *first,
+                                uint32_t *n)
+{
+    DedupRegion *next = NULL;
+    uint32_t f, k;
+
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        if (host < end && intersect(r, host, end - host, &f, &k) &&
+            (!next || r->host < next->host)) {
+            next = r;
+            *first = f;
+            *n = k;
+        }
+    }
+    return next;
+}
+
 bool dedup_engine_restore_range(DedupEngine *e, void *host, uint64_t size,
                                 GError **error)
 {
+    const uint8_t *at = host;
+    const uint8_t *end = at + size;
     uint64_t left = 0;
+    bool more = true;
 
-    for (unsigned i = 0; ; i++) {
+    /* one window per taking of the lock; regions may come and go between */
+    while (more) {
         DedupRegion *r;
         uint32_t first, n;
 
         dedup_lock(e);
-        if (i >= e->regions->len) {
-            dedup_unlock(e);
-            break;
-        }
-        r = g_ptr_array_index(e->regions, i);
-        if (intersect(r, host, size, &first, &n)) {
-            for (uint32_t k = 0; k < n && !r->dead; k += DEDUP_WINDOW_PAGES) {
-                left += dedup_restore_locked(r, first + k,
-                                             MIN(n - k, DEDUP_WINDOW_PAGES));
-                /* others may want the lock; the region may go meanwhile */
-                dedup_unlock(e);
-                dedup_lock(e);
-                if (i >= e->regions->len ||
-                    g_ptr_array_index(e->regions, i) != r) {
-                    break;
-                }
-            }
+        r = next_region(e, at, end, &first, &n);
+        more = r != NULL;
+        if (more) {
+            n = MIN(n, DEDUP_WINDOW_PAGES);
+            left += dedup_restore_locked(r, first, n);
+            at = dedup_region_addr(r, first + n);
         }
         dedup_unlock(e);
     }

@@ -32,9 +32,9 @@
 #define WINDOWS_PER_CHECK 256
 /* Keep this much of MemAvailable for everybody else. */
 #define SPARE_BYTES (64ULL << 20)
-/* Rounds without progress after which a request gives up, and their pause. */
-#define IDLE_ROUNDS 50
-#define IDLE_ROUND_US 20000
+/* Pause after a round that left pages, and when to give up without progress. */
+#define ROUND_US 20000
+#define GIVE_UP_US (10 * 1000 * 1000)
 
 /* The part of a restore window that is segment-mapped. */
 typedef struct Span {
@@ -126,7 +126,7 @@ static void restore_shared(Span *s)
     uint8_t *addr = dedup_region_addr(r, s->first);
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
 
-    if (!dedup_freeze_begin(e->uffd, addr, len, false)) {
+    if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
         return;
     }
     choose(s);
@@ -142,9 +142,7 @@ static void restore_shared(Span *s)
             s->take[k] = ok;
         }
     }
-    if (!dedup_freeze_end(e->uffd, addr, len)) {
-        e->uffd = -1;
-    }
+    dedup_freeze_end(&e->uffd, addr, len);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         enter_own(s, i, n);
     }
@@ -208,6 +206,49 @@ static bool choose_whole(Span *s, bool *move)
     return whole;
 }
 
+/*
+ * Unmap what was not moved away, and no more: another thread may have mapped
+ * something in the place of what was.
+ */
+static void drop_staging(const Span *s, uint8_t *staging)
+{
+    for (uint32_t i = 0, j; i < s->n; i = j) {
+        for (j = i + 1; j < s->n && s->take[j] == s->take[i]; j++) {
+            ;
+        }
+        if (!s->take[i]) {
+            munmap(staging + ((size_t)i << DEDUP_PAGE_SHIFT),
+                   (size_t)(j - i) << DEDUP_PAGE_SHIFT);
+        }
+    }
+}
+
+/* Move a run of the staging memory to its place, at one stroke. */
+static bool move_run(DedupRegion *r, uint8_t *from, uint32_t page,
+                     uint32_t n)
+{
+    uint8_t *to = dedup_region_addr(r, page);
+    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
+    unsigned char vec[DEDUP_WINDOW_PAGES];
+
+    if (mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) !=
+        MAP_FAILED) {
+        return true;
+    }
+    if (mincore(to, len, vec) == 0 || errno != ENOMEM) {
+        return false; /* nothing has changed */
+    }
+    /* the kernel had unmapped the place already: fill the hole */
+    if (dedup_region_map_own(r, page, n)) {
+        for (uint32_t i = 0; i < n; i++) {
+            dedup_page_copy(to + ((size_t)i << DEDUP_PAGE_SHIFT),
+                            from + ((size_t)i << DEDUP_PAGE_SHIFT));
+        }
+    }
+    munmap(from, len);
+    return true;
+}
+
 static void restore_private(Span *s)
 {
     DedupRegion *r = s->r;
@@ -228,7 +269,7 @@ static void restore_private(Span *s)
         }
     }
     /* "missing": an absent own page must not come to be while we look away */
-    if (!dedup_freeze_begin(e->uffd, addr, len,
+    if (!dedup_freeze_begin(&e->uffd, addr, len,
                             r->memory == DEDUP_MEMORY_ANON)) {
         munmap(staging, len);
         return;
@@ -239,7 +280,6 @@ static void restore_private(Span *s)
     }
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         size_t off = (size_t)i << DEDUP_PAGE_SHIFT;
-        size_t run = (size_t)n << DEDUP_PAGE_SHIFT;
         bool ok;
 
         for (uint32_t k = i; k < i + n; k++) {
@@ -248,17 +288,13 @@ static void restore_private(Span *s)
                                 addr + ((size_t)k << DEDUP_PAGE_SHIFT));
             }
         }
-        ok = mremap(staging + off, run, run, MREMAP_MAYMOVE | MREMAP_FIXED,
-                    addr + off) != MAP_FAILED;
+        ok = move_run(r, staging + off, s->first + i, n);
         for (uint32_t k = i; k < i + n; k++) {
             s->take[k] = ok;
         }
     }
-    if (!dedup_freeze_end(e->uffd, addr, len)) {
-        e->uffd = -1;
-    }
-    /* what was not moved away; the rest of the range is no longer mapped */
-    munmap(staging, len);
+    dedup_freeze_end(&e->uffd, addr, len);
+    drop_staging(s, staging);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         enter_own(s, i, n);
     }
@@ -347,7 +383,8 @@ static uint64_t bytes_available(DedupEngine *e)
 
     host -= host == UINT64_MAX ? 0 : MIN(host, SPARE_BYTES);
     g_mutex_lock(&e->group_lock);
-    for (unsigned m = 0; e->joined && m < DEDUP_MAX_MEMBERS; m++) {
+    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS &&
+         __atomic_load_n(&e->joined, __ATOMIC_ACQUIRE); m++) {
         DedupMemberInfo info;
 
         if (m == dedup_group_self(e->group) ||
@@ -396,7 +433,7 @@ bool dedup_restore_begin(DedupEngine *e, bool force, GError **error)
 }
 
 /* Restore up to one window from the cursor on; false: end of all regions. */
-static bool restore_next(DedupEngine *e, uint64_t *left)
+static bool restore_next(DedupEngine *e)
 {
     bool more = false;
 
@@ -412,7 +449,7 @@ static bool restore_next(DedupEngine *e, uint64_t *left)
             continue;
         }
         n = MIN(DEDUP_WINDOW_PAGES, r->npages - page);
-        *left += dedup_restore_locked(r, page, n);
+        dedup_restore_locked(r, page, n);
         e->restore_page = page + n;
         more = true;
         break;
@@ -421,18 +458,65 @@ static bool restore_next(DedupEngine *e, uint64_t *left)
     return more;
 }
 
+/*
+ * The request has ended, unless it was replaced by another one meanwhile (or
+ * cancelled): then nothing of ours is left to end.
+ */
 static void restore_end(DedupEngine *e, uint64_t left, GError *error)
 {
-    reserve(e, 0);
+    bool ours;
+
     g_mutex_lock(&e->control);
-    e->restoring = false;
+    ours = e->restoring && !e->restore_fresh;
+    if (ours) {
+        e->restoring = false;
+        __atomic_store_n(&e->reserved_bytes, 0, __ATOMIC_RELAXED);
+    }
     g_mutex_unlock(&e->control);
-    e->figures_us = 0; /* take them all anew */
-    dedup_stats_batch(e);
-    if (e->callbacks.restored) {
-        e->callbacks.restored(e->opaque, left, error);
+    if (ours) {
+        dedup_update_state(e);
+        if (e->callbacks.restored) {
+            e->callbacks.restored(e->opaque, left, error);
+        }
     }
     g_clear_error(&error);
+}
+
+/* Pages whose mappings are not the region's own, by the ledger. */
+static uint64_t pages_left(DedupEngine *e)
+{
+    return __atomic_load_n(&e->merged, __ATOMIC_RELAXED) +
+           __atomic_load_n(&e->broken, __ATOMIC_RELAXED);
+}
+
+/* One round is over.  Returns false when the request has ended. */
+static bool round_end(DedupEngine *e)
+{
+    int64_t now = g_get_monotonic_time();
+    uint64_t left = pages_left(e);
+    GError *error = NULL;
+
+    e->restore_region = 0;
+    e->restore_page = 0;
+    if (!left) {
+        restore_end(e, 0, NULL);
+        return false;
+    }
+    if (left < e->restore_last) {
+        e->restore_moved_us = now;
+    }
+    e->restore_last = left;
+    if (now - e->restore_moved_us < GIVE_UP_US) {
+        /* pins go when their I/O ends; nobody tells us */
+        dedup_wait(e, ROUND_US);
+        return true;
+    }
+    g_set_error(&error, DEDUP_ERROR, DEDUP_ERROR_STATE,
+                "%" G_GUINT64_FORMAT " pages cannot be restored: a device "
+                "writes to them, or the process is at its limit of mappings",
+                left);
+    restore_end(e, left, error);
+    return false;
 }
 
 bool dedup_restore_step(DedupEngine *e)
@@ -441,35 +525,17 @@ bool dedup_restore_step(DedupEngine *e)
     uint64_t needed, available;
 
     for (unsigned i = 0; i < WINDOWS_PER_CHECK; i++) {
-        if (!restore_next(e, &e->restore_left)) {
-            uint64_t left = e->restore_left;
-
-            e->restore_left = 0;
-            e->restore_region = 0;
-            e->restore_page = 0;
-            if (!left) {
-                restore_end(e, 0, NULL);
-                return false;
-            }
-            e->restore_idle = left < e->restore_last ? 0
-                                                     : e->restore_idle + 1;
-            e->restore_last = left;
-            if (e->restore_idle < IDLE_ROUNDS) {
-                /* pins go when their I/O ends; nobody tells us */
-                dedup_wait(e, IDLE_ROUND_US);
-                return true;
-            }
-            g_set_error(&error, DEDUP_ERROR, DEDUP_ERROR_STATE,
-                        "%" G_GUINT64_FORMAT " pages cannot be restored: a "
-                        "device writes to them, or the process is at its "
-                        "limit of mappings", left);
-            restore_end(e, left, error);
-            return false;
+        if (!restore_next(e)) {
+            return round_end(e);
         }
     }
 
     needed = bytes_needed(e);
-    reserve(e, needed);
+    g_mutex_lock(&e->control);
+    if (e->restoring && !e->restore_fresh) {
+        __atomic_store_n(&e->reserved_bytes, needed, __ATOMIC_RELAXED);
+    }
+    g_mutex_unlock(&e->control);
     available = bytes_available(e);
     if (!e->restore_force && needed && !available) {
         set_memory_error(&error, needed, available);

@@ -133,6 +133,9 @@ static bool look(DedupEngine *e, Chunk *c)
     bool ok = false;
 
     dedup_lock(e);
+    if (c->first == 0 && !r->dead) {
+        dedup_presence_prepare(r);
+    }
     if (!r->dead && !e->blocked &&
         dedup_presence(r, c->first, c->n, flags)) {
         ok = true;
@@ -189,12 +192,12 @@ static bool try_own(DedupEngine *e, Chunk *c, const Seen *s,
     if (hint->kind == DEDUP_HINT_CLAIMED) {
         return false; /* what we claimed came to nothing */
     }
+    if (hint->page == c->r->base + s->page) {
+        return true; /* most often: nobody else has it */
+    }
     dedup_lock(e);
     found = dedup_region_find(e, hint->page, &r2, &page2);
     dedup_unlock(e);
-    if (found && r2 == c->r && page2 == s->page) {
-        return true;
-    }
     return found && dedup_publish_pair(e, c->r, s->page, r2, page2, s->hash,
                                        hint);
 }
@@ -221,6 +224,14 @@ static bool try_member(DedupEngine *e, Chunk *c, const Seen *s,
     return true;
 }
 
+/* The index compares only a part of the hash; this is all of it. */
+static bool has_hash(DedupEngine *e, const DedupSegment *segment,
+                     uint32_t page, uint64_t hash)
+{
+    return dedup_page_hash(segment->map + ((size_t)page << DEDUP_PAGE_SHIFT),
+                           e->salt) == hash;
+}
+
 /* What to do with one page that is not zero. */
 static void decide(DedupEngine *e, Chunk *c, const Seen *s)
 {
@@ -241,12 +252,11 @@ static void decide(DedupEngine *e, Chunk *c, const Seen *s)
             continue;
         }
         segment = dedup_publish_segment(e, hits[i].where, &is_stale);
-        if (segment && hits[i].page < segment->npages) {
+        if (is_stale || (segment && hits[i].page >= segment->npages)) {
+            stale = &hits[i];
+        } else if (segment && has_hash(e, segment, hits[i].page, s->hash)) {
             add_action(c, s->page, segment, hits[i].page);
             return;
-        }
-        if (segment || is_stale) {
-            stale = &hits[i];
         }
     }
     if (!s->stable) {

@@ -52,7 +52,8 @@ typedef struct DedupBuilder DedupBuilder;
 DedupBuilder *dedup_builder_new(GError **error);
 
 /*
- * Room for the next page, writable, or NULL when full.  It counts as part of
+ * Room for the next page, writable, or NULL when full (errno is 0) or when
+ * memory is short; the same until the next commit.  It counts as part of
  * the segment only after dedup_builder_commit(), which returns its number.
  */
 uint8_t *dedup_builder_next(DedupBuilder *b);

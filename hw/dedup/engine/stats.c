@@ -90,6 +90,7 @@ void dedup_stats_publish(DedupEngine *e)
 {
     DedupMemberInfo info = {
         .pid = getpid(),
+        .pages_total = live(&e->pages_total),
         .pages_merged = live(&e->merged),
         .zero_pages = live(&e->zero),
         .reserved_bytes = live(&e->reserved_bytes),
@@ -118,6 +119,7 @@ static void publish_use(DedupEngine *e)
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
         DedupSegmentUse use = { 0 };
+        bool ok;
 
         if (!s || !__atomic_load_n(&s->dirty, __ATOMIC_RELAXED)) {
             continue;
@@ -130,7 +132,10 @@ static void publish_use(DedupEngine *e)
         }
         s->dirty = false;
         dedup_unlock(e);
-        if (!dedup_group_publish_use(e->group, &use)) {
+        g_mutex_lock(&e->group_lock);
+        ok = dedup_group_publish_use(e->group, &use);
+        g_mutex_unlock(&e->group_lock);
+        if (!ok) {
             s->dirty = true;
         }
     }
@@ -297,6 +302,9 @@ static void sum_counts(DedupEngine *e, DedupCounts *sum)
 
 void dedup_stats_batch(DedupEngine *e)
 {
+    if (!e->joined) {
+        return; /* a group that could not be joined: nothing was merged */
+    }
     if (g_get_monotonic_time() - e->figures_us >= FIGURES_US) {
         costly_figures(e);
     } else {

@@ -27,8 +27,8 @@
  * What the flush does depends on the memory.  A shared page stays in its
  * file: until the new map stands, a reader finds it there again (and a
  * writer finds the write protection, which survives in the page table).  An
- * anonymous page is gone: so there the range is also registered for missing
- * faults, and a reader waits as well.  If then the mapping fails, the page
+ * anonymous page is gone: so there the range is first registered for missing
+ * faults too, and a reader waits as well.  If then the mapping fails, the page
  * is filled again from the segment, which has the same bytes.
  */
 
@@ -65,7 +65,6 @@ typedef struct Window {
     unsigned nadmitted;
     Run runs[DEDUP_WINDOW_PAGES];
     unsigned nruns;
-    bool missing;             /* frozen against readers of dropped pages */
 } Window;
 
 static bool is_broken(const DedupRegion *r, uint32_t page)
@@ -322,7 +321,10 @@ static bool flush_runs(Window *w)
                 (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED);
         return false;
     }
-    if (!w->missing) {
+    if (r->memory != DEDUP_MEMORY_ANON || !r->engine->has_madvise_vector ||
+        !dedup_freeze_readers(r->engine->uffd,
+                              dedup_region_addr(r, w->first),
+                              (size_t)w->span << DEDUP_PAGE_SHIFT)) {
         return false;
     }
     for (unsigned i = 0; i < w->nruns; i++) {
@@ -368,7 +370,14 @@ static bool drop_zero(Window *w, const Run *run)
                     MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED;
     }
     if (!run->own) {
-        /* broken: below is a hole of the file, or fresh memory */
+        /*
+         * Broken: below is fresh memory, or a hole of the file; which is
+         * made sure of, as the punch of the merge may have failed.
+         */
+        if (r->memory == DEDUP_MEMORY_SHARED &&
+            !punch(w, run->page, run->n)) {
+            return false;
+        }
         return dedup_region_map_own(r, run->page, run->n);
     }
     if (r->memory == DEDUP_MEMORY_SHARED) {
@@ -491,9 +500,8 @@ static void window_locked(Window *w, unsigned *limits)
     if (DEDUP_MUTANT(NO_PIN_RECHECK)) {
         DEDUP_MUTANT_DELAY();
     }
-    w->missing = r->memory == DEDUP_MEMORY_ANON && e->has_madvise_vector;
     start = dedup_now_ns();
-    if (!dedup_freeze_begin(e->uffd, addr, len, w->missing)) {
+    if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
         /* ENOMEM: no map left to split off; EBUSY: somebody else's */
         *limits |= errno == ENOMEM ? DEDUP_LIMIT_MAPS : 0;
         return;
@@ -502,9 +510,7 @@ static void window_locked(Window *w, unsigned *limits)
     if (w->nruns) {
         replace(w, limits);
     }
-    if (!dedup_freeze_end(e->uffd, addr, len)) {
-        e->uffd = -1;
-    }
+    dedup_freeze_end(&e->uffd, addr, len);
     note_duration(e, dedup_now_ns() - start);
 
     enter(w);
@@ -530,6 +536,7 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
 
     w.span = actions[n - 1].page - w.first + 1;
     g_assert(w.span <= DEDUP_WINDOW_PAGES);
+    g_assert(actions[n - 1].page < r->npages);
 
     dedup_lock(e);
     if (!r->dead && !r->closing && !e->blocked && e->uffd >= 0 &&

@@ -34,7 +34,7 @@
 #define SPARE_BYTES (64ULL << 20)
 /* Pause after a round that left pages, and when to give up without progress. */
 #define ROUND_US 20000
-#define GIVE_UP_US (10 * 1000 * 1000)
+#define GIVE_UP_US (3 * G_TIME_SPAN_SECOND)
 
 /* The part of a restore window that is segment-mapped. */
 typedef struct Span {

@@ -123,7 +123,7 @@ void fx_ram_free(FxRam *ram)
 FX_GUEST
 void fx_content(void *page, uint64_t seed)
 {
-    volatile uint64_t *word = page;
+    FxWord *word = page;
 
     for (unsigned i = 0; i < FX_PAGE / sizeof(*word); i++) {
         word[i] = seed ? (seed + i) * 0x9e3779b97f4a7c15u | 1 : 0;
@@ -144,7 +144,7 @@ void fx_page(FxRam *ram, uint32_t page, uint64_t seed)
 FX_GUEST
 void fx_byte(FxRam *ram, uint32_t page, uint32_t at, uint8_t value)
 {
-    *(volatile uint8_t *)(fx_addr(ram, page) + at) = value;
+    *(FxByte *)(fx_addr(ram, page) + at) = value;
     ram->shadow[(size_t)page * FX_PAGE + at] = value;
 }
 
@@ -153,10 +153,10 @@ FX_GUEST
 static uint32_t difference(const void *page, const void *expected,
                            bool *zero)
 {
-    const volatile uint8_t *p = page;
-    const volatile uint8_t *q = expected;
-    const volatile uint64_t *word = page;
-    const volatile uint64_t *other = expected;
+    const FxByte *p = page;
+    const FxByte *q = expected;
+    const FxWord *word = page;
+    const FxWord *other = expected;
     uint32_t i;
 
     *zero = true;

@@ -28,12 +28,17 @@
 
 #include "engine.h"
 
+/* volatile: what it points at changes behind the compiler's back */
+typedef volatile uint64_t FxWord;
+/* volatile: as above */
+typedef volatile uint8_t FxByte;
+
 #define FX_PAGE 4096u
 #define FX_GUEST __attribute__((no_sanitize("thread", "address", \
                                             "undefined"), noinline))
 
 /* Built with a sanitizer: it has memory of its own, which figures would see. */
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#ifdef CONFIG_FX_SANITIZED
 #define FX_SANITIZED true
 #else
 #define FX_SANITIZED false
@@ -152,8 +157,7 @@ typedef struct FxView {
     uint64_t distinct;         /* different segment pages among them */
     uint64_t copied;           /* of them: with a copy of their own */
     uint64_t maps;
-    uint64_t own_pages;        /* memory of the RAM's own: file blocks and
-                                  anonymous memory */
+    uint64_t own_pages;        /* with memory: file blocks, anonymous */
     uint64_t huge_pages;       /* of 2 MiB */
 } FxView;
 

@@ -65,7 +65,7 @@ static uint64_t next_random(uint64_t *seed)
 }
 
 FX_GUEST
-static void compare(const volatile uint64_t *page, uint8_t value,
+static void compare(const FxWord *page, uint8_t value,
                     uint32_t number)
 {
     bool zero = true;
@@ -107,7 +107,7 @@ FX_GUEST
 static void visit(Run *run, uint32_t number)
 {
     uint64_t *page = (uint64_t *)fx_addr(run->ram, number);
-    volatile uint64_t *word = page;
+    FxWord *word = page;
     uint8_t next;
 
     lock_page(page);
@@ -160,7 +160,7 @@ FX_GUEST
 static void fill(Run *run)
 {
     for (uint32_t n = 0; n < PAGES; n++) {
-        volatile uint64_t *page = (uint64_t *)fx_addr(run->ram, n);
+        FxWord *page = (uint64_t *)fx_addr(run->ram, n);
         uint8_t value = n < WRITTEN ? n % VALUES : 1;
 
         page[0] = n < WRITTEN ? 0 : 7;

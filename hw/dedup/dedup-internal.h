@@ -150,6 +150,7 @@ struct DedupScanner {
     bool discard_required;
     bool blocked;
     bool hard;
+    bool unmerging;             /* asked for, and its end not yet said */
     uint32_t reasons;           /* BIT(DedupBlockedReason) of the last look */
     DedupMigration migration;
     DedupRam ram;
@@ -171,6 +172,9 @@ void dedup_scanner_update(DedupScanner *ds, bool run);
 
 /* The same for the property's present value. */
 void dedup_scanner_recheck(DedupScanner *ds);
+
+/* The engine was told to merge again while it was unmerging: say so. */
+void dedup_scanner_cancel_unmerge(DedupScanner *ds);
 
 /*
  * blockers.c: what forbids deduplication now, BIT(DedupBlockedReason) each.

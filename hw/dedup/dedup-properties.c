@@ -31,6 +31,9 @@ static void set_params(DedupScanner *ds, const DedupParams *params)
             dedup_scanner_update(ds, true);
         }
         dedup_engine_set_params(ds->engine, params);
+        if (params->run && ds->unmerging) {
+            dedup_scanner_cancel_unmerge(ds);
+        }
         dedup_scanner_update(ds, params->run);
     }
 }

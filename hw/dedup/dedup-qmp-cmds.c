@@ -74,14 +74,15 @@ static DedupGroupInfo *group_info(DedupScanner *ds,
 }
 
 /*
- * The scanner's thread takes a moment to notice what was decided here, and
- * nobody should read "blocked" without a reason.
+ * The scanner's thread takes a moment to notice what was decided here.
+ * Nobody should read "blocked" without a reason meanwhile, or take "stopped"
+ * for the end of an unmerge that has not begun.
  */
 static DedupScannerState info_state(DedupScanner *ds, const DedupStats *stats)
 {
     DedupParams params;
 
-    if (stats->state == DEDUP_STATE_UNMERGING) {
+    if (stats->state == DEDUP_STATE_UNMERGING || ds->unmerging) {
         return DEDUP_SCANNER_STATE_UNMERGING;
     }
     if (ds->reasons) {
@@ -121,8 +122,8 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
     info->pages_pinned = stats.pages_pinned;
     info->pages_swapped = stats.pages_swapped;
     info->pages_huge_kept = stats.pages_huge_kept;
-    info->has_pages_left = stats.state == DEDUP_STATE_UNMERGING;
-    info->pages_left = stats.pages_left;
+    info->has_pages_left = info->state == DEDUP_SCANNER_STATE_UNMERGING;
+    info->pages_left = stats.pages_merged;
     info->cow_breaks = stats.cow_breaks;
     info->full_scans = stats.full_scans;
     info->pages_scanned = stats.pages_scanned;
@@ -173,5 +174,7 @@ void qmp_dedup_unmerge(const char *id, bool has_force, bool force,
         if (g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_MEMORY)) {
             error_append_hint(errp, "Use force to try it all the same.\n");
         }
+        return;
     }
+    ds->unmerging = true;
 }

@@ -120,6 +120,14 @@ static void recheck_timer(void *opaque)
               qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + DEDUP_RECHECK_MS);
 }
 
+static void unmerge_ended(DedupScanner *ds, uint64_t pages_left,
+                          const char *error)
+{
+    ds->unmerging = false;
+    qapi_event_send_dedup_unmerge_completed(
+        object_get_canonical_path_component(OBJECT(ds)), pages_left, error);
+}
+
 static void send_events(DedupScanner *ds)
 {
     DedupEvent *ev = &ds->event;
@@ -134,8 +142,22 @@ static void send_events(DedupScanner *ds)
         left = ev->pages_left;
         error = g_steal_pointer(&ev->error);
     }
-    qapi_event_send_dedup_unmerge_completed(
-        object_get_canonical_path_component(OBJECT(ds)), left, error);
+    if (ds->unmerging) {
+        unmerge_ended(ds, left, error);
+    }
+}
+
+void dedup_scanner_cancel_unmerge(DedupScanner *ds)
+{
+    DedupStats stats;
+
+    /* Its end may have been said, and wait for the bottom half. */
+    send_events(ds);
+    if (ds->unmerging) {
+        dedup_engine_get_stats(ds->engine, &stats, false);
+        unmerge_ended(ds, stats.pages_merged,
+                      "the property 'run' was turned on");
+    }
 }
 
 static void update_bh(void *opaque)

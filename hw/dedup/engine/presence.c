@@ -88,8 +88,12 @@ static uint8_t own_flags(uint64_t categories)
     return DEDUP_PRESENT | (categories & PAGE_IS_HUGE ? DEDUP_HUGE : 0);
 }
 
+/*
+ * @mixed: a file's memory may be mapped there, too.  To tell that the kernel
+ * has to look at each page's descriptor, which doubles the cost.
+ */
 static bool pagemap_scan(DedupEngine *e, uint8_t *addr, uint32_t n,
-                         uint8_t *flags)
+                         bool mixed, uint8_t *flags)
 {
     struct page_region vec[64];
     uint64_t start = (uintptr_t)addr;
@@ -105,7 +109,8 @@ static bool pagemap_scan(DedupEngine *e, uint8_t *addr, uint32_t n,
             .vec_len = G_N_ELEMENTS(vec),
             .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             .return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED |
-                           PAGE_IS_FILE | PAGE_IS_PFNZERO | PAGE_IS_HUGE,
+                           PAGE_IS_PFNZERO | PAGE_IS_HUGE |
+                           (mixed ? PAGE_IS_FILE : 0),
         };
         int found = ioctl(e->pagemap_fd, PAGEMAP_SCAN, &arg);
 
@@ -153,10 +158,10 @@ static bool pagemap_read(DedupEngine *e, uint8_t *addr, uint32_t n,
 }
 
 static bool private_presence(DedupEngine *e, uint8_t *addr, uint32_t n,
-                             uint8_t *flags)
+                             bool mixed, uint8_t *flags)
 {
     if (e->has_pagemap_scan) {
-        if (pagemap_scan(e, addr, n, flags)) {
+        if (pagemap_scan(e, addr, n, mixed, flags)) {
             return true;
         }
         if (errno != ENOTTY && errno != EINVAL) {
@@ -216,21 +221,22 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
     uint32_t segments_last = 0;
 
     g_assert(n <= DEDUP_CHUNK_PAGES);
-    if (r->memory != DEDUP_MEMORY_SHARED) {
-        return private_presence(r->engine, addr, n, flags);
-    }
-
     for (uint32_t i = 0; i < n; i++) {
         if (dedup_entry_is_segment(r->where[first + i])) {
             segments_first = MIN(segments_first, i);
             segments_last = i;
         }
     }
+    if (r->memory != DEDUP_MEMORY_SHARED) {
+        return private_presence(r->engine, addr, n,
+                                r->memory != DEDUP_MEMORY_ANON ||
+                                segments_first <= segments_last, flags);
+    }
     if (segments_first <= segments_last &&
         !private_presence(r->engine,
                           addr + ((size_t)segments_first <<
                                   DEDUP_PAGE_SHIFT),
-                          segments_last - segments_first + 1,
+                          segments_last - segments_first + 1, true,
                           flags + segments_first)) {
         return false;
     }

@@ -41,9 +41,9 @@
 #define DEDUP_LEASE_SIGNAL (SIGRTMIN + 8)
 
 /*
- * Restoring fails when the memory lacks, and when input is being read into
- * the block.  The latter is over in a moment: it is not reported before so
- * many attempts, so long apart.
+ * Restoring fails when the memory lacks, and while a device transfers data
+ * from or to the block.  The latter is over in a moment: it is not reported
+ * before so many attempts, so long apart.
  */
 #define DEDUP_BUSY_TRIES 100
 #define DEDUP_BUSY_MS 10

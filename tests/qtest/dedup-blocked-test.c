@@ -188,6 +188,7 @@ static void test_group_name(void)
     qobject_unref(info);
     qtest_quit(qts);
     g_unsetenv("XDG_RUNTIME_DIR");
+    dedup_remove_tree(xdg);
 }
 
 /* The least that QEMU accepts as a vhost-user back end. */

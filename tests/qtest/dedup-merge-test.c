@@ -394,6 +394,7 @@ static void test_group(void)
     dedup_verify(b, SECOND, 1, PAGES);
     qtest_quit(b);
     qtest_quit(a);
+    dedup_remove_tree(dir);
 }
 
 /* How many mappings of segments there are, and how many say @flag. */

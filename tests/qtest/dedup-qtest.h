@@ -302,6 +302,15 @@ static inline char *dedup_tmpdir(const char *parent)
     return dir;
 }
 
+/* A group's directory, with what its members left in it. */
+static inline void dedup_remove_tree(const char *dir)
+{
+    const char *argv[] = { "rm", "-rf", "--", dir, NULL };
+
+    g_spawn_sync(NULL, (char **)argv, NULL, G_SPAWN_SEARCH_PATH, NULL, NULL,
+                 NULL, NULL, NULL, NULL);
+}
+
 /*
  * Guest memory: page @i of @seed, the same wherever it is written, unlike
  * any other.

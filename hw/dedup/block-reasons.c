@@ -251,7 +251,7 @@ void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
                   : DEDUP_MEMORY_PRIVATE_FILE,
         .fd = rb->fd,
         .fd_offset = rb->fd_offset,
-        .pins = ram_guard_dma_writes(rb),
+        .pins = ram_guard_dma_maps(rb),
         .flags = DEDUP_REGION_HUGEPAGE | DEDUP_REGION_MERGEABLE,
     };
     /* As ram_block_add() and the memory backend did. */

@@ -5,6 +5,8 @@
  *
  *   precopy            Merging changes no contents: it goes on until the VM
  *                      stops in order to leave.
+ *   zero-copy send     The kernel reads pages whenever it likes, uncounted,
+ *                      so none is replaced meanwhile (see ram-guard.c).
  *   left               From then on nothing is merged until this VM runs
  *                      again, be it that migration failed or that somebody
  *                      continues it: its RAM's file may be mapped by the
@@ -30,6 +32,7 @@
 #include "exec/cpu-common.h"
 #include "exec/ramblock.h"
 #include "migration/misc.h"
+#include "migration/options.h"
 #include "qapi/error.h"
 #include "system/runstate.h"
 #include "dedup-internal.h"
@@ -44,6 +47,7 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
     trace_dedup_migration_event(e->type, runstate_get());
     switch (e->type) {
     case MIG_EVENT_PRECOPY_SETUP:
+        m->zero_copy = migrate_zero_copy_send();
         if (migrate_background_snapshot()) {
             m->snapshot = true;
             dedup_scanner_recheck(ds);
@@ -58,6 +62,7 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
         }
         break;
     case MIG_EVENT_PRECOPY_DONE:
+        m->zero_copy = false;
         if (m->snapshot) {
             m->snapshot = false;
         } else {
@@ -66,6 +71,7 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
         }
         break;
     case MIG_EVENT_PRECOPY_FAILED:
+        m->zero_copy = false;
         m->snapshot = false;
         m->whole = false;
         m->left = false;
@@ -98,7 +104,8 @@ static void vm_state_changed(void *opaque, bool running, RunState state)
 
 bool dedup_migration_blocks(DedupScanner *ds)
 {
-    return ds->migration.left || migration_in_incoming_postcopy() ||
+    return ds->migration.left || ds->migration.zero_copy ||
+           migration_in_incoming_postcopy() ||
            runstate_check(RUN_STATE_INMIGRATE) ||
            runstate_check(RUN_STATE_FINISH_MIGRATE) ||
            runstate_check(RUN_STATE_POSTMIGRATE) ||
@@ -113,6 +120,7 @@ void dedup_migration_start(DedupScanner *ds)
     /* We may come when it is under way. */
     m->snapshot = migration_in_bg_snapshot();
     m->whole = !m->snapshot && migration_is_running();
+    m->zero_copy = m->whole && migrate_zero_copy_send();
     for (mode = 0; mode < MIG_MODE__MAX; mode++) {
         migration_add_notifier_mode(&m->notifier[mode], mig_event, mode);
     }

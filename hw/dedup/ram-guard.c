@@ -6,11 +6,14 @@
  * Three small mechanisms that know nothing of deduplication; see
  * hw/dedup/ram-guard.h for what they are for.
  *
- * DMA-write counters.  A page that the kernel has pinned for a write in
- * flight (O_DIRECT, io_uring, vmsplice) must not be replaced: the data would
- * land in the page that was thrown away.  Every buffer of that kind comes
- * from address_space_map(is_write = true) and goes to address_space_unmap(),
- * so these two count, per chunk of each block.  What does not need counting:
+ * DMA counters.  A page that the kernel has pinned for a transfer in flight
+ * (O_DIRECT, io_uring, vmsplice) must not be replaced.  What is written
+ * would land in the page that was thrown away.  What is read is safe as long
+ * as the old page keeps its bytes, but giving back a part of a large folio
+ * of shared memory zeroes that part in place while somebody holds the folio
+ * (Linux 6.18), and zeros would go to the disk.  Every buffer of that kind
+ * comes from address_space_map() and goes to address_space_unmap(), so these
+ * two count, per chunk of each block.  What does not need counting:
  *
  * - MemoryRegionCache, address_space_rw(), memory_region_get_ram_ptr(),
  *   read(2) into guest RAM: stores through page tables, which wait like a
@@ -108,19 +111,19 @@ bool ram_guard_whole_busy(void)
 void ram_guard_block_add(RAMBlock *rb)
 {
     /* Pages of the array that no I/O touches are never populated. */
-    rb->dma_writes = g_new0(uint16_t,
+    rb->dma_maps = g_new0(uint16_t,
                             DIV_ROUND_UP(rb->max_length,
                                          1ULL << RAM_GUARD_CHUNK_SHIFT));
 }
 
 void ram_guard_block_free(RAMBlock *rb)
 {
-    g_clear_pointer(&rb->dma_writes, g_free);
+    g_clear_pointer(&rb->dma_maps, g_free);
 }
 
-const uint16_t *ram_guard_dma_writes(const RAMBlock *rb)
+const uint16_t *ram_guard_dma_maps(const RAMBlock *rb)
 {
-    return rb->dma_writes;
+    return rb->dma_maps;
 }
 
 /*
@@ -167,7 +170,7 @@ static void counters_change(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
     last = MIN(start + length, rb->max_length) - 1;
     for (chunk = start >> RAM_GUARD_CHUNK_SHIFT;
          chunk <= last >> RAM_GUARD_CHUNK_SHIFT; chunk++) {
-        change(&rb->dma_writes[chunk]);
+        change(&rb->dma_maps[chunk]);
     }
 }
 

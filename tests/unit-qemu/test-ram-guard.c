@@ -1,7 +1,7 @@
 /*
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The RAM guard: DMA-write counters, the discard hook, whole RAM
+ * The RAM guard: DMA counters, the discard hook, whole RAM
  *
  * Compiled with hw/dedup/ram-guard.c alone.  Everything runs on the main
  * thread with the BQL "held" (tests have a mock of it), except the counters,
@@ -45,14 +45,14 @@ static RAMBlock *block_new(ram_addr_t length)
 static void block_free(RAMBlock *rb)
 {
     ram_guard_block_free(rb);
-    g_assert_null(ram_guard_dma_writes(rb));
+    g_assert_null(ram_guard_dma_maps(rb));
     g_free(rb);
 }
 
 /* The counters of @rb, one digit each. */
 static void assert_counters(RAMBlock *rb, const char *expected)
 {
-    const uint16_t *counters = ram_guard_dma_writes(rb);
+    const uint16_t *counters = ram_guard_dma_maps(rb);
     size_t i;
 
     for (i = 0; expected[i]; i++) {
@@ -118,18 +118,18 @@ static void test_dma_saturated(void)
     for (i = 0; i < UINT16_MAX - 1; i++) {
         ram_guard_dma_map(rb, 0, 1);
     }
-    g_assert_cmpuint(ram_guard_dma_writes(rb)[0], ==, UINT16_MAX - 1);
+    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX - 1);
     ram_guard_dma_unmap(rb, 0, 1);
-    g_assert_cmpuint(ram_guard_dma_writes(rb)[0], ==, UINT16_MAX - 2);
+    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX - 2);
     for (i = 0; i < 5; i++) {
         ram_guard_dma_map(rb, 0, 1);
     }
-    g_assert_cmpuint(ram_guard_dma_writes(rb)[0], ==, UINT16_MAX);
+    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX);
     /* How often it was raised since is not known: it must not be lowered. */
     for (i = 0; i < 2 * UINT16_MAX; i++) {
         ram_guard_dma_unmap(rb, 0, 1);
     }
-    g_assert_cmpuint(ram_guard_dma_writes(rb)[0], ==, UINT16_MAX);
+    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX);
     block_free(rb);
 }
 
@@ -148,7 +148,7 @@ static void *mapper_thread(void *opaque)
 
         ram_guard_dma_map(rb, start, length);
         g_assert_cmpuint(
-            qatomic_read(&ram_guard_dma_writes(rb)[start / CHUNK]), !=, 0);
+            qatomic_read(&ram_guard_dma_maps(rb)[start / CHUNK]), !=, 0);
         ram_guard_dma_unmap(rb, start, length);
     }
     return NULL;
@@ -223,7 +223,7 @@ static void test_dma_order(void)
         qatomic_set(&o.frozen, 1);
         /* Pairs with the one in ram_guard_dma_map(). */
         smp_mb();
-        counter = qatomic_read(&ram_guard_dma_writes(o.rb)[0]);
+        counter = qatomic_read(&ram_guard_dma_maps(o.rb)[0]);
         rendezvous(&o, n += 2);
         g_assert(counter || o.mapper_saw_frozen);
         both += counter && o.mapper_saw_frozen;

@@ -99,7 +99,7 @@ void ram_guard_block_add(RAMBlock *rb);
 void ram_guard_block_free(RAMBlock *rb);
 
 /**
- * ram_guard_dma_map - bytes of a block are going to be written by I/O
+ * ram_guard_dma_map - bytes of a block are going to be read or written by I/O
  * @rb: the block
  * @start: offset in the block
  * @length: how many bytes; 0 is nothing
@@ -118,15 +118,15 @@ void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
 void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
 
 /**
- * ram_guard_dma_writes - the counters of a block
+ * ram_guard_dma_maps - the counters of a block
  *
  * One for every 1 << RAM_GUARD_CHUNK_SHIFT bytes of @rb->max_length; not 0
- * while I/O may write there.  Read them after write access to the memory was
+ * while I/O may be under way there.  Read them after write access to the memory was
  * taken away and a full barrier: then a 0 says that no I/O that bypasses the
  * page tables is under way, and none can begin before access is given back.
  * Valid as long as the block is (RCU).
  */
-const uint16_t *ram_guard_dma_writes(const RAMBlock *rb);
+const uint16_t *ram_guard_dma_maps(const RAMBlock *rb);
 
 /**
  * ram_guard_discard_begin - memory of a block is about to be discarded

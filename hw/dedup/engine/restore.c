@@ -30,6 +30,8 @@
 
 /* Windows between two looks at the host's memory: 64 MiB. */
 #define WINDOWS_PER_CHECK 256
+#define STEP_BYTES \
+    ((uint64_t)WINDOWS_PER_CHECK * DEDUP_WINDOW_PAGES * DEDUP_PAGE_SIZE)
 /* Keep this much of MemAvailable for everybody else. */
 #define SPARE_BYTES (64ULL << 20)
 /* Pause after a round that left pages, and when to give up without progress. */
@@ -537,7 +539,8 @@ bool dedup_restore_step(DedupEngine *e)
     }
     g_mutex_unlock(&e->control);
     available = bytes_available(e);
-    if (!e->restore_force && needed && !available) {
+    /* what the next step may take must be there: nobody looks during it */
+    if (!e->restore_force && available < MIN(needed, STEP_BYTES)) {
         set_memory_error(&error, needed, available);
         restore_end(e, needed >> DEDUP_PAGE_SHIFT, error);
         return false;

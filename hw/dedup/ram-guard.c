@@ -46,6 +46,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/rcu.h"
 #include "exec/memory.h"
@@ -214,6 +215,21 @@ bool ram_guard_discard_host_begin(RamGuardDiscard *d, void *host,
         return true;
     }
     return ram_guard_discard_begin(d, rb, offset, length);
+}
+
+void ram_guard_hold(RamGuardDiscard *d)
+{
+    ram_guard_discard_begin(d, NULL, 0, 0);
+}
+
+void ram_guard_explain_busy(void)
+{
+    RCU_READ_LOCK_GUARD();
+    if (qatomic_rcu_read(&guard)) {
+        error_report("dedup-scanner needs memory discards: to use a device "
+                     "that cannot bear them, set the scanner's property "
+                     "'run' to off and run dedup-unmerge first");
+    }
 }
 
 void ram_guard_discard_end(RamGuardDiscard *d)

@@ -179,7 +179,8 @@ static bool guard_discard_begin(void *opaque, RAMBlock *rb, ram_addr_t start,
 {
     DedupScanner *ds = opaque;
 
-    return dedup_engine_discard_begin(ds->engine, rb->host + start, length);
+    return dedup_engine_discard_begin(ds->engine,
+                                      rb ? rb->host + start : NULL, length);
 }
 
 static void guard_discard_end(void *opaque)

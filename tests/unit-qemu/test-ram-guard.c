@@ -333,6 +333,40 @@ static void test_register(void)
     g_string_free(r.log, true);
 }
 
+static void test_busy(void)
+{
+    Replacer r = { .log = g_string_new(NULL) };
+
+    if (g_test_subprocess()) {
+        ram_guard_explain_busy();
+        g_printerr("registered\n");
+        ram_guard_register(&replacer_ops, &r);
+        ram_guard_explain_busy();
+        exit(0);
+    }
+    g_test_trap_subprocess(NULL, 0, 0);
+    g_test_trap_assert_passed();
+    g_test_trap_assert_stderr("registered*dedup-scanner*dedup-unmerge*");
+    g_string_free(r.log, true);
+}
+
+static void test_hold(void)
+{
+    Replacer r = { .log = g_string_new(NULL) };
+    RamGuardDiscard d;
+
+    g_assert_true(ram_guard_register(&replacer_ops, &r));
+    ram_guard_hold(&d);
+    assert_log(&r, "discard all 0+0;");
+    ram_guard_discard_end(&d);
+    assert_log(&r, "end;");
+    ram_guard_unregister();
+    ram_guard_hold(&d);
+    ram_guard_discard_end(&d);
+    assert_log(&r, "");
+    g_string_free(r.log, true);
+}
+
 static void test_discard(void)
 {
     Replacer r = { .log = g_string_new(NULL), .one = block_new(CHUNK) };
@@ -478,6 +512,8 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-guard/dma/order", test_dma_order);
     g_test_add_func("/ram-guard/register", test_register);
     g_test_add_func("/ram-guard/discard", test_discard);
+    g_test_add_func("/ram-guard/hold", test_hold);
+    g_test_add_func("/ram-guard/busy", test_busy);
     g_test_add_func("/ram-guard/whole", test_whole);
     g_test_add_func("/ram-guard/whole/refused", test_whole_refused);
     g_test_add_func("/ram-guard/whole/before", test_whole_before);

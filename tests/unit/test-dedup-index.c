@@ -22,7 +22,7 @@
 #define HEADER_SIZE DEDUP_PAGE_SIZE
 
 /* Less of everything where every access is checked. */
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#ifdef CONFIG_FX_SANITIZED
 #define SCALE 8
 #else
 #define SCALE 1

@@ -45,7 +45,8 @@ typedef struct RamGuardDiscard {
  *   Called on any thread, with or without the BQL, inside an RCU read-side
  *   critical section; must not take the BQL.  Returns false if the memory
  *   for it cannot be had; then nothing is discarded, and @discard_end is not
- *   called.
+ *   called.  With @rb NULL nothing is discarded, only nothing replaced;
+ *   cannot fail.
  *
  * @discard_end: the memory is gone.  Same thread.
  *
@@ -99,7 +100,7 @@ void ram_guard_block_add(RAMBlock *rb);
 void ram_guard_block_free(RAMBlock *rb);
 
 /**
- * ram_guard_dma_map - bytes of a block are going to be read or written by I/O
+ * ram_guard_dma_map - I/O is going to read or write bytes of a block
  * @rb: the block
  * @start: offset in the block
  * @length: how many bytes; 0 is nothing
@@ -152,6 +153,22 @@ bool ram_guard_discard_begin(RamGuardDiscard *d, RAMBlock *rb,
  */
 bool ram_guard_discard_host_begin(RamGuardDiscard *d, void *host,
                                   size_t length);
+
+/**
+ * ram_guard_hold - replace nothing until ram_guard_discard_end()
+ * @d: what that needs
+ *
+ * Any thread.  For short: somebody may be waiting.
+ */
+void ram_guard_hold(RamGuardDiscard *d);
+
+/**
+ * ram_guard_explain_busy - say why discards of memory cannot be disabled
+ *
+ * For those who got -EBUSY: if somebody replaces RAM, names it and what to do
+ * about it, by error_report().
+ */
+void ram_guard_explain_busy(void);
 
 /**
  * ram_guard_discard_end - the memory is gone, or will not go
@@ -233,6 +250,14 @@ static inline bool ram_guard_discard_host_begin(RamGuardDiscard *d,
 }
 
 static inline void ram_guard_discard_end(RamGuardDiscard *d)
+{
+}
+
+static inline void ram_guard_hold(RamGuardDiscard *d)
+{
+}
+
+static inline void ram_guard_explain_busy(void)
 {
 }
 

@@ -1,0 +1,282 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Writers of this process: stores, read(2), and O_DIRECT reads of a real file
+ * system, whose data a device writes to memory without a page fault.
+ *
+ * The O_DIRECT writer raises the pin counters of the memory around the read,
+ * as QEMU does around a DMA mapping: before the system call that pins the
+ * pages, until the data is there.
+ *
+ * Thread: each writer's own.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "stress.h"
+
+/* Slots that one O_DIRECT read fills. */
+#define BATCH 8
+
+STRESS_GUEST
+static void store(StressWriter *w, uint32_t page, uint8_t value)
+{
+    StressWord *word = (StressWord *)stress_slot(w, page);
+
+    for (unsigned k = 0; k < STRESS_WORDS; k++) {
+        word[k] = stress_word(w->slot, value, k);
+    }
+}
+
+/* What a slot holds instead of @want: a symptom. */
+STRESS_GUEST
+static const char *symptom(StressWriter *w, uint32_t page, uint8_t want)
+{
+    StressWord *word = (StressWord *)stress_slot(w, page);
+
+    for (unsigned v = 0; v < STRESS_VALUES; v++) {
+        unsigned k = 0;
+
+        while (k < STRESS_WORDS && word[k] == stress_word(w->slot, v, k)) {
+            k++;
+        }
+        if (k == STRESS_WORDS) {
+            return v == want ? "wrong for a moment" :
+                   v == 0 ? "zeros" : "another value: lost write or another "
+                                      "page's bytes";
+        }
+    }
+    return "a mixture of values";
+}
+
+STRESS_GUEST
+bool stress_check(StressWriter *w, uint32_t page, const char *when)
+{
+    StressWord *word = (StressWord *)stress_slot(w, page);
+    uint8_t want = w->shadow[page];
+
+    for (unsigned k = 0; k < STRESS_WORDS; k++) {
+        uint32_t got = word[k];
+
+        if (got != stress_word(w->slot, want, k)) {
+            stress_fail(w->s, "%s, %s: page %u of %s: word %u is 0x%x instead "
+                        "of 0x%x; the slot holds %s", w->name, when,
+                        page % w->s->pages,
+                        w->s->rams[page / w->s->pages].name, k, got,
+                        stress_word(w->slot, want, k),
+                        symptom(w, page, want));
+            return false;
+        }
+    }
+    return true;
+}
+
+static uint32_t any_page(StressWriter *w)
+{
+    return stress_random(w) % (w->s->pages * STRESS_RAMS);
+}
+
+static void count(StressWriter *w, unsigned n)
+{
+    __atomic_fetch_add(&w->writes, n, __ATOMIC_RELAXED);
+}
+
+/* ---- stores ---- */
+
+static void user_run(StressWriter *w)
+{
+    while (stress_go_on(w->s)) {
+        uint32_t page = any_page(w);
+        uint8_t value = stress_next_value(w->shadow[page], stress_random(w));
+
+        if (!stress_check(w, page, "before a store")) {
+            return;
+        }
+        store(w, page, value);
+        w->shadow[page] = value;
+        stress_check(w, page, "after a store");
+        count(w, 1);
+    }
+}
+
+StressWriter stress_user = { .name = "stores", .slot = 0, .run = user_run };
+
+/* ---- read(2) ---- */
+
+/* A file with each value's slot, BATCH times over. */
+static bool fill(StressWriter *w, int fd)
+{
+    uint32_t words[STRESS_WORDS];
+
+    for (unsigned v = 0; v < STRESS_VALUES; v++) {
+        for (unsigned k = 0; k < STRESS_WORDS; k++) {
+            words[k] = stress_word(w->slot, v, k);
+        }
+        for (unsigned i = 0; i < BATCH; i++) {
+            if (pwrite(fd, words, sizeof(words),
+                       (v * BATCH + i) * STRESS_SLOT) != sizeof(words)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+static const char *read_open(StressWriter *w)
+{
+    int fd = memfd_create("stress", MFD_CLOEXEC);
+
+    if (fd < 0 || !fill(w, fd)) {
+        return "no memory for a file";
+    }
+    w->data = GINT_TO_POINTER(fd);
+    return NULL;
+}
+
+static void file_close(StressWriter *w)
+{
+    close(GPOINTER_TO_INT(w->data));
+}
+
+static void read_run(StressWriter *w)
+{
+    int fd = GPOINTER_TO_INT(w->data);
+
+    while (stress_go_on(w->s)) {
+        uint32_t page = any_page(w);
+        uint8_t value = stress_next_value(w->shadow[page], stress_random(w));
+        ssize_t n;
+
+        if (!stress_check(w, page, "before a read")) {
+            return;
+        }
+        n = pread(fd, stress_slot(w, page), STRESS_SLOT,
+                  value * BATCH * STRESS_SLOT);
+        if (n != STRESS_SLOT) {
+            stress_fail(w->s, "read(2) into RAM: %zd, %s", n,
+                        g_strerror(errno));
+            return;
+        }
+        w->shadow[page] = value;
+        stress_check(w, page, "after a read");
+        count(w, 1);
+    }
+}
+
+StressWriter stress_read = {
+    .name = "read(2)", .slot = 1,
+    .open = read_open, .run = read_run, .close = file_close,
+};
+
+/* ---- O_DIRECT ---- */
+
+static const char *direct_open(StressWriter *w)
+{
+    /* /tmp is often a tmpfs, whose O_DIRECT pins nothing */
+    char path[] = "/var/tmp/stress-dedup-XXXXXX";
+    int fd = mkstemp(path);
+    struct statfs fs;
+    bool ok = fd >= 0 && fstatfs(fd, &fs) == 0 && fill(w, fd) &&
+              fsync(fd) == 0;
+    int direct = ok ? open(path, O_RDONLY | O_DIRECT | O_CLOEXEC) : -1;
+    void *probe = NULL;
+    ssize_t n = 0;
+
+    if (fd >= 0) {
+        unlink(path);
+        close(fd);
+    }
+    if (!ok) {
+        return "no file in /var/tmp";
+    }
+    if (fs.f_type == TMPFS_MAGIC) {
+        close(direct);
+        return "/var/tmp is not on a disk";
+    }
+    if (direct >= 0 && posix_memalign(&probe, STRESS_PAGE, STRESS_PAGE) == 0) {
+        n = pread(direct, (char *)probe + STRESS_SLOT, STRESS_SLOT,
+                  STRESS_SLOT);
+        free(probe);
+    }
+    if (n != STRESS_SLOT) {
+        if (direct >= 0) {
+            close(direct);
+        }
+        return "the file system in /var/tmp has no O_DIRECT by 1 KiB";
+    }
+    w->data = GINT_TO_POINTER(direct);
+    return NULL;
+}
+
+/* The counter of the 64 KiB around a page. */
+static uint16_t *pin_of(StressWriter *w, uint32_t page)
+{
+    Stress *s = w->s;
+
+    return &s->rams[page / s->pages].pins[
+        ((uint64_t)(page % s->pages) * STRESS_PAGE) >> DEDUP_PIN_SHIFT];
+}
+
+/* Different pages; if they are easily found, none that holds @value. */
+static void choose(StressWriter *w, uint32_t *pages, uint8_t value)
+{
+    for (unsigned i = 0, tries = 0; i < BATCH; tries++) {
+        unsigned k = 0;
+
+        pages[i] = any_page(w);
+        while (k < i && pages[k] != pages[i]) {
+            k++;
+        }
+        i += k == i && (w->shadow[pages[i]] != value || tries > 4 * BATCH);
+    }
+}
+
+static void direct_run(StressWriter *w)
+{
+    int fd = GPOINTER_TO_INT(w->data);
+
+    while (stress_go_on(w->s)) {
+        uint8_t value = stress_random(w) % 2 ? 0
+                        : stress_random(w) % STRESS_VALUES;
+        uint32_t pages[BATCH];
+        struct iovec iov[BATCH];
+        ssize_t n;
+
+        choose(w, pages, value);
+        for (unsigned i = 0; i < BATCH; i++) {
+            if (!stress_check(w, pages[i], "before a direct read")) {
+                return;
+            }
+            iov[i].iov_base = stress_slot(w, pages[i]);
+            iov[i].iov_len = STRESS_SLOT;
+            __atomic_fetch_add(pin_of(w, pages[i]), 1, __ATOMIC_SEQ_CST);
+        }
+        n = preadv(fd, iov, BATCH, value * BATCH * STRESS_SLOT);
+        for (unsigned i = 0; i < BATCH; i++) {
+            __atomic_fetch_sub(pin_of(w, pages[i]), 1, __ATOMIC_SEQ_CST);
+        }
+        if (n != BATCH * STRESS_SLOT) {
+            stress_fail(w->s, "direct read into RAM: %zd, %s", n,
+                        g_strerror(errno));
+            return;
+        }
+        for (unsigned i = 0; i < BATCH; i++) {
+            w->shadow[pages[i]] = value;
+            stress_check(w, pages[i], "after a direct read");
+        }
+        count(w, BATCH);
+    }
+}
+
+StressWriter stress_direct = {
+    .name = "O_DIRECT", .slot = 2,
+    .open = direct_open, .run = direct_run, .close = file_close,
+};

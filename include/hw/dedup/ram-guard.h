@@ -122,9 +122,10 @@ void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
  * ram_guard_dma_maps - the counters of a block
  *
  * One for every 1 << RAM_GUARD_CHUNK_SHIFT bytes of @rb->max_length; not 0
- * while I/O may be under way there.  Read them after write access to the memory was
- * taken away and a full barrier: then a 0 says that no I/O that bypasses the
- * page tables is under way, and none can begin before access is given back.
+ * while I/O may be under way there.  Read them after write access to the
+ * memory was taken away and a full barrier: then a 0 says that no I/O that
+ * bypasses the page tables is under way, and none that writes can begin
+ * before access is given back.
  * Valid as long as the block is (RCU).
  */
 const uint16_t *ram_guard_dma_maps(const RAMBlock *rb);

@@ -54,9 +54,6 @@ static int pages = 4096;
 
 /* ---- counting ---- */
 
-void __real_dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
-void __wrap_dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
-
 void __wrap_dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
 {
     uint32_t before = r->where[page];

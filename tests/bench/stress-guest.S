@@ -6,7 +6,7 @@
  *
  *   take a random page; check that the vCPU's slot holds what the shadow says;
  *   store the marks of another value; note it in the shadow; check again;
- *   the same page 16 times, because coming to a page may take a while.
+ *   the same page four times, because coming to a page may take a while.
  *
  * Every 16 pages, and at the first mistake, it writes to an I/O port, which
  * brings the host back.
@@ -56,8 +56,8 @@ next:
         leal SLOT_OFFSET(%edi,%eax), %edi
         movzbl SHADOW(%esi), %ebx
 
-        /* check what is there */
 again:
+        /* check what is there */
         xorl %ecx, %ecx                 /* offset in the slot */
 2:      xorl %edx, %edx
         testl %ebx, %ebx
@@ -123,9 +123,9 @@ again:
         jb 9b
 
         incl DONE
-        testl $15, DONE
+        testl $3, DONE
         jnz again
-        testl $255, DONE
+        testl $63, DONE
         jnz next
         outb %al, $0x10
         jmp next

@@ -31,15 +31,13 @@
 #define RAM_BASE 0x10000000u
 #define RAM_STRIDE 0x10000000u
 
-extern const uint8_t stress_guest_start[], stress_guest_end[];
-
-/* Shared with the guest; volatile: it writes while we read. */
+/* Shared with the guest. */
 typedef struct Mailbox {
     uint32_t pages_each;
     uint32_t pages_all;
     uint32_t base[STRESS_RAMS];
     uint32_t random;
-    volatile uint32_t done;
+    StressWord done;          /* changes while we look */
     uint32_t bad_page;
     uint32_t bad_word;
     uint32_t bad_got;

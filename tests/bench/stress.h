@@ -10,7 +10,7 @@
  *           There are few values, and what they look like does not depend on
  *           the page: so pages are often equal, and often zero.
  *   shadow  a writer's own record of the value in each of its slots.  A write
- *           always changes the value, so one that is lost shows.
+ *           mostly changes the value, so one that is lost shows.
  *
  * Stores by writers stand for a guest's.  They, and the checks, are no C
  * program to the engine that reads the same pages: STRESS_GUEST.
@@ -97,13 +97,23 @@ static inline uint32_t stress_random(StressWriter *w)
     return z >> 32;
 }
 
-/* Another value than @old; mostly 0, if it was not that. */
-static inline uint8_t stress_next_value(uint8_t old, uint32_t random)
+/* Pages that are to be all zero much of the time. */
+static inline bool stress_mostly_zero(uint32_t page)
 {
+    return page % 4 == 0;
+}
+
+/* Another value than @old, but a page that is to be zero often stays so. */
+static inline uint8_t stress_next_value(uint8_t old, uint32_t page,
+                                        uint32_t random)
+{
+    bool zero = stress_mostly_zero(page);
+
     if (old == 0) {
-        return 1 + random % (STRESS_VALUES - 1);
+        return zero && random % 8 ? 0
+                                  : 1 + (random >> 8) % (STRESS_VALUES - 1);
     }
-    return random % 3 ? 0 : STRESS_VALUES - old;
+    return zero || random % 3 ? 0 : STRESS_VALUES - old;
 }
 
 /* Pages are numbered through all RAM. */
@@ -133,5 +143,12 @@ static inline uint32_t stress_word(unsigned slot, uint8_t value, unsigned k)
 
 /* Does a slot hold what the shadow says?  If not: stress_fail(). */
 bool stress_check(StressWriter *w, uint32_t page, const char *when);
+
+/* The vCPU's program: stress-guest.S. */
+extern const uint8_t stress_guest_start[], stress_guest_end[];
+
+/* Linked before and behind the engine's dedup_ledger_set(). */
+void __wrap_dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
+void __real_dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
 
 #endif /* STRESS_H */

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "mutant.h"
 
 #define HUGE (2u << 20)
 
@@ -31,6 +32,12 @@ void fx_fail(const char *symptom, const char *format, ...)
     fflush(stdout);
     /* other threads may be stuck in a frozen page: no clean-up is safe */
     abort();
+}
+
+gint64 fx_hang_us(void)
+{
+    /* with a mutant it is expected: do not take all day */
+    return (dedup_mutant ? 3 : 10) * G_USEC_PER_SEC;
 }
 
 void fx_init(int *argc, char ***argv)

@@ -47,6 +47,9 @@ typedef volatile uint8_t FxByte;
 /* Seconds after which something that must happen is said not to. */
 #define FX_DEADLINE 30
 
+/* Without progress for so long a thread is said to hang; in microseconds. */
+gint64 fx_hang_us(void);
+
 /* Say what the failure looks like, and end the process. */
 void fx_fail(const char *symptom, const char *format, ...)
     G_GNUC_PRINTF(2, 3) G_GNUC_NORETURN;

@@ -25,7 +25,6 @@
 
 #define PAGES_EACH 64
 #define VALUES 6                /* contents: seeds 0 (zero) to 5 */
-#define HANG_SECONDS 10
 
 typedef enum Source { PIPE, FILE_CACHE, DIRECT, STORE, SOURCES } Source;
 
@@ -195,7 +194,7 @@ static Writer *writer_new(FxRam *ram, unsigned number, Source source, int fd)
 
 static void writer_end(Writer *w)
 {
-    gint64 end = g_get_monotonic_time() + HANG_SECONDS * G_USEC_PER_SEC;
+    gint64 end = g_get_monotonic_time() + fx_hang_us();
 
     __atomic_store_n(&w->stop, 1, __ATOMIC_RELAXED);
     while (!__atomic_load_n(&w->ended, __ATOMIC_ACQUIRE)) {

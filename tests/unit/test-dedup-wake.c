@@ -21,7 +21,6 @@
 #include "freeze.h"
 
 #define PAGES 64
-#define HANG_SECONDS 10
 
 /* How the waiter meets the frozen page. */
 typedef enum Access {
@@ -85,7 +84,7 @@ static bool is_done(void *opaque)
 
 static void await_woken(Waiter *w)
 {
-    gint64 end = g_get_monotonic_time() + HANG_SECONDS * G_USEC_PER_SEC;
+    gint64 end = g_get_monotonic_time() + fx_hang_us();
 
     while (!is_done(w)) {
         if (g_get_monotonic_time() > end) {
@@ -254,7 +253,7 @@ static void test_missing(void)
                                           ram->shadow + i * FX_PAGE));
     }
     dedup_freeze_end(&uffd, addr, 4 * FX_PAGE);
-    end = g_get_monotonic_time() + HANG_SECONDS * G_USEC_PER_SEC;
+    end = g_get_monotonic_time() + fx_hang_us();
     while (!__atomic_load_n(&r.done, __ATOMIC_SEQ_CST)) {
         if (g_get_monotonic_time() > end) {
             fx_fail("reader hangs", "in a page that was refilled");
@@ -299,7 +298,7 @@ static gpointer hammer_main(gpointer opaque)
 
 static void await_stores(Hammer *h, unsigned n, const char *after)
 {
-    gint64 end = g_get_monotonic_time() + HANG_SECONDS * G_USEC_PER_SEC;
+    gint64 end = g_get_monotonic_time() + fx_hang_us();
 
     for (unsigned i = 0; i < n; i++) {
         uint64_t from = __atomic_load_n(&h[i].stores, __ATOMIC_RELAXED);

@@ -32,8 +32,6 @@
 #define WORDS (FX_PAGE / sizeof(uint64_t))
 #define VALUES 6
 #define WRITERS 2
-/* Without any progress for so long a writer hangs. */
-#define HANG_SECONDS 10
 
 typedef struct Run {
     FxRam *ram;
@@ -201,7 +199,7 @@ static void watch(Worker *workers, unsigned n, uint64_t *last,
         if (done != last[i]) {
             last[i] = done;
             progress[i] = now;
-        } else if (now - progress[i] > HANG_SECONDS * G_USEC_PER_SEC) {
+        } else if (now - progress[i] > fx_hang_us()) {
             fx_fail("writer hangs", "thread %u after %" G_GUINT64_FORMAT
                     " pages", i, done);
         }
@@ -211,7 +209,7 @@ static void watch(Worker *workers, unsigned n, uint64_t *last,
 /* A thread that hangs cannot be joined: look before. */
 static void join(Worker *w)
 {
-    gint64 end = g_get_monotonic_time() + HANG_SECONDS * G_USEC_PER_SEC;
+    gint64 end = g_get_monotonic_time() + fx_hang_us();
 
     while (!__atomic_load_n(&w->ended, __ATOMIC_ACQUIRE)) {
         if (g_get_monotonic_time() > end) {

@@ -3,15 +3,16 @@
  * Writers of this process: stores, read(2), and O_DIRECT reads of a real file
  * system, whose data a device writes to memory without a page fault.
  *
- * The O_DIRECT writer raises the pin counters of the memory around the read,
- * as QEMU does around a DMA mapping: before the system call that pins the
- * pages, until the data is there.
+ * The O_DIRECT writer keeps some reads in flight.  It raises the pin counters
+ * of the memory around each, as QEMU does around a DMA mapping: before the
+ * system call that pins the pages, until the data is there.
  *
  * Thread: each writer's own.
  */
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,8 +25,9 @@
 
 #include "stress.h"
 
-/* Slots that one O_DIRECT read fills. */
+/* Slots that one O_DIRECT read fills, and reads in flight. */
 #define BATCH 8
+#define DEPTH 4
 
 STRESS_GUEST
 static void store(StressWriter *w, uint32_t page, uint8_t value)
@@ -91,17 +93,12 @@ static void count(StressWriter *w, unsigned n)
 }
 
 /*
- * The system calls themselves: the library's functions are known to the
- * thread sanitizer, which would take the guest's memory for ours.
+ * The system call itself: the library's function is known to the thread
+ * sanitizer, which would take the guest's memory for ours.
  */
 static ssize_t guest_read(int fd, void *to, uint64_t offset)
 {
     return syscall(SYS_pread64, fd, to, STRESS_SLOT, offset);
-}
-
-static ssize_t guest_readv(int fd, const struct iovec *iov, uint64_t offset)
-{
-    return syscall(SYS_preadv, fd, iov, BATCH, offset, 0);
 }
 
 /* ---- stores ---- */
@@ -195,7 +192,23 @@ StressWriter stress_read = {
 
 /* ---- O_DIRECT ---- */
 
-static const char *direct_open(StressWriter *w)
+/* A read in flight. */
+typedef struct Request {
+    struct iocb cb;
+    struct iovec iov[BATCH];
+    uint32_t pages[BATCH];
+    uint8_t value;
+} Request;
+
+typedef struct Direct {
+    int fd;
+    aio_context_t context;
+    uint8_t *busy;            /* a byte per page: being read to */
+    Request requests[DEPTH];
+    unsigned in_flight;
+} Direct;
+
+static int direct_file(StressWriter *w, const char **why)
 {
     /* /tmp is often a tmpfs, whose O_DIRECT pins nothing */
     char path[] = "/var/tmp/stress-dedup-XXXXXX";
@@ -211,25 +224,54 @@ static const char *direct_open(StressWriter *w)
         unlink(path);
         close(fd);
     }
-    if (!ok) {
-        return "no file in /var/tmp";
-    }
-    if (fs.f_type == TMPFS_MAGIC) {
-        close(direct);
-        return "/var/tmp is not on a disk";
-    }
-    if (direct >= 0 && posix_memalign(&probe, STRESS_PAGE, STRESS_PAGE) == 0) {
-        n = pread(direct, (char *)probe + STRESS_SLOT, STRESS_SLOT,
-                  STRESS_SLOT);
-        free(probe);
+    *why = "no file in /var/tmp";
+    if (ok && fs.f_type == TMPFS_MAGIC) {
+        *why = "/var/tmp is not on a disk";
+    } else if (ok) {
+        *why = "the file system in /var/tmp has no O_DIRECT by 1 KiB";
+        if (direct >= 0 &&
+            posix_memalign(&probe, STRESS_PAGE, STRESS_PAGE) == 0) {
+            n = pread(direct, (char *)probe + STRESS_SLOT, STRESS_SLOT,
+                      STRESS_SLOT);
+            free(probe);
+        }
     }
     if (n != STRESS_SLOT) {
         if (direct >= 0) {
             close(direct);
         }
-        return "the file system in /var/tmp has no O_DIRECT by 1 KiB";
+        return -1;
     }
-    w->data = GINT_TO_POINTER(direct);
+    return direct;
+}
+
+static void direct_close(StressWriter *w)
+{
+    Direct *d = w->data;
+
+    syscall(SYS_io_destroy, d->context);
+    close(d->fd);
+    g_free(d->busy);
+    g_free(d);
+}
+
+static const char *direct_open(StressWriter *w)
+{
+    const char *why;
+    Direct *d;
+    int fd = direct_file(w, &why);
+
+    if (fd < 0) {
+        return why;
+    }
+    d = g_new0(Direct, 1);
+    d->fd = fd;
+    d->busy = g_malloc0(w->s->pages * STRESS_RAMS);
+    w->data = d;
+    if (syscall(SYS_io_setup, DEPTH, &d->context) < 0) {
+        direct_close(w);
+        return "no asynchronous I/O";
+    }
     return NULL;
 }
 
@@ -242,60 +284,95 @@ static uint16_t *pin_of(StressWriter *w, uint32_t page)
         ((uint64_t)(page % s->pages) * STRESS_PAGE) >> DEDUP_PIN_SHIFT];
 }
 
-/* Different pages; if they are easily found, none that holds @value. */
-static void choose(StressWriter *w, uint32_t *pages, uint8_t value)
+/* Pages to read to; if they are easily found, none that holds the value. */
+static void choose(StressWriter *w, Direct *d, Request *r)
 {
+    r->value = stress_random(w) % 2 ? 0 : stress_random(w) % STRESS_VALUES;
     for (unsigned i = 0, tries = 0; i < BATCH; tries++) {
-        unsigned k = 0;
+        uint32_t page = any_page(w);
 
-        pages[i] = any_page(w);
-        while (k < i && pages[k] != pages[i]) {
-            k++;
+        if (!d->busy[page] &&
+            (tries > 4 * BATCH ||
+             (w->shadow[page] != r->value &&
+              !(r->value && stress_mostly_zero(page))))) {
+            d->busy[page] = 1;
+            r->pages[i++] = page;
         }
-        i += k == i && (tries > 4 * BATCH ||
-                        (w->shadow[pages[i]] != value &&
-                         !(value && stress_mostly_zero(pages[i]))));
     }
+}
+
+static bool submit(StressWriter *w, Direct *d, Request *r)
+{
+    struct iocb *list = &r->cb;
+
+    choose(w, d, r);
+    for (unsigned i = 0; i < BATCH; i++) {
+        if (!stress_check(w, r->pages[i], "before a direct read")) {
+            return false;
+        }
+        r->iov[i].iov_base = stress_slot(w, r->pages[i]);
+        r->iov[i].iov_len = STRESS_SLOT;
+    }
+    r->cb = (struct iocb) {
+        .aio_data = (uintptr_t)r,
+        .aio_lio_opcode = IOCB_CMD_PREADV,
+        .aio_fildes = d->fd,
+        .aio_buf = (uintptr_t)r->iov,
+        .aio_nbytes = BATCH,
+        .aio_offset = r->value * BATCH * STRESS_SLOT,
+    };
+    for (unsigned i = 0; i < BATCH; i++) {
+        __atomic_fetch_add(pin_of(w, r->pages[i]), 1, __ATOMIC_SEQ_CST);
+    }
+    if (syscall(SYS_io_submit, d->context, 1, &list) != 1) {
+        stress_fail(w->s, "io_submit: %s", g_strerror(errno));
+        return false;
+    }
+    d->in_flight++;
+    return true;
+}
+
+static void complete(StressWriter *w, Direct *d, Request *r, int64_t result)
+{
+    d->in_flight--;
+    for (unsigned i = 0; i < BATCH; i++) {
+        __atomic_fetch_sub(pin_of(w, r->pages[i]), 1, __ATOMIC_SEQ_CST);
+    }
+    if (result != BATCH * STRESS_SLOT) {
+        stress_fail(w->s, "direct read into RAM: %" G_GINT64_FORMAT, result);
+        return;
+    }
+    for (unsigned i = 0; i < BATCH; i++) {
+        w->shadow[r->pages[i]] = r->value;
+        d->busy[r->pages[i]] = 0;
+        stress_check(w, r->pages[i], "after a direct read");
+    }
+    count(w, BATCH);
 }
 
 static void direct_run(StressWriter *w)
 {
-    int fd = GPOINTER_TO_INT(w->data);
+    Direct *d = w->data;
+    struct io_event events[DEPTH];
+    bool ok = true;
 
-    while (stress_go_on(w->s)) {
-        uint8_t value = stress_random(w) % 2 ? 0
-                        : stress_random(w) % STRESS_VALUES;
-        uint32_t pages[BATCH];
-        struct iovec iov[BATCH];
-        ssize_t n;
+    for (unsigned i = 0; i < DEPTH && ok; i++) {
+        ok = submit(w, d, &d->requests[i]);
+    }
+    while (d->in_flight) {
+        long n = syscall(SYS_io_getevents, d->context, 1, DEPTH, events,
+                         NULL);
 
-        choose(w, pages, value);
-        for (unsigned i = 0; i < BATCH; i++) {
-            if (!stress_check(w, pages[i], "before a direct read")) {
-                return;
-            }
-            iov[i].iov_base = stress_slot(w, pages[i]);
-            iov[i].iov_len = STRESS_SLOT;
-            __atomic_fetch_add(pin_of(w, pages[i]), 1, __ATOMIC_SEQ_CST);
+        for (long i = 0; i < n; i++) {
+            Request *r = (Request *)(uintptr_t)events[i].data;
+
+            complete(w, d, r, events[i].res);
+            ok = ok && stress_go_on(w->s) && submit(w, d, r);
         }
-        n = guest_readv(fd, iov, value * BATCH * STRESS_SLOT);
-        for (unsigned i = 0; i < BATCH; i++) {
-            __atomic_fetch_sub(pin_of(w, pages[i]), 1, __ATOMIC_SEQ_CST);
-        }
-        if (n != BATCH * STRESS_SLOT) {
-            stress_fail(w->s, "direct read into RAM: %zd, %s", n,
-                        g_strerror(errno));
-            return;
-        }
-        for (unsigned i = 0; i < BATCH; i++) {
-            w->shadow[pages[i]] = value;
-            stress_check(w, pages[i], "after a direct read");
-        }
-        count(w, BATCH);
     }
 }
 
 StressWriter stress_direct = {
     .name = "O_DIRECT", .slot = 2,
-    .open = direct_open, .run = direct_run, .close = file_close,
+    .open = direct_open, .run = direct_run, .close = direct_close,
 };

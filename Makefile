@@ -24,7 +24,9 @@ ifneq ($(SANITIZE),)
   engine_options := -Db_sanitize=$(sanitizer_$(SANITIZE)) -Db_lundef=false
 endif
 
-lock = mkdir -p $(B) && flock $(B)/.lock
+lock = mkdir -p $(B) && \
+    { flock -n $(B)/.lock true || echo 'waiting for another make'; } && \
+    flock $(B)/.lock
 
 .PHONY: all deps tree qemu engine demo check check-engine bench install clean \
         help
@@ -61,6 +63,7 @@ check-engine: engine
 
 check: engine
 	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu --with-tests
+	@scripts/link-mutants
 	@scripts/run-tests
 
 demo: qemu

@@ -269,7 +269,8 @@ static void add_tests(const char *name, GTestDataFunc test)
         g_autofree char *path = g_strdup_printf("/failures/%s/%s", name,
                                                 fx_kind_name(kind));
 
-        if (kind == FX_MEMFD || kind == FX_ANON) {
+        if (kind == (test == test_refused ? FX_ANON : FX_MEMFD) ||
+            (test == test_publish && kind == FX_ANON)) {
             g_test_add_data_func(path, GINT_TO_POINTER(kind), test);
         }
     }

@@ -314,12 +314,10 @@ static void test_killed(gconstpointer data)
 
 int main(int argc, char **argv)
 {
-    static const FxKind shared[] = { FX_MEMFD, FX_MEMFD, FX_MEMFD };
     static const FxKind anon[] = { FX_ANON, FX_ANON, FX_ANON };
     static const FxKind mixed[] = { FX_TMPFS, FX_ANON, FX_PRIVATE };
 
     fx_init(&argc, &argv);
-    g_test_add_data_func("/members/rounds/memfd", shared, test_rounds);
     g_test_add_data_func("/members/rounds/anon", anon, test_rounds);
     g_test_add_data_func("/members/rounds/mixed", mixed, test_rounds);
     g_test_add_data_func("/members/killed/mixed", mixed, test_killed);

@@ -376,8 +376,7 @@ static void test_fork(gconstpointer data)
 static void add_tests(const char *name, GTestDataFunc test)
 {
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
-        if (test == test_foreign_uffd && kind != FX_MEMFD &&
-            kind != FX_ANON) {
+        if (test == test_foreign_uffd && kind != FX_ANON) {
             continue; /* slow, and nothing new */
         }
         g_autofree char *path = g_strdup_printf("/unmerge/%s/%s", name,

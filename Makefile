@@ -7,6 +7,12 @@
 SHELL := /bin/bash
 export PATH := /usr/sbin:/usr/bin:/sbin:/bin:$(PATH)
 
+# QEMU's build cannot cope with either, nor can this file: "make clean" would
+# remove what is beside.
+ifneq ($(words [$(subst :, ,$(CURDIR))]),1)
+  $(error $(CURDIR): move it to a path without blanks and colons)
+endif
+
 top := $(CURDIR)
 B := $(top)/build
 prefix ?= /usr/local

@@ -20,6 +20,29 @@
 
 #define HUGE (2u << 20)
 
+/* The group's directory that is in use, or NULL: removed on failure too. */
+static char *group_dir;
+
+static void remove_tree(const char *path)
+{
+    GDir *dir = g_dir_open(path, 0, NULL);
+    const char *name;
+
+    while (dir && (name = g_dir_read_name(dir))) {
+        g_autofree char *child = g_build_filename(path, name, NULL);
+
+        if (g_file_test(child, G_FILE_TEST_IS_DIR)) {
+            remove_tree(child);
+        } else {
+            unlink(child);
+        }
+    }
+    if (dir) {
+        g_dir_close(dir);
+    }
+    rmdir(path);
+}
+
 void fx_fail(const char *symptom, const char *format, ...)
 {
     g_autofree char *text = NULL;
@@ -30,6 +53,9 @@ void fx_fail(const char *symptom, const char *format, ...)
     va_end(args);
     printf("# SYMPTOM: %s: %s\n", symptom, text);
     fflush(stdout);
+    if (group_dir) {
+        remove_tree(group_dir);
+    }
     /* other threads may be stuck in a frozen page: no clean-up is safe */
     abort();
 }
@@ -496,31 +522,13 @@ char *fx_group_dir(void)
     char *dir = g_dir_make_tmp("dedup-test-XXXXXX", &error);
 
     g_assert_no_error(error);
+    group_dir = dir;
     return dir;
-}
-
-static void remove_tree(const char *path)
-{
-    GDir *dir = g_dir_open(path, 0, NULL);
-    const char *name;
-
-    while (dir && (name = g_dir_read_name(dir))) {
-        g_autofree char *child = g_build_filename(path, name, NULL);
-
-        if (g_file_test(child, G_FILE_TEST_IS_DIR)) {
-            remove_tree(child);
-        } else {
-            unlink(child);
-        }
-    }
-    if (dir) {
-        g_dir_close(dir);
-    }
-    rmdir(path);
 }
 
 void fx_group_dir_free(char *dir)
 {
+    group_dir = NULL;
     remove_tree(dir);
     g_free(dir);
 }

@@ -85,11 +85,13 @@ static bool keyed_hash(void *opaque, uint32_t page, const uint8_t *secret,
     return true;
 }
 
-static int segment_fd(void *opaque, uint32_t gid)
+static int segment_fd(void *opaque, uint32_t gid, uint32_t page,
+                      const uint8_t *secret, DedupHash128 *hash)
 {
     TestMember *m = opaque;
 
-    return gid && gid == __atomic_load_n(&m->gid, __ATOMIC_ACQUIRE) ?
+    return gid && gid == __atomic_load_n(&m->gid, __ATOMIC_ACQUIRE) &&
+           keyed_hash(m, page, secret, hash) ?
            fcntl(m->segment, F_DUPFD_CLOEXEC, 0) : -1;
 }
 
@@ -149,6 +151,35 @@ unsigned test_count_fds(void)
     }
     closedir(dir);
     return n;
+}
+
+static void pair_setup(TestPair *f, gconstpointer data)
+{
+    f->fds = test_count_fds();
+    f->dir = test_dir_new();
+    f->a = test_member_new(f->dir, 1000);
+    f->b = test_member_new(f->dir, 1000);
+    dedup_group_refresh(f->a->g);
+    g_assert_cmpuint(dedup_group_members(f->a->g), ==, 2);
+}
+
+static void pair_teardown(TestPair *f, gconstpointer data)
+{
+    test_member_free(f->a);
+    test_member_free(f->b);
+    test_dir_free(f->dir);
+    g_assert_cmpuint(test_count_fds(), ==, f->fds);
+}
+
+void test_pair_add(const char *name, void (*fn)(TestPair *, gconstpointer))
+{
+    g_test_add(name, TestPair, NULL, pair_setup, fn, pair_teardown);
+}
+
+void test_hang_up(TestMember *m)
+{
+    dedup_group_refresh(m->g);
+    dedup_group_refresh(m->g);
 }
 
 /*

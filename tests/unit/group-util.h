@@ -22,8 +22,8 @@ bool test_dir_has(const char *dir, const char *name);
 typedef struct TestMember {
     DedupGroup *g;
     uint8_t (*pages)[DEDUP_PAGE_SIZE];  /* TEST_PAGES */
-    bool absent[TEST_PAGES];            /* keyed_hash() says no */
-    uint32_t gid;                       /* segment_fd() has this one */
+    bool absent[TEST_PAGES];            /* neither hashed nor in it */
+    uint32_t gid;                       /* of its segment: all its pages */
     int segment;
     unsigned hashed;                    /* calls of keyed_hash() */
 } TestMember;
@@ -34,6 +34,22 @@ TestMember *test_member_new(const char *dir, unsigned seed);
 /* For a join that fails: returns the message, to be freed. */
 char *test_join_error(const char *dir);
 void test_member_free(TestMember *m);
+
+/*
+ * The fixture of most tests of peers: a directory with two members that have
+ * the same pages.  On whatever path, no descriptor stays open.
+ */
+typedef struct TestPair {
+    char *dir;
+    unsigned fds;
+    TestMember *a;              /* slot 0 */
+    TestMember *b;              /* slot 1 */
+} TestPair;
+
+void test_pair_add(const char *name, void (*fn)(TestPair *, gconstpointer));
+
+/* Close connections: those not used from one refresh to the next are. */
+void test_hang_up(TestMember *m);
 
 /* Open descriptors of this process. */
 unsigned test_count_fds(void);

@@ -46,6 +46,7 @@ static void test_alone(Fixture *f, gconstpointer data)
     unsigned member, npages;
     uint32_t gid;
     DedupProof proof = { .content = m->pages[0] };
+    DedupFetch item = { .gid = 1, .content = m->pages[0] };
 
     g_assert_false(dedup_group_has_dir(m->g));
     g_assert_cmpuint(dedup_group_members(m->g), ==, 1);
@@ -54,6 +55,8 @@ static void test_alone(Fixture *f, gconstpointer data)
     g_assert_false(dedup_group_alive(m->g, 1));
     g_assert_false(dedup_group_alive(m->g, 100000));
     g_assert_false(dedup_group_prove(m->g, 0, &proof, 1));
+    dedup_group_fetch(m->g, 0, &item, 1);
+    g_assert_cmpint(item.fd, ==, -1);
     g_assert_true(dedup_index_insert(dedup_group_index(m->g), 77, &hint));
     g_assert_cmpuint(dedup_index_lookup(dedup_group_index(m->g), 77, hits),
                      ==, 1);

@@ -48,7 +48,8 @@ static bool lie(void *opaque, uint32_t page, const uint8_t *secret,
     return true;
 }
 
-static int no_segment(void *opaque, uint32_t gid)
+static int no_segment(void *opaque, uint32_t gid, uint32_t page,
+                      const uint8_t *secret, DedupHash128 *hash)
 {
     return -1;
 }
@@ -105,6 +106,38 @@ static void collect(void *opaque, uint32_t gid, unsigned npages,
     g_array_append_val(gids, gid);
 }
 
+/*
+ * Whoever has the segment wants to see one of its pages.  So that a segment
+ * which should not be there is found, the liar guesses its first page, from
+ * among all secrets.
+ */
+static int guess(Liar *l, uint32_t gid, unsigned member)
+{
+    g_autofree uint8_t *pages = g_malloc(DEDUP_PEER_BATCH * FX_PAGE);
+    int fd = -1;
+
+    for (unsigned first = 0; first < PAGES && fd < 0;
+         first += DEDUP_PEER_BATCH) {
+        DedupFetch items[DEDUP_PEER_BATCH];
+
+        for (unsigned i = 0; i < DEDUP_PEER_BATCH; i++) {
+            uint8_t *page = pages + i * FX_PAGE;
+
+            fx_content(page, SECRET(first + i));
+            items[i] = (DedupFetch) { .gid = gid, .content = page };
+        }
+        dedup_group_fetch(l->g, member, items, DEDUP_PEER_BATCH);
+        for (unsigned i = 0; i < DEDUP_PEER_BATCH; i++) {
+            if (fd < 0) {
+                fd = items[i].fd;
+            } else if (items[i].fd >= 0) {
+                close(items[i].fd);
+            }
+        }
+    }
+    return fd;
+}
+
 static void steal(Liar *l)
 {
     g_autoptr(GArray) gids = g_array_new(false, false, sizeof(uint32_t));
@@ -116,7 +149,7 @@ static void steal(Liar *l)
         int fd = -1;
 
         if (dedup_group_segment_lookup(l->g, gid, &member, &npages)) {
-            dedup_group_fetch(l->g, member, &gid, 1, &fd);
+            fd = guess(l, gid, member);
         }
         if (fd >= 0) {
             l->report.segments++;

@@ -5,6 +5,9 @@
  * the counters are what one computes, and every byte of every process is
  * right.
  *
+ * And a thief: a member of the group that knows all segments, and wants to
+ * see pages that it does not have.
+ *
  * The processes are children that do what the test tells them over a socket,
  * one command at a time.
  */
@@ -17,6 +20,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "group.h"
 
 #define MEMBERS 3
 #define PAGES 256
@@ -24,6 +28,7 @@
 typedef enum Command {
     FILL,           /* every page from one seed; wait until it is merged */
     ONE_PAGE,       /* one page from a seed of its own */
+    MIXED,          /* half of it pairs of its own, half common to all */
     SETTLE,         /* full scans that find nothing more */
     CHECK,          /* compare every byte; the view from outside */
     QUIT,
@@ -45,6 +50,9 @@ typedef struct Member {
     int sock;
 } Member;
 
+#define OWN_SEED(seed, i) ((uint64_t)(seed) << 32 | (i) / 2 * 1000)
+#define COMMON_SEED(i) (UINT64_C(0xc0) << 32 | (i) * 1000)
+
 static bool all_merged(void *opaque)
 {
     return dedup_region_pages_merged(opaque) == PAGES;
@@ -62,6 +70,12 @@ static void obey(FxEngine *fe, FxRam *ram, const Order *order)
         break;
     case ONE_PAGE:
         fx_page(ram, PAGES / 2, order->seed);
+        break;
+    case MIXED:
+        for (uint32_t i = 0; i < PAGES; i++) {
+            fx_page(ram, i, i < PAGES / 2 ? OWN_SEED(order->seed, i)
+                                          : COMMON_SEED(i));
+        }
         break;
     case SETTLE:
         fx_wait_settled(fe);
@@ -312,6 +326,207 @@ static void test_killed(gconstpointer data)
     g_free(e.why);
 }
 
+/* ---- the thief ---- */
+
+#define VICTIMS 2
+
+static bool has_none(void *opaque, uint32_t page, const uint8_t *secret,
+                     DedupHash128 *hash)
+{
+    return false;
+}
+
+static int gives_none(void *opaque, uint32_t gid, uint32_t page,
+                      const uint8_t *secret, DedupHash128 *hash)
+{
+    return -1;
+}
+
+static void note_gid(void *opaque, uint32_t gid, unsigned npages,
+                     const DedupSegmentUse *own,
+                     const DedupSegmentUse *others)
+{
+    g_array_append_val((GArray *)opaque, gid);
+}
+
+static bool is_content(const void *page, uint64_t seed)
+{
+    uint64_t content[FX_PAGE / sizeof(uint64_t)];
+
+    fx_content(content, seed);
+    return memcmp(page, content, FX_PAGE) == 0;
+}
+
+/* What of the victims is in a segment that the thief got. */
+typedef struct Loot {
+    unsigned segments;
+    unsigned common;
+    unsigned own[VICTIMS];
+    unsigned publisher;         /* of the last one */
+    uint32_t gid;
+    uint32_t page;
+} Loot;
+
+static void look_into(int fd, unsigned npages, Loot *loot)
+{
+    for (unsigned p = 0; p < npages; p++) {
+        uint8_t page[FX_PAGE];
+
+        g_assert_cmpint(pread(fd, page, FX_PAGE, (off_t)p * FX_PAGE), ==,
+                        FX_PAGE);
+        for (unsigned i = 0; i < PAGES; i++) {
+            if (i >= PAGES / 2) {
+                loot->common += is_content(page, COMMON_SEED(i));
+                continue;
+            }
+            for (unsigned v = 0; i % 2 == 0 && v < VICTIMS; v++) {
+                loot->own[v] += is_content(page, OWN_SEED(v + 1, i));
+            }
+        }
+    }
+}
+
+/* Ask for every page of every segment, with this content as the proof. */
+static Loot steal(DedupGroup *g, const GArray *gids, uint64_t seed)
+{
+    uint8_t content[FX_PAGE];
+    Loot loot = { 0 };
+
+    fx_content(content, seed);
+    dedup_group_refresh(g);
+    for (unsigned i = 0; i < gids->len; i++) {
+        uint32_t gid = g_array_index(gids, uint32_t, i);
+        unsigned publisher, npages;
+
+        if (!dedup_group_segment_lookup(g, gid, &publisher, &npages)) {
+            continue;
+        }
+        /* and one that it has not */
+        for (unsigned p = 0; p <= npages; p++) {
+            DedupFetch item = { .gid = gid, .page = p, .content = content };
+
+            dedup_group_fetch(g, publisher, &item, 1);
+            if (item.fd >= 0) {
+                loot.segments++;
+                loot.publisher = publisher;
+                loot.gid = gid;
+                loot.page = p;
+                look_into(item.fd, npages, &loot);
+                close(item.fd);
+            }
+        }
+    }
+    return loot;
+}
+
+static void fill_mixed(Member *victims, const FxKind *kinds,
+                       const char *dir)
+{
+    gint64 end = g_get_monotonic_time() + FX_DEADLINE * G_USEC_PER_SEC;
+    unsigned ready = 0;
+    Report report;
+
+    for (unsigned v = 0; v < VICTIMS; v++) {
+        member_start(&victims[v], kinds[v], dir);
+        tell(&victims[v], MIXED, v + 1, &report);
+    }
+    while (ready < VICTIMS) {
+        ready = 0;
+        for (unsigned v = 0; v < VICTIMS; v++) {
+            tell(&victims[v], CHECK, 0, &report);
+            ready += report.stats.pages_merged == PAGES &&
+                     report.stats.pages_merged_between == PAGES / 2;
+        }
+        if (g_get_monotonic_time() > end) {
+            fx_fail("not merged", "%" G_GUINT64_FORMAT " pages, %"
+                    G_GUINT64_FORMAT " between", report.stats.pages_merged,
+                    report.stats.pages_merged_between);
+        }
+        g_usleep(10000);
+    }
+}
+
+/*
+ * Who has no page of a victim gets none, whatever segment it asks for.  Who
+ * has a page that the victims share gets what they share, and nothing that
+ * only one of them has.
+ */
+static void test_thief(gconstpointer data)
+{
+    static const DedupGroupOps ops = {
+        .keyed_hash = has_none, .segment_fd = gives_none,
+    };
+    g_autoptr(GArray) gids = g_array_new(false, false, sizeof(uint32_t));
+    Member victims[VICTIMS];
+    char *dir = fx_group_dir();
+    uint8_t content[FX_PAGE];
+    g_autoptr(GError) error = NULL;
+    DedupMemberInfo info;
+    DedupFetch item;
+    DedupGroup *g;
+    Loot loot;
+    int status;
+
+    fill_mixed(victims, data, dir);
+    g = dedup_group_new(dir, &error);
+    g_assert_no_error(error);
+    dedup_group_join(g, &ops, NULL, &error);
+    g_assert_no_error(error);
+    dedup_group_foreach_segment(g, note_gid, gids);
+    /* what each victim has of its own, and what they share */
+    g_assert_cmpuint(gids->len, >=, VICTIMS + 1);
+
+    loot = steal(g, gids, 0);
+    g_assert_cmpuint(loot.segments, ==, 0);
+    loot = steal(g, gids, 0xbad);
+    g_assert_cmpuint(loot.segments, ==, 0);
+
+    /* a victim's own page: what remains is that its segment shows others */
+    loot = steal(g, gids, OWN_SEED(1, 6));
+    g_assert_cmpuint(loot.segments, ==, 1);
+    g_assert_cmpuint(loot.own[0], >=, 1);
+    g_assert_cmpuint(loot.own[1], ==, 0);
+    g_assert_cmpuint(loot.common, ==, 0);
+
+    loot = steal(g, gids, COMMON_SEED(PAGES - 3));
+    g_assert_cmpuint(loot.segments, ==, 1);
+    g_assert_cmpuint(loot.common, >=, 1);
+    g_assert_cmpuint(loot.own[0], ==, 0);
+    g_assert_cmpuint(loot.own[1], ==, 0);
+
+    /* the publisher is killed: the other one gives it, for the same proof */
+    g_assert_true(dedup_group_member(g, loot.publisher, &info));
+    for (unsigned v = 0; v < VICTIMS; v++) {
+        if (victims[v].pid == info.pid) {
+            kill(victims[v].pid, SIGKILL);
+            g_assert_cmpint(waitpid(victims[v].pid, &status, 0), ==,
+                            victims[v].pid);
+            close(victims[v].sock);
+        }
+    }
+    dedup_group_refresh(g);
+    g_assert_false(dedup_group_alive(g, loot.publisher));
+    g_assert_cmpuint(dedup_group_members(g), ==, VICTIMS);
+    fx_content(content, COMMON_SEED(PAGES - 3));
+    item = (DedupFetch) {
+        .gid = loot.gid, .page = loot.page, .content = content,
+    };
+    dedup_group_fetch(g, loot.publisher, &item, 1);
+    g_assert_cmpint(item.fd, >=, 0);
+    close(item.fd);
+    content[17] ^= 1;
+    dedup_group_fetch(g, loot.publisher, &item, 1);
+    g_assert_cmpint(item.fd, ==, -1);
+
+    for (unsigned v = 0; v < VICTIMS; v++) {
+        if (victims[v].pid != info.pid) {
+            quit(&victims[v]);
+        }
+    }
+    dedup_group_free(g);
+    fx_group_dir_free(dir);
+}
+
 int main(int argc, char **argv)
 {
     static const FxKind anon[] = { FX_ANON, FX_ANON, FX_ANON };
@@ -321,5 +536,7 @@ int main(int argc, char **argv)
     g_test_add_data_func("/members/rounds/anon", anon, test_rounds);
     g_test_add_data_func("/members/rounds/mixed", mixed, test_rounds);
     g_test_add_data_func("/members/killed/mixed", mixed, test_killed);
+    g_test_add_data_func("/members/thief/anon", anon, test_thief);
+    g_test_add_data_func("/members/thief/mixed", mixed, test_thief);
     return g_test_run();
 }

@@ -2,46 +2,19 @@
 /*
  * Tests of what members say to each other: proofs that hold and do not
  * hold, liars on both sides, broken messages, silence, and descriptors that
- * nobody asked for.
+ * nobody asked for.  Asking for segments is in test-dedup-fetch.c.
  */
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "engine.h"
 #include "group-util.h"
 #include "mutant.h"
-
-typedef struct Fixture {
-    char *dir;
-    unsigned fds;
-    TestMember *a;              /* slot 0 */
-    TestMember *b;              /* slot 1: the same pages */
-} Fixture;
-
-static void setup(Fixture *f, gconstpointer data)
-{
-    f->fds = test_count_fds();
-    f->dir = test_dir_new();
-    f->a = test_member_new(f->dir, 1000);
-    f->b = test_member_new(f->dir, 1000);
-    dedup_group_refresh(f->a->g);
-    g_assert_cmpuint(dedup_group_members(f->a->g), ==, 2);
-}
-
-static void teardown(Fixture *f, gconstpointer data)
-{
-    test_member_free(f->a);
-    test_member_free(f->b);
-    test_dir_free(f->dir);
-    /* On whatever path: nothing stays open. */
-    g_assert_cmpuint(test_count_fds(), ==, f->fds);
-}
 
 /* Asks @member whether it has the pages @from.. of @m at the same numbers. */
 static bool prove(TestMember *m, unsigned member, DedupProof *proofs,
@@ -53,7 +26,7 @@ static bool prove(TestMember *m, unsigned member, DedupProof *proofs,
     return dedup_group_prove(m->g, member, proofs, n);
 }
 
-static void test_proof(Fixture *f, gconstpointer data)
+static void test_proof(TestPair *f, gconstpointer data)
 {
     DedupProof proofs[DEDUP_PEER_BATCH];
 
@@ -81,13 +54,6 @@ static void test_proof(Fixture *f, gconstpointer data)
     g_assert_false(prove(f->a, 0, proofs, 1));
     g_assert_false(prove(f->a, 1000, proofs, 1));
     g_assert_cmpuint(dedup_group_cpu_ns(f->b->g), >, 0);
-}
-
-/* Connections that were not used from one refresh to the next are closed. */
-static void hang_up(TestMember *m)
-{
-    dedup_group_refresh(m->g);
-    dedup_group_refresh(m->g);
 }
 
 /* ---- liars that are asked ---- */
@@ -171,7 +137,7 @@ static void lie_about_proof(int sock, void *opaque)
     }
 }
 
-static void test_liars(Fixture *f, gconstpointer data)
+static void test_liars(TestPair *f, gconstpointer data)
 {
     DedupProof proofs[16];
 
@@ -210,7 +176,7 @@ static void test_liars(Fixture *f, gconstpointer data)
         g_assert_true(prove(f->a, 1, proofs, 16));
         g_assert_true(proofs[15].proven);
         close(release[1]);
-        hang_up(f->a);
+        test_hang_up(f->a);
         test_fake_free(fake);
         close(release[0]);
         dedup_group_refresh(f->a->g);
@@ -219,7 +185,7 @@ static void test_liars(Fixture *f, gconstpointer data)
 }
 
 /* M8: a page counts as proven that the other never had. */
-static void test_mutant_no_proof(Fixture *f, gconstpointer data)
+static void test_mutant_no_proof(TestPair *f, gconstpointer data)
 {
     DedupProof proofs[2];
 
@@ -260,7 +226,7 @@ static void serve_mirror(int sock, void *opaque)
     close(back);
 }
 
-static void test_mirror(Fixture *f, gconstpointer data)
+static void test_mirror(TestPair *f, gconstpointer data)
 {
     DedupProof proofs[4];
     Mirror mirror = { .dir = f->dir, .victim = 0 };
@@ -291,7 +257,7 @@ static void test_mirror(Fixture *f, gconstpointer data)
  * Who does not have a page gets no answer for it: not by guessing, not by
  * playing a right question again, not with another nonce.
  */
-static void test_hostile_asker(Fixture *f, gconstpointer data)
+static void test_hostile_asker(TestPair *f, gconstpointer data)
 {
     int sock = test_connect(f->dir, 1);
     DedupMessage greeting, m, first;
@@ -344,7 +310,7 @@ static void test_hostile_asker(Fixture *f, gconstpointer data)
 }
 
 /* Whoever sends nonsense is cut off, and B serves on. */
-static void assert_cut_off(Fixture *f, const void *data, size_t size,
+static void assert_cut_off(TestPair *f, const void *data, size_t size,
                            unsigned nfds)
 {
     int sock = test_connect(f->dir, 1);
@@ -379,7 +345,7 @@ static void assert_cut_off(Fixture *f, const void *data, size_t size,
     close(sock);
 }
 
-static void test_broken_messages(Fixture *f, gconstpointer data)
+static void test_broken_messages(TestPair *f, gconstpointer data)
 {
     DedupProof proof;
     uint8_t big[sizeof(DedupMessage) + 100] = { 0 };
@@ -400,7 +366,7 @@ static void test_broken_messages(Fixture *f, gconstpointer data)
         assert_cut_off(f, &m, n, 0);                                    \
     } while (0)
     CUT_OFF(magic, 0, size);
-    CUT_OFF(version, 2, size);
+    CUT_OFF(version, DEDUP_PEER_VERSION - 1, size);
     CUT_OFF(type, 0, size);
     CUT_OFF(type, 999, size);
     CUT_OFF(type, DEDUP_MESSAGE_GREETING, size);
@@ -425,7 +391,7 @@ static void test_broken_messages(Fixture *f, gconstpointer data)
 }
 
 /* More connections than the server keeps: the newest are served. */
-static void test_flood(Fixture *f, gconstpointer data)
+static void test_flood(TestPair *f, gconstpointer data)
 {
     int sock[DEDUP_MAX_MEMBERS + 60];
     DedupProof proof;
@@ -450,7 +416,7 @@ static void test_flood(Fixture *f, gconstpointer data)
 }
 
 /* A listener whose queue is full: connect() must not wait. */
-static void test_full_queue(Fixture *f, gconstpointer data)
+static void test_full_queue(TestPair *f, gconstpointer data)
 {
     TestFake *fake = test_fake_new(f->dir, 7, NULL, NULL);
     DedupProof proof;
@@ -471,124 +437,16 @@ static void test_full_queue(Fixture *f, gconstpointer data)
     test_fake_free(fake);
 }
 
-/* ---- segments ---- */
-
-static int some_fd(char mark)
-{
-    int fd = memfd_create("test-peer", MFD_CLOEXEC);
-
-    g_assert_cmpint(write(fd, &mark, 1), ==, 1);
-    return fd;
-}
-
-static void serve_segment(TestMember *m, uint32_t gid, char mark)
-{
-    m->segment = some_fd(mark);
-    __atomic_store_n(&m->gid, gid, __ATOMIC_RELEASE);
-}
-
-static void test_fetch(Fixture *f, gconstpointer data)
-{
-    uint32_t gid = dedup_group_segment_alloc(f->b->g, 64);
-    uint32_t other = dedup_group_segment_alloc(f->b->g, 64);
-    uint32_t gids[] = { other, gid, 0, UINT32_MAX, gid };
-    int fds[G_N_ELEMENTS(gids)];
-    TestMember *c;
-    DedupSegmentUse use = { .gid = other, .mapped = 1 };
-    char mark;
-
-    g_assert_cmpuint(gid, !=, 0);
-    g_assert_cmpuint(other, !=, gid);
-    serve_segment(f->b, gid, 'b');
-    dedup_group_fetch(f->a->g, 1, gids, G_N_ELEMENTS(gids), fds);
-    for (unsigned i = 0; i < G_N_ELEMENTS(gids); i++) {
-        g_assert_cmpint(fds[i] >= 0, ==, gids[i] == gid);
-        if (fds[i] >= 0) {
-            g_assert_cmpint(pread(fds[i], &mark, 1, 0), ==, 1);
-            g_assert_cmpint(mark, ==, 'b');
-            g_assert_cmpint(fcntl(fds[i], F_GETFD) & FD_CLOEXEC, !=, 0);
-            close(fds[i]);
-        }
-    }
-
-    /* B has not the other one; C, who says that it uses it, has. */
-    c = test_member_new(f->dir, 0);
-    serve_segment(c, other, 'c');
-    dedup_group_refresh(f->a->g);
-    dedup_group_fetch(f->a->g, 1, gids, 2, fds);
-    g_assert_cmpint(fds[0], <, 0);
-    g_assert_cmpint(fds[1], >=, 0);
-    close(fds[1]);
-    g_assert_true(dedup_group_publish_use(c->g, &use));
-    dedup_group_fetch(f->a->g, 1, gids, 2, fds);
-    g_assert_cmpint(fds[0], >=, 0);
-    g_assert_cmpint(pread(fds[0], &mark, 1, 0), ==, 1);
-    g_assert_cmpint(mark, ==, 'c');
-    close(fds[0]);
-    close(fds[1]);
-    test_member_free(c);
-}
-
-/* Flags and descriptors that do not fit: none is taken, none leaks. */
-static void lie_about_segments(int sock, void *opaque)
-{
-    unsigned *flags = opaque;
-    int fds[3] = { sock, sock, sock };
-    DedupMessage m, reply;
-
-    test_greet(sock, NULL);
-    while (test_receive(sock, &m)) {
-        memset(&reply, 0, sizeof(reply));
-        reply.head.n = m.head.n;
-        for (unsigned i = 0; i < *flags; i++) {
-            reply.has[i] = 0xff;
-        }
-        dedup_message_send(sock, &reply, DEDUP_MESSAGE_FETCH_REPLY, fds, 3);
-    }
-}
-
-static void test_fetch_liar(Fixture *f, gconstpointer data)
-{
-    static const unsigned lies[] = { 0, 2, 4, 8 };
-    uint32_t gids[8] = { 1, 2, 3, 4, 5, 6, 7, 8 };
-    int fds[8];
-
-    for (unsigned k = 0; k < G_N_ELEMENTS(lies); k++) {
-        unsigned flags = lies[k];
-        TestFake *fake = test_fake_new(f->dir, 7, lie_about_segments,
-                                       &flags);
-
-        dedup_group_refresh(f->a->g);
-        dedup_group_fetch(f->a->g, 7, gids, 8, fds);
-        for (unsigned i = 0; i < 8; i++) {
-            g_assert_cmpint(fds[i], ==, -1);
-        }
-        /* More descriptors than were asked for. */
-        dedup_group_refresh(f->a->g);
-        dedup_group_fetch(f->a->g, 7, gids, 1, fds);
-        g_assert_cmpint(fds[0], ==, -1);
-        hang_up(f->a);
-        test_fake_free(fake);
-    }
-}
-
-static void add(const char *name, void (*fn)(Fixture *, gconstpointer))
-{
-    g_test_add(name, Fixture, NULL, setup, fn, teardown);
-}
-
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
-    add("/peer/proof", test_proof);
-    add("/peer/liars", test_liars);
-    add("/peer/mutant-no-proof", test_mutant_no_proof);
-    add("/peer/mirror", test_mirror);
-    add("/peer/hostile-asker", test_hostile_asker);
-    add("/peer/broken-messages", test_broken_messages);
-    add("/peer/flood", test_flood);
-    add("/peer/full-queue", test_full_queue);
-    add("/peer/fetch", test_fetch);
-    add("/peer/fetch-liar", test_fetch_liar);
+    test_pair_add("/peer/proof", test_proof);
+    test_pair_add("/peer/liars", test_liars);
+    test_pair_add("/peer/mutant-no-proof", test_mutant_no_proof);
+    test_pair_add("/peer/mirror", test_mirror);
+    test_pair_add("/peer/hostile-asker", test_hostile_asker);
+    test_pair_add("/peer/broken-messages", test_broken_messages);
+    test_pair_add("/peer/flood", test_flood);
+    test_pair_add("/peer/full-queue", test_full_queue);
     return g_test_run();
 }

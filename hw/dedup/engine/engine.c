@@ -150,7 +150,8 @@ static bool peer_keyed_hash(void *opaque, uint32_t member_page,
     return ok;
 }
 
-static int peer_segment_fd(void *opaque, uint32_t gid)
+static int peer_segment_fd(void *opaque, uint32_t gid, uint32_t page,
+                           const uint8_t *secret, DedupHash128 *hash)
 {
     DedupEngine *e = opaque;
     DedupSegment *s;
@@ -158,7 +159,8 @@ static int peer_segment_fd(void *opaque, uint32_t gid)
 
     dedup_lock(e);
     s = dedup_segments_find(e, gid);
-    if (s) {
+    if (s && page < s->npages) {
+        *hash = dedup_page_keyed_hash(dedup_segment_page(s, page), secret);
         fd = fcntl(s->fd, F_DUPFD_CLOEXEC, 0);
     }
     dedup_unlock(e);
@@ -223,9 +225,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->dead = g_ptr_array_new();
     e->segments = g_ptr_array_new();
     e->by_gid = g_hash_table_new(NULL, NULL);
-    e->pending = g_array_new(false, false, sizeof(DedupPending));
-    e->announce = g_array_new(false, false, sizeof(DedupAnnounce));
-    e->pending_hash = g_hash_table_new(NULL, NULL);
+    dedup_publish_init(e);
     e->left_gids = g_hash_table_new(NULL, NULL);
     e->failed_gids = g_hash_table_new(NULL, NULL);
     e->tick_scans = g_new0(uint64_t, DEDUP_MAX_MEMBERS);
@@ -262,9 +262,6 @@ void dedup_engine_free(DedupEngine *e)
     g_free(e->tick_scans);
     g_hash_table_destroy(e->failed_gids);
     g_hash_table_destroy(e->left_gids);
-    g_hash_table_destroy(e->pending_hash);
-    g_array_free(e->announce, true);
-    g_array_free(e->pending, true);
     g_hash_table_destroy(e->by_gid);
     g_ptr_array_free(e->segments, true);
     g_ptr_array_free(e->dead, true);
@@ -401,9 +398,9 @@ void dedup_engine_run(DedupEngine *e)
         enter_state(e, state);
         if (task != TASK_SCAN) {
             /* what waits for a segment would wait for long */
-            dedup_publish_free(e);
+            dedup_publish_abandon(e);
         }
-        if (!e->pending->len) {
+        if (!dedup_publish_waiting(e)) {
             dedup_regions_reap(e);
         }
         switch (task) {
@@ -424,7 +421,7 @@ void dedup_engine_run(DedupEngine *e)
             break;
         }
     }
-    dedup_publish_free(e);
+    dedup_publish_abandon(e);
     /* the thread's clock dies with it */
     dedup_engine_get_stats(e, &(DedupStats) { 0 }, false);
     __atomic_store_n(&e->cpu_clock_valid, false, __ATOMIC_RELEASE);

@@ -235,21 +235,20 @@ bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
     return true;
 }
 
-/* Ask @member for those of @gids that have no fd yet; all, or what it uses. */
-static unsigned fetch_from(DedupGroup *g, unsigned member,
-                           const uint32_t *gids, unsigned n, int *fds,
-                           bool all)
+/* Ask @member for those that have no fd yet; all, or what it uses. */
+static unsigned fetch_from(DedupGroup *g, unsigned member, DedupFetch *items,
+                           unsigned n, bool all)
 {
-    uint32_t ask[DEDUP_PEER_BATCH];
+    DedupFetch ask[DEDUP_PEER_BATCH];
     unsigned place[DEDUP_PEER_BATCH];
-    int got[DEDUP_PEER_BATCH];
     unsigned asked = 0, found = 0;
     DedupPeer *p;
 
     for (unsigned i = 0; i < n; i++) {
-        if (fds[i] < 0 && (all || dedup_group_uses(g, member, gids[i]))) {
+        if (items[i].fd < 0 &&
+            (all || dedup_group_uses(g, member, items[i].gid))) {
             place[asked] = i;
-            ask[asked++] = gids[i];
+            ask[asked++] = items[i];
         }
     }
     if (asked == 0) {
@@ -259,30 +258,30 @@ static unsigned fetch_from(DedupGroup *g, unsigned member,
     if (!p) {
         return 0;
     }
-    if (!dedup_peer_fetch(p, ask, asked, got, DEDUP_PEER_TIMEOUT_MS)) {
+    if (!dedup_peer_fetch(p, member, ask, asked, DEDUP_PEER_TIMEOUT_MS)) {
         g->client[member].skip = true;
         return 0;
     }
     for (unsigned i = 0; i < asked; i++) {
-        fds[place[i]] = got[i];
-        found += got[i] >= 0;
+        items[place[i]].fd = ask[i].fd;
+        found += ask[i].fd >= 0;
     }
     return found;
 }
 
-void dedup_group_fetch(DedupGroup *g, unsigned member, const uint32_t *gids,
-                       unsigned n, int *fds)
+void dedup_group_fetch(DedupGroup *g, unsigned member, DedupFetch *items,
+                       unsigned n)
 {
     unsigned left = n;
 
     g_assert(n <= DEDUP_PEER_BATCH);
     for (unsigned i = 0; i < n; i++) {
-        fds[i] = -1;
+        items[i].fd = -1;
     }
-    left -= fetch_from(g, member, gids, n, fds, true);
+    left -= fetch_from(g, member, items, n, true);
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS && left; k++) {
         if (k != member && k != g->self && g->alive[k]) {
-            left -= fetch_from(g, k, gids, n, fds, false);
+            left -= fetch_from(g, k, items, n, false);
         }
     }
 }

@@ -64,8 +64,12 @@ typedef struct DedupGroupOps {
      */
     bool (*keyed_hash)(void *opaque, uint32_t page, const uint8_t *secret,
                        DedupHash128 *hash);
-    /* A duplicate of the fd of segment @gid, or -1. */
-    int (*segment_fd)(void *opaque, uint32_t gid);
+    /*
+     * A duplicate of the fd of segment @gid and the keyed hash of its page
+     * @page into @hash; -1 if there is no such segment or page.
+     */
+    int (*segment_fd)(void *opaque, uint32_t gid, uint32_t page,
+                      const uint8_t *secret, DedupHash128 *hash);
 } DedupGroupOps;
 
 /* A page that another member is asked to prove. */
@@ -74,6 +78,14 @@ typedef struct DedupProof {
     const void *content;      /* our copy, stable while the call lasts */
     bool proven;              /* out */
 } DedupProof;
+
+/* A segment that we want, and the proof that we may have it (I10). */
+typedef struct DedupFetch {
+    uint32_t gid;
+    uint32_t page;            /* a page of the segment whose content we have */
+    const void *content;      /* our copy of it, stable while the call lasts */
+    int fd;                   /* out: unchecked; -1: nobody gave it */
+} DedupFetch;
 
 /* At most this many proofs or segments in one request. */
 #define DEDUP_PEER_BATCH 128
@@ -161,10 +173,11 @@ bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
                        unsigned n);
 
 /*
- * Get the fds of @n segments from @member or, where it has none, from any
- * other live user.  @fds[i] is -1 where nobody had it.  They are unchecked.
+ * Get the fds of @n segments from @member or, where it gives none, from any
+ * other live user.  Whoever has the segment gives it to us only if @content
+ * is the content of that page of it.
  */
-void dedup_group_fetch(DedupGroup *g, unsigned member, const uint32_t *gids,
-                       unsigned n, int *fds);
+void dedup_group_fetch(DedupGroup *g, unsigned member, DedupFetch *items,
+                       unsigned n);
 
 #endif /* DEDUP_GROUP_H */

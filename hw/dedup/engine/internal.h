@@ -80,7 +80,7 @@ struct DedupRegion {
     DedupCounts counting;     /* of the pass under way */
 };
 
-/* A page waiting for the segment that is being built. */
+/* A page waiting for a segment that is being built. */
 typedef struct DedupPending {
     DedupRegion *region;
     uint32_t page;
@@ -92,6 +92,24 @@ typedef struct DedupAnnounce {
     uint64_t hash;
     uint64_t old_raw;         /* the claim that it replaces */
 } DedupAnnounce;
+
+/*
+ * A segment that is being built.  What only this VM holds and what another
+ * member proved to hold are kept apart: whoever has one page of a segment
+ * can read all of it (I10).
+ */
+typedef enum DedupBatchKind {
+    DEDUP_BATCH_WITHIN,       /* found twice within this VM */
+    DEDUP_BATCH_BETWEEN,      /* proven by another member */
+    DEDUP_BATCHES
+} DedupBatchKind;
+
+typedef struct DedupBatch {
+    DedupBuilder *builder;    /* NULL: nothing yet */
+    GArray *pending;          /* of DedupPending */
+    GArray *announce;         /* of DedupAnnounce, by builder page */
+    GHashTable *pending_hash; /* hash -> builder page + 1 */
+} DedupBatch;
 
 struct DedupEngine {
     DedupCallbacks callbacks;
@@ -145,17 +163,14 @@ struct DedupEngine {
     unsigned idle_passes;     /* full passes in a row that found nothing */
     unsigned pass_limits;
     unsigned last_limits;
-    DedupBuilder *builder;
-    GArray *pending;          /* of DedupPending */
-    GArray *announce;         /* of DedupAnnounce, by builder page */
-    GHashTable *pending_hash; /* hash -> builder page + 1 */
+    DedupBatch batch[DEDUP_BATCHES];
     uint8_t *proof_buffer;    /* DEDUP_PROOF_PAGES pages */
     uint64_t announced_growths;
     int64_t maps_other;       /* maps of the process that are not ours */
     int64_t figures_us;       /* when the costly figures were last taken */
     int64_t policy_us;        /* when policy.c last judged by them */
     GHashTable *left_gids;    /* segments that we left, see policy.c */
-    GHashTable *failed_gids;  /* that nobody gave us since the last look */
+    GHashTable *failed_gids;  /* gid -> how often nobody gave it to us */
     uint64_t *tick_scans;     /* full scans of each member at the last tick */
     int64_t tick_us;          /* when that was */
     uint64_t generation;      /* ticks: each member has made a pass since */
@@ -312,7 +327,7 @@ bool dedup_scan_batch(DedupEngine *e, uint32_t budget);
 bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
                         DedupRegion *r2, uint32_t page2, uint64_t hash,
                         const DedupHint *hint);
-/* Is the content in the segment being built?  Then wait for it. */
+/* Is the content in a segment being built?  Then wait for it. */
 bool dedup_publish_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
                            uint64_t hash);
 /* Another member says that it has the content: ask for proof, publish. */
@@ -325,13 +340,20 @@ typedef struct DedupRemote {
 void dedup_publish_remote(DedupEngine *e, DedupRemote *remotes, unsigned n);
 /* Seal what is there, announce it, merge onto it. */
 void dedup_publish_flush(DedupEngine *e);
+/* Forget what waits. */
+void dedup_publish_abandon(DedupEngine *e);
+/* Does any page wait for a segment? */
+bool dedup_publish_waiting(const DedupEngine *e);
+void dedup_publish_init(DedupEngine *e);
 void dedup_publish_free(DedupEngine *e);
 /*
- * Find the segment behind a hint, fetching it if need be.  NULL: there is none
+ * Find the segment behind a hint about the page, which has that hash,
+ * fetching it if need be: with the page as proof.  NULL: there is none
  * (@stale), or we do not want it or cannot have it now.
  */
-DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid,
-                                    bool *stale);
+DedupSegment *dedup_publish_segment(DedupEngine *e, DedupRegion *r,
+                                    uint32_t page, uint64_t hash,
+                                    const DedupHint *hint, bool *stale);
 
 /* ---- policy.c ---- */
 

@@ -102,18 +102,31 @@ int dedup_peer_hello(DedupPeer *p, unsigned timeout_ms)
     return nfds ? fd : -1;
 }
 
-bool dedup_peer_fetch(DedupPeer *p, const uint32_t *gids, unsigned n,
-                      int *fds, unsigned timeout_ms)
+bool dedup_peer_fetch(DedupPeer *p, unsigned holder, DedupFetch *items,
+                      unsigned n, unsigned timeout_ms)
 {
     int64_t deadline = deadline_after(timeout_ms);
     int got[DEDUP_PEER_BATCH];
     unsigned nfds = 0, used = 0, flags = 0;
     DedupMessage m = { .head.n = n };
+    DedupProofKey key;
 
     g_assert(n <= DEDUP_PEER_BATCH);
     for (unsigned i = 0; i < n; i++) {
-        fds[i] = -1;
-        m.gids[i] = gids[i];
+        items[i].fd = -1;
+    }
+    if (!dedup_nonce_make(m.nonce)) {
+        return false;
+    }
+    dedup_proof_key(&key, p->nonce, m.nonce, holder);
+    for (unsigned i = 0; i < n; i++) {
+        DedupHash128 digest = dedup_page_keyed_hash(items[i].content,
+                                                    key.secret);
+
+        m.fetch[i].gid = items[i].gid;
+        m.fetch[i].page = items[i].page;
+        dedup_proof_value(&key, DEDUP_PROOF_FETCH, i, &digest,
+                          m.fetch[i].ask);
     }
     if (dedup_message_send(p->fd, &m, DEDUP_MESSAGE_FETCH, NULL, 0) < 0 ||
         !receive(p, &m, DEDUP_MESSAGE_FETCH_REPLY, n, got, n, &nfds,
@@ -133,9 +146,10 @@ bool dedup_peer_fetch(DedupPeer *p, const uint32_t *gids, unsigned n,
     }
     for (unsigned i = 0; i < n; i++) {
         if (m.has[i]) {
-            fds[i] = got[used++];
+            items[i].fd = got[used++];
         }
     }
+    memcpy(p->nonce, m.nonce, sizeof(p->nonce));
     return true;
 }
 

@@ -104,17 +104,52 @@ static void client_accept(DedupPeerServer *s)
     s->clients++;
 }
 
+/* A nonce serves for one request: the reply brings the next. */
+static bool next_nonce(Client *c, DedupMessage *reply)
+{
+    if (!dedup_nonce_make(c->nonce)) {
+        return false;
+    }
+    memcpy(reply->nonce, c->nonce, sizeof(reply->nonce));
+    return true;
+}
+
+/* The fd of a segment for who proves that it has a page of it, or -1. */
+static int proven_fd(DedupPeerServer *s, const DedupProofKey *key, unsigned i,
+                     const DedupFetchAsk *ask)
+{
+    uint8_t expected[DEDUP_PROOF_SIZE];
+    DedupHash128 digest;
+    int fd = s->ops.segment_fd(s->opaque, ask->gid, ask->page, key->secret,
+                               &digest);
+
+    if (fd < 0) {
+        return -1;
+    }
+    dedup_proof_value(key, DEDUP_PROOF_FETCH, i, &digest, expected);
+    if (memcmp(expected, ask->ask, DEDUP_PROOF_SIZE) != 0) {
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
 static int serve_fetch(DedupPeerServer *s, Client *c, DedupMessage *m)
 {
     int fds[DEDUP_PEER_BATCH];
     unsigned nfds = 0;
     DedupMessage reply;
+    DedupProofKey key;
     int ret;
 
     memset(&reply, 0, sizeof(reply));
     reply.head.n = m->head.n;
+    dedup_proof_key(&key, c->nonce, m->nonce, s->self);
+    if (!next_nonce(c, &reply)) {
+        return -EIO;
+    }
     for (unsigned i = 0; i < m->head.n; i++) {
-        int fd = s->ops.segment_fd(s->opaque, m->gids[i]);
+        int fd = proven_fd(s, &key, i, &m->fetch[i]);
 
         if (fd >= 0) {
             reply.has[i] = 1;
@@ -158,10 +193,9 @@ static int serve_prove(DedupPeerServer *s, Client *c, DedupMessage *m)
                               reply.answer[i].answer);
         }
     }
-    if (!dedup_nonce_make(c->nonce)) {
+    if (!next_nonce(c, &reply)) {
         return -EIO;
     }
-    memcpy(reply.nonce, c->nonce, sizeof(reply.nonce));
     return dedup_message_send(c->fd, &reply, DEDUP_MESSAGE_PROVE_REPLY, NULL,
                               0);
 }

@@ -28,9 +28,9 @@ size_t dedup_message_size(DedupMessageType type, unsigned n)
         return offsetof(DedupMessage, ask);
     case DEDUP_MESSAGE_HELLO:
     case DEDUP_MESSAGE_HELLO_REPLY:
-        return offsetof(DedupMessage, gids);
+        return offsetof(DedupMessage, nonce);
     case DEDUP_MESSAGE_FETCH:
-        return offsetof(DedupMessage, gids[n]);
+        return offsetof(DedupMessage, fetch[n]);
     case DEDUP_MESSAGE_FETCH_REPLY:
         return offsetof(DedupMessage, has[n]);
     case DEDUP_MESSAGE_PROVE:

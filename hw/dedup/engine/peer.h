@@ -10,12 +10,13 @@
  * ends are on one host.
  *
  *   HELLO    -> the fd of the group's shared file
- *   FETCH    gids -> a flag for each, and the fds of those it has
+ *   FETCH    nonce, (gid, page, ask)... -> next nonce, a flag for each, and
+ *            the fds of those it gives
  *   PROVE    nonce, (page, ask)... -> next nonce, (yes, answer)...
  *
- * The proof.  The asker A has a page and a hint that the holder H has the
- * same.  Each wants to know whether that is so; neither must learn anything
- * of a page that it does not have (I10), even if the other one lies.
+ * The proof of PROVE.  The asker A has a page and a hint that the holder H
+ * has the same.  Each wants to know whether that is so; neither must learn
+ * anything of a page that it does not have (I10), even if the other one lies.
  *   - H has greeted with a nonce, A chooses another.  Both compute, from the
  *     two nonces and H's member number by SHA-256, a seed, and from it the
  *     secret of a keyed 128-bit XXH3.  So neither can choose the secret, and
@@ -29,6 +30,13 @@
  *   - A nonce serves for one request, so nothing can be played again.  The
  *     member number in the seed keeps a liar from proving a page to A by
  *     asking A itself.
+ *
+ * FETCH has the first half of it: A says which page of the segment it has,
+ * and sends its value of that content, in a role of its own.  The holder, who
+ * knows the segment and need not be the publisher, gives the fd only if that
+ * is what it expects; else the reply is as if it had no such segment.  The
+ * fd then shows all pages of the segment: see docs/devel/dedup.rst.
+ *
  * What remains is a guess: who guesses all of a page can have the guess
  * confirmed.  That is so with every merging of pages (a write to a merged
  * page is slow).
@@ -43,7 +51,7 @@
 
 #include "group.h"
 
-#define DEDUP_PEER_VERSION 1
+#define DEDUP_PEER_VERSION 2
 #define DEDUP_PEER_MAGIC 0x70756464u    /* "ddup" */
 #define DEDUP_NONCE_SIZE 32
 #define DEDUP_PROOF_SIZE 16
@@ -67,6 +75,12 @@ typedef struct DedupMessageHead {
     uint32_t zero;
 } DedupMessageHead;
 
+typedef struct DedupFetchAsk {
+    uint32_t gid;
+    uint32_t page;              /* of the segment */
+    uint8_t ask[DEDUP_PROOF_SIZE];
+} DedupFetchAsk;
+
 typedef struct DedupProveAsk {
     uint32_t page;
     uint8_t ask[DEDUP_PROOF_SIZE];
@@ -79,17 +93,12 @@ typedef struct DedupProveAnswer {
 
 typedef struct DedupMessage {
     DedupMessageHead head;
-    union {
-        uint32_t gids[DEDUP_PEER_BATCH];
+    uint8_t nonce[DEDUP_NONCE_SIZE];    /* HELLO and its reply: none */
+    union {                             /* GREETING: none */
+        DedupFetchAsk fetch[DEDUP_PEER_BATCH];
         uint8_t has[DEDUP_PEER_BATCH];
-        struct {
-            /* GREETING, too, has a nonce. */
-            uint8_t nonce[DEDUP_NONCE_SIZE];
-            union {
-                DedupProveAsk ask[DEDUP_PEER_BATCH];
-                DedupProveAnswer answer[DEDUP_PEER_BATCH];
-            };
-        };
+        DedupProveAsk ask[DEDUP_PEER_BATCH];
+        DedupProveAnswer answer[DEDUP_PEER_BATCH];
     };
 } DedupMessage;
 
@@ -126,6 +135,7 @@ typedef struct DedupProofKey {
 typedef enum DedupProofRole {
     DEDUP_PROOF_ASK = 'A',
     DEDUP_PROOF_ANSWER = 'H',
+    DEDUP_PROOF_FETCH = 'F',
 } DedupProofRole;
 
 bool dedup_nonce_make(uint8_t nonce[DEDUP_NONCE_SIZE]);
@@ -171,9 +181,9 @@ bool dedup_peer_connect(DedupPeer *p, int dirfd, unsigned member,
 void dedup_peer_close(DedupPeer *p);
 /* Returns the fd of the shared file, unchecked, or -1. */
 int dedup_peer_hello(DedupPeer *p, unsigned timeout_ms);
-/* @fds[i] is -1 where the other side has none (and on failure). */
-bool dedup_peer_fetch(DedupPeer *p, const uint32_t *gids, unsigned n,
-                      int *fds, unsigned timeout_ms);
+/* @fd is -1 where the other side gives none (and on failure). */
+bool dedup_peer_fetch(DedupPeer *p, unsigned holder, DedupFetch *items,
+                      unsigned n, unsigned timeout_ms);
 bool dedup_peer_prove(DedupPeer *p, unsigned holder, DedupProof *proofs,
                       unsigned n, unsigned timeout_ms);
 

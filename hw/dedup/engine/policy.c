@@ -203,8 +203,7 @@ static void announce_again(DedupEngine *e)
 
         for (uint32_t p = 0; s && s->mine && !s->leaving && p < s->npages;
              p++) {
-            uint64_t hash = dedup_page_hash(s->map + ((size_t)p <<
-                                                      DEDUP_PAGE_SHIFT),
+            uint64_t hash = dedup_page_hash(dedup_segment_page(s, p),
                                             e->salt);
             DedupHint hint = {
                 .kind = DEDUP_HINT_PUBLISHED, .where = s->gid, .page = p,

@@ -13,6 +13,12 @@
  * proved that it has it (I10): the proof is made over the copy that will be
  * published, not over the guest's page, which may change in between.
  *
+ * Whoever holds one page of a segment can fetch it, and then reads all of
+ * it.  So what was found twice within this VM goes to one segment, and what
+ * another member proved to have goes to another (DedupBatch): who shares a
+ * page with us learns nothing that only we hold.  To fetch a segment, we
+ * prove in turn that we have the page for which we want it.
+ *
  * Nothing is published while the memory cgroup could not bear the guest
  * taking all its RAM back: a segment stays charged to its publisher even
  * when only others map it.
@@ -26,12 +32,20 @@
 /* Room to leave in the cgroup for what is not guest RAM. */
 #define CGROUP_MARGIN (32ULL << 20)
 
-/* Could the cgroup bear one more segment and all our RAM? */
+/*
+ * How often in a pass a segment is asked for in vain.  More than once, as
+ * the index compares a part of the hash: we may lack the page after all, and
+ * yet have another one of the same segment.
+ */
+#define FETCH_TRIES 64
+
+/* Could the cgroup bear one more segment of each kind and all our RAM? */
 static bool cgroup_has_room(DedupEngine *e)
 {
     uint64_t cgroup_id;
     uint64_t room = dedup_hostmem_cgroup_room(e->hostmem, &cgroup_id);
-    uint64_t need = CGROUP_MARGIN + DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE;
+    uint64_t need = CGROUP_MARGIN +
+                    DEDUP_BATCHES * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE;
 
     if (room == UINT64_MAX || DEDUP_MUTANT(NO_HEADROOM)) {
         return true;
@@ -60,26 +74,28 @@ static bool fds_left(DedupEngine *e)
            g_hash_table_size(e->by_gid) < limit.rlim_cur / 2;
 }
 
-static bool builder_has_memory(DedupEngine *e)
+static bool builder_has_memory(DedupEngine *e, DedupBatch *b)
 {
-    if (!dedup_builder_next(e->builder)) {
+    if (!dedup_builder_next(b->builder)) {
         e->pass_limits |= DEDUP_LIMIT_MEMORY;
         return false;
     }
     return true;
 }
 
-/* Make sure that the builder has room for a page. */
-static bool builder_ready(DedupEngine *e)
+static void flush_batch(DedupEngine *e, DedupBatch *b);
+
+/* Make sure that the batch has room for a page. */
+static bool batch_ready(DedupEngine *e, DedupBatch *b)
 {
     g_autoptr(GError) error = NULL;
 
-    if (e->builder &&
-        dedup_builder_count(e->builder) == DEDUP_SEGMENT_PAGES) {
-        dedup_publish_flush(e);
+    if (b->builder &&
+        dedup_builder_count(b->builder) == DEDUP_SEGMENT_PAGES) {
+        flush_batch(e, b);
     }
-    if (e->builder) {
-        return builder_has_memory(e);
+    if (b->builder) {
+        return builder_has_memory(e, b);
     }
     if (!fds_left(e)) {
         e->pass_limits |= DEDUP_LIMIT_FDS;
@@ -89,20 +105,20 @@ static bool builder_ready(DedupEngine *e)
         e->pass_limits |= DEDUP_LIMIT_MEMORY;
         return false;
     }
-    e->builder = dedup_builder_new(&error);
-    if (!e->builder) {
+    b->builder = dedup_builder_new(&error);
+    if (!b->builder) {
         e->pass_limits |= DEDUP_LIMIT_FDS;
         return false;
     }
-    return builder_has_memory(e);
+    return builder_has_memory(e, b);
 }
 
-static void add_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
+static void add_pending(DedupBatch *b, DedupRegion *r, uint32_t page,
                         unsigned index)
 {
     DedupPending p = { .region = r, .page = page, .index = index };
 
-    g_array_append_val(e->pending, p);
+    g_array_append_val(b->pending, p);
 }
 
 /* A hint of ours about one of our pages. */
@@ -142,17 +158,17 @@ static void disclaim(DedupEngine *e, const DedupRemote *remote)
 }
 
 /* The page in the builder's next place, claimed, becomes part of it. */
-static unsigned commit(DedupEngine *e, const DedupRegion *r, uint32_t page,
-                       uint64_t hash)
+static unsigned commit(DedupEngine *e, DedupBatch *b, const DedupRegion *r,
+                       uint32_t page, uint64_t hash)
 {
     DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
     DedupAnnounce a = {
         .hash = hash, .old_raw = dedup_index_raw(hash, &claimed),
     };
-    unsigned index = dedup_builder_commit(e->builder);
+    unsigned index = dedup_builder_commit(b->builder);
 
-    g_array_append_val(e->announce, a);
-    g_hash_table_insert(e->pending_hash, GSIZE_TO_POINTER(hash),
+    g_array_append_val(b->announce, a);
+    g_hash_table_insert(b->pending_hash, GSIZE_TO_POINTER(hash),
                         GUINT_TO_POINTER(index + 1));
     return index;
 }
@@ -168,11 +184,11 @@ static bool readable(DedupRegion *r, uint32_t page)
            dedup_presence(r, page, 1, &flags) && (flags & DEDUP_PRESENT);
 }
 
-bool dedup_publish_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
-                           uint64_t hash)
+static bool pending_in(DedupEngine *e, DedupBatch *b, DedupRegion *r,
+                       uint32_t page, uint64_t hash)
 {
     unsigned index = GPOINTER_TO_UINT(g_hash_table_lookup(
-        e->pending_hash, GSIZE_TO_POINTER(hash)));
+        b->pending_hash, GSIZE_TO_POINTER(hash)));
     bool same = false;
 
     if (!index) {
@@ -182,20 +198,32 @@ bool dedup_publish_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
     dedup_lock(e);
     if (readable(r, page)) {
         same = dedup_page_equal(dedup_region_addr(r, page),
-                                dedup_builder_page(e->builder, index));
+                                dedup_builder_page(b->builder, index));
     }
     dedup_unlock(e);
     if (same) {
-        add_pending(e, r, page, index);
+        add_pending(b, r, page, index);
     }
     return same;
+}
+
+bool dedup_publish_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
+                           uint64_t hash)
+{
+    for (unsigned k = 0; k < DEDUP_BATCHES; k++) {
+        if (pending_in(e, &e->batch[k], r, page, hash)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
                         DedupRegion *r2, uint32_t page2, uint64_t hash,
                         const DedupHint *hint)
 {
-    bool ready = builder_ready(e);
+    DedupBatch *b = &e->batch[DEDUP_BATCH_WITHIN];
+    bool ready = batch_ready(e, b);
     bool same = false;
     uint32_t entry;
 
@@ -210,15 +238,14 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
             .page = dedup_entry_page(entry),
         };
 
-        same = dedup_page_hash(s->map + ((size_t)published.page <<
-                                         DEDUP_PAGE_SHIFT),
+        same = dedup_page_hash(dedup_segment_page(s, published.page),
                                e->salt) == hash && !s->leaving;
         dedup_unlock(e);
         return same && dedup_index_replace(e->index, hash, hint, &published);
     }
     if (readable(r, page) && readable(r2, page2)) {
         if (ready) {
-            uint8_t *copy = dedup_builder_next(e->builder);
+            uint8_t *copy = dedup_builder_next(b->builder);
 
             dedup_page_copy(copy, dedup_region_addr(r, page));
             same = dedup_page_equal(copy, dedup_region_addr(r2, page2)) &&
@@ -231,42 +258,42 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
     }
     dedup_unlock(e);
     if (same && ready && claim(e, r, page, hash, hint)) {
-        unsigned index = commit(e, r, page, hash);
+        unsigned index = commit(e, b, r, page, hash);
 
-        add_pending(e, r2, page2, index);
-        add_pending(e, r, page, index);
+        add_pending(b, r2, page2, index);
+        add_pending(b, r, page, index);
     }
     return same;
 }
 
 /* Copy what is to be proven; false: the page is not what was hashed. */
-static bool copy_for_proof(DedupEngine *e, const DedupRemote *remote,
-                           uint8_t *copy)
+static bool copy_for_proof(DedupEngine *e, DedupRegion *r, uint32_t page,
+                           uint64_t hash, uint8_t *copy)
 {
     bool ok;
 
     dedup_lock(e);
-    ok = readable(remote->region, remote->page);
+    ok = readable(r, page);
     if (ok) {
-        dedup_page_copy(copy, dedup_region_addr(remote->region,
-                                                remote->page));
+        dedup_page_copy(copy, dedup_region_addr(r, page));
     }
     dedup_unlock(e);
-    return ok && dedup_page_hash(copy, e->salt) == remote->hash;
+    return ok && dedup_page_hash(copy, e->salt) == hash;
 }
 
 static void publish_proven(DedupEngine *e, const DedupRemote *remote,
                            const uint8_t *copy)
 {
+    DedupBatch *b = &e->batch[DEDUP_BATCH_BETWEEN];
     unsigned index;
 
-    if (!builder_ready(e)) {
+    if (!batch_ready(e, b)) {
         disclaim(e, remote);
         return;
     }
-    memcpy(dedup_builder_next(e->builder), copy, DEDUP_PAGE_SIZE);
-    index = commit(e, remote->region, remote->page, remote->hash);
-    add_pending(e, remote->region, remote->page, index);
+    memcpy(dedup_builder_next(b->builder), copy, DEDUP_PAGE_SIZE);
+    index = commit(e, b, remote->region, remote->page, remote->hash);
+    add_pending(b, remote->region, remote->page, index);
 }
 
 /* Ask one member about all of its pages among @remotes. */
@@ -277,7 +304,7 @@ static void ask_member(DedupEngine *e, unsigned member,
     const DedupRemote *asked[DEDUP_PROOF_PAGES];
     unsigned nproofs = 0;
 
-    if (!builder_ready(e)) {
+    if (!batch_ready(e, &e->batch[DEDUP_BATCH_BETWEEN])) {
         return;
     }
     for (unsigned i = 0; i < n; i++) {
@@ -287,7 +314,8 @@ static void ask_member(DedupEngine *e, unsigned member,
         if (remotes[i].hint.where == member &&
             !dedup_publish_pending(e, remotes[i].region, remotes[i].page,
                                    remotes[i].hash) &&
-            copy_for_proof(e, &remotes[i], copy) &&
+            copy_for_proof(e, remotes[i].region, remotes[i].page,
+                           remotes[i].hash, copy) &&
             claim(e, remotes[i].region, remotes[i].page, remotes[i].hash,
                   &remotes[i].hint)) {
             asked[nproofs] = &remotes[i];
@@ -338,14 +366,15 @@ static int compare_pending(const void *a, const void *b)
 }
 
 /* Merge everything that waited for the segment, in address order. */
-static void merge_pending(DedupEngine *e, DedupSegment *segment)
+static void merge_pending(DedupEngine *e, DedupBatch *b,
+                          DedupSegment *segment)
 {
-    DedupPending *p = (DedupPending *)e->pending->data;
+    DedupPending *p = (DedupPending *)b->pending->data;
     DedupAction actions[DEDUP_WINDOW_PAGES];
     unsigned n = 0;
 
-    g_array_sort(e->pending, compare_pending);
-    for (unsigned i = 0; i < e->pending->len; i++) {
+    g_array_sort(b->pending, compare_pending);
+    for (unsigned i = 0; i < b->pending->len; i++) {
         /* a page may wait twice: found by another page, then scanned itself */
         bool again = i && p[i].region == p[i - 1].region &&
                      p[i].page == p[i - 1].page;
@@ -355,7 +384,7 @@ static void merge_pending(DedupEngine *e, DedupSegment *segment)
                 .page = p[i].page, .segment = segment, .index = p[i].index,
             };
         }
-        if (n && (n == DEDUP_WINDOW_PAGES || i + 1 == e->pending->len ||
+        if (n && (n == DEDUP_WINDOW_PAGES || i + 1 == b->pending->len ||
                   p[i + 1].region != p[i].region)) {
             e->pass_found += dedup_windows(p[i].region, actions, n,
                                            &e->pass_limits);
@@ -364,10 +393,11 @@ static void merge_pending(DedupEngine *e, DedupSegment *segment)
     }
 }
 
-static void announce(DedupEngine *e, const DedupSegment *segment)
+static void announce(DedupEngine *e, const DedupBatch *b,
+                     const DedupSegment *segment)
 {
-    for (unsigned i = 0; i < e->announce->len; i++) {
-        const DedupAnnounce *a = &g_array_index(e->announce, DedupAnnounce,
+    for (unsigned i = 0; i < b->announce->len; i++) {
+        const DedupAnnounce *a = &g_array_index(b->announce, DedupAnnounce,
                                                 i);
         DedupHint old = { .kind = DEDUP_HINT_CLAIMED, .raw = a->old_raw };
         DedupHint published = {
@@ -381,72 +411,126 @@ static void announce(DedupEngine *e, const DedupSegment *segment)
     }
 }
 
-static void forget_builder(DedupEngine *e)
+static void forget_batch(DedupBatch *b)
 {
-    g_array_set_size(e->pending, 0);
-    g_array_set_size(e->announce, 0);
-    g_hash_table_remove_all(e->pending_hash);
+    dedup_builder_free(g_steal_pointer(&b->builder));
+    g_array_set_size(b->pending, 0);
+    g_array_set_size(b->announce, 0);
+    g_hash_table_remove_all(b->pending_hash);
+}
+
+/* Seal what is in the batch and give it a name, or NULL. */
+static DedupSegment *seal_batch(DedupEngine *e, DedupBatch *b)
+{
+    g_autoptr(GError) error = NULL;
+    uint32_t gid = dedup_group_segment_alloc(
+        e->group, dedup_builder_count(b->builder));
+    DedupSegment *segment;
+
+    if (!gid) {
+        e->pass_limits |= DEDUP_LIMIT_INDEX;
+        return NULL;
+    }
+    segment = dedup_builder_finish(g_steal_pointer(&b->builder), gid, &error);
+    if (!segment) {
+        dedup_group_segment_release(e->group, gid);
+        e->pass_limits |= DEDUP_LIMIT_FDS;
+        return NULL;
+    }
+    return segment;
+}
+
+static void flush_batch(DedupEngine *e, DedupBatch *b)
+{
+    DedupSegment *segment = b->pending->len ? seal_batch(e, b) : NULL;
+
+    if (segment) {
+        dedup_lock(e);
+        dedup_segments_add(e, segment);
+        dedup_unlock(e);
+        announce(e, b, segment);
+        merge_pending(e, b, segment);
+    }
+    forget_batch(b);
 }
 
 void dedup_publish_flush(DedupEngine *e)
 {
-    g_autoptr(GError) error = NULL;
-    DedupBuilder *b = g_steal_pointer(&e->builder);
-    DedupSegment *segment = NULL;
-    uint32_t gid;
+    for (unsigned k = 0; k < DEDUP_BATCHES; k++) {
+        flush_batch(e, &e->batch[k]);
+    }
+}
 
-    if (!b || !e->pending->len) {
-        dedup_builder_free(b);
-        forget_builder(e);
-        return;
+void dedup_publish_abandon(DedupEngine *e)
+{
+    for (unsigned k = 0; k < DEDUP_BATCHES; k++) {
+        forget_batch(&e->batch[k]);
     }
-    gid = dedup_group_segment_alloc(e->group, dedup_builder_count(b));
-    if (gid) {
-        segment = dedup_builder_finish(b, gid, &error);
-        if (!segment) {
-            dedup_group_segment_release(e->group, gid);
-        }
-        e->pass_limits |= segment ? 0 : DEDUP_LIMIT_FDS;
-    } else {
-        dedup_builder_free(b);
-        e->pass_limits |= DEDUP_LIMIT_INDEX;
+}
+
+bool dedup_publish_waiting(const DedupEngine *e)
+{
+    bool any = false;
+
+    for (unsigned k = 0; k < DEDUP_BATCHES; k++) {
+        any |= e->batch[k].pending->len > 0;
     }
-    if (segment) {
-        segment->mine = true;
-        dedup_lock(e);
-        dedup_segments_add(e, segment);
-        dedup_unlock(e);
-        announce(e, segment);
-        /* the builder's table is of no use for pages that come now */
-        g_hash_table_remove_all(e->pending_hash);
-        merge_pending(e, segment);
+    return any;
+}
+
+void dedup_publish_init(DedupEngine *e)
+{
+    for (unsigned k = 0; k < DEDUP_BATCHES; k++) {
+        e->batch[k] = (DedupBatch) {
+            .pending = g_array_new(false, false, sizeof(DedupPending)),
+            .announce = g_array_new(false, false, sizeof(DedupAnnounce)),
+            .pending_hash = g_hash_table_new(NULL, NULL),
+        };
     }
-    forget_builder(e);
 }
 
 void dedup_publish_free(DedupEngine *e)
 {
-    dedup_builder_free(g_steal_pointer(&e->builder));
-    forget_builder(e);
+    dedup_publish_abandon(e);
+    for (unsigned k = 0; k < DEDUP_BATCHES; k++) {
+        g_array_free(e->batch[k].pending, true);
+        g_array_free(e->batch[k].announce, true);
+        g_hash_table_destroy(e->batch[k].pending_hash);
+    }
 }
 
-DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid,
-                                    bool *stale)
+/* Fetch a segment for which the page in @copy is the proof. */
+static DedupSegment *fetch(DedupEngine *e, unsigned member, unsigned npages,
+                           const DedupHint *hint, const uint8_t *copy)
 {
     g_autoptr(GError) error = NULL;
-    DedupSegment *s = dedup_segments_find(e, gid);
-    unsigned member, npages;
-    int fd = -1;
+    DedupFetch item = {
+        .gid = hint->where, .page = hint->page, .content = copy,
+    };
+
+    dedup_group_fetch(e->group, member, &item, 1);
+    return item.fd < 0 ? NULL : dedup_segment_accept(item.fd, item.gid,
+                                                     npages, &error);
+}
+
+DedupSegment *dedup_publish_segment(DedupEngine *e, DedupRegion *r,
+                                    uint32_t page, uint64_t hash,
+                                    const DedupHint *hint, bool *stale)
+{
+    gpointer gid = GUINT_TO_POINTER(hint->where);
+    DedupSegment *s = dedup_segments_find(e, hint->where);
+    unsigned member, npages, failed;
 
     *stale = false;
     if (s) {
         return s->leaving ? NULL : s;
     }
-    if (g_hash_table_contains(e->left_gids, GUINT_TO_POINTER(gid)) ||
-        g_hash_table_contains(e->failed_gids, GUINT_TO_POINTER(gid))) {
+    failed = GPOINTER_TO_UINT(g_hash_table_lookup(e->failed_gids, gid));
+    if (g_hash_table_contains(e->left_gids, gid) || failed >= FETCH_TRIES) {
         return NULL;
     }
-    if (!dedup_group_segment_lookup(e->group, gid, &member, &npages)) {
+    if (!dedup_group_segment_lookup(e->group, hint->where, &member,
+                                    &npages) || hint->page >= npages) {
         *stale = true;
         return NULL;
     }
@@ -454,13 +538,15 @@ DedupSegment *dedup_publish_segment(DedupEngine *e, uint32_t gid,
         e->pass_limits |= DEDUP_LIMIT_FDS;
         return NULL;
     }
-    dedup_group_fetch(e->group, member, &gid, 1, &fd);
-    if (fd >= 0) {
-        s = dedup_segment_accept(fd, gid, npages, &error);
+    /* the buffer is free: no proof is under way */
+    if (!copy_for_proof(e, r, page, hash, e->proof_buffer)) {
+        return NULL;
     }
+    s = fetch(e, member, npages, hint, e->proof_buffer);
     if (!s) {
-        /* nobody answers, or it is not what it should be: ask again later */
-        g_hash_table_add(e->failed_gids, GUINT_TO_POINTER(gid));
+        /* nobody has it, or it is not what it should be, or not for us */
+        g_hash_table_insert(e->failed_gids, gid,
+                            GUINT_TO_POINTER(failed + 1));
         return NULL;
     }
     dedup_lock(e);

@@ -228,8 +228,8 @@ static bool try_member(DedupEngine *e, Chunk *c, const Seen *s,
 static bool has_hash(DedupEngine *e, const DedupSegment *segment,
                      uint32_t page, uint64_t hash)
 {
-    return dedup_page_hash(segment->map + ((size_t)page << DEDUP_PAGE_SHIFT),
-                           e->salt) == hash;
+    return dedup_page_hash(dedup_segment_page(segment, page), e->salt) ==
+           hash;
 }
 
 /* What to do with one page that is not zero. */
@@ -251,7 +251,8 @@ static void decide(DedupEngine *e, Chunk *c, const Seen *s)
         if (hits[i].kind != DEDUP_HINT_PUBLISHED) {
             continue;
         }
-        segment = dedup_publish_segment(e, hits[i].where, &is_stale);
+        segment = dedup_publish_segment(e, c->r, s->page, s->hash, &hits[i],
+                                        &is_stale);
         if (is_stale || (segment && hits[i].page >= segment->npages)) {
             stale = &hits[i];
         } else if (segment && has_hash(e, segment, hits[i].page, s->hash)) {

@@ -46,6 +46,12 @@ typedef struct DedupSegment {
     uint32_t use[DEDUP_SEGMENT_PAGES]; /* guest pages merged to each page */
 } DedupSegment;
 
+static inline const uint8_t *dedup_segment_page(const DedupSegment *s,
+                                                unsigned page)
+{
+    return s->map + ((size_t)page << DEDUP_PAGE_SHIFT);
+}
+
 typedef struct DedupBuilder DedupBuilder;
 
 /* Returns NULL and @error when no memfd can be made. */

@@ -196,6 +196,9 @@ DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
     s = segment_map(fd, gid, b->count, error);
     if (s) {
         s->mine = true;
+        /* its pages are all there; spares a fault for each 16 of them */
+        madvise((void *)s->map, s->npages * DEDUP_PAGE_SIZE,
+                MADV_POPULATE_READ);
     }
 out:
     dedup_builder_free(b);

@@ -244,6 +244,16 @@ static void test_size(void)
     assert_refused(fd, 3);
 }
 
+static void test_holes(void)
+{
+    int fd = memfd(3, 0);
+
+    g_assert_cmpint(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                              DEDUP_PAGE_SIZE, DEDUP_PAGE_SIZE), ==, 0);
+    g_assert_cmpint(fcntl(fd, F_ADD_SEALS, ALL_SEALS), ==, 0);
+    assert_refused(fd, 3);
+}
+
 static void test_kind(void)
 {
     int pipefd[2];
@@ -328,6 +338,7 @@ int main(int argc, char **argv)
     g_test_add_func("/segment/accept", test_accept);
     g_test_add_func("/segment/seals", test_seals);
     g_test_add_func("/segment/size", test_size);
+    g_test_add_func("/segment/holes", test_holes);
     g_test_add_func("/segment/kind", test_kind);
     g_test_add_func("/segment/hugetlb", test_hugetlb);
     g_test_add_func("/segment/mutant-no-seal-check",

@@ -239,6 +239,11 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
                   (long long)st.st_size, npages * DEDUP_PAGE_SIZE);
         goto fail;
     }
+    if ((uint64_t)st.st_blocks * 512 < npages * DEDUP_PAGE_SIZE) {
+        /* a hole takes memory when it is read, at our cost */
+        set_error(error, "received file has holes");
+        goto fail;
+    }
     return segment_map(fd, gid, npages, error);
 
 fail:

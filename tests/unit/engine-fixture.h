@@ -56,7 +56,8 @@ void fx_fail(const char *symptom, const char *format, ...)
 
 /*
  * To be called first in main(): as g_test_init(); a crash leaves no core
- * file; user code of the tests may see mutants by $DEDUP_MUTANT.
+ * file; user code of the tests may see mutants by $DEDUP_MUTANT.  Where the
+ * host grants no userfaultfd the program ends here, skipped.
  */
 void fx_init(int *argc, char ***argv);
 

@@ -285,7 +285,9 @@ void bench_engine_merge(BenchRam *ram, BenchCost *cost,
                 to.pages_merged, goal, to.limits);
         die("not every page was merged");
     }
-    take(cost, to.pages_merged, &from, &to, wall_from, wall_to);
+    /* the copies in segments are not saved */
+    take(cost, (double)to.pages_merged * (ram->copies - 1) / ram->copies,
+         &from, &to, wall_from, wall_to);
     if (!bench_ram_verify(ram)) {
         die("wrong bytes after a merge");
     }

@@ -19,13 +19,16 @@ typedef struct BenchAfter {
 
 /*
  * Merge all equal pages of @ram into segments that are there already, by
- * windows alone.  @after: also what the first access to a merged page costs;
- * may be NULL.  @longest_ns: the longest window.
+ * windows alone: each saves a page.  @after: also what the first access to a
+ * merged page costs; may be NULL.  @longest_ns: the longest window.
  */
 void bench_engine_windows(BenchRam *ram, BenchCost *cost, BenchAfter *after,
                           double *longest_ns);
 
-/* Scan, publish and merge, until all equal pages are merged. */
+/*
+ * Scan, publish and merge, until all equal pages are merged, to save all but
+ * one of each; then restore them.
+ */
 void bench_engine_merge(BenchRam *ram, BenchCost *cost,
                         BenchCost *restore_cost);
 

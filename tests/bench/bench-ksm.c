@@ -291,7 +291,7 @@ bool bench_ksm_merge(BenchRam *ram, BenchCost *cost)
     }
     cost->cpu_ns = ksmd_ns() - cpu;
     cost->wall_ns = now_ns() - wall;
-    cost->pages = merged;
+    cost->pages = figure("pages_sharing");
     ours = only_ours(ram);
     forget(ram);
     return merged >= goal && ours;

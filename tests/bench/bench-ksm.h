@@ -18,7 +18,7 @@
 
 /* What a measurement came to. */
 typedef struct BenchCost {
-    double pages;
+    double pages;             /* saved by merging, or scanned */
     double cpu_ns;            /* of the thread that worked */
     double wall_ns;
 } BenchCost;
@@ -37,8 +37,9 @@ void bench_ksm_end(void);
 bool bench_ksm_wait(void);
 
 /*
- * Merge all equal pages of @ram.  False: others' memory was scanned as well,
- * or it did not come to an end: the figure is of no use.
+ * Merge all equal pages of @ram, to save all but one of each.  False: others'
+ * memory was scanned as well, or it did not come to an end: the figure is of
+ * no use.
  */
 bool bench_ksm_merge(BenchRam *ram, BenchCost *cost);
 

@@ -7,7 +7,6 @@
  * Tests with a memory cgroup run in a process of their own inside it.
  */
 
-#include <fcntl.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -32,7 +31,6 @@ static void test_descriptors(gconstpointer data)
     struct rlimit old, low;
     DedupStats stats;
     FxView view;
-    int lowest;
 
     for (uint32_t i = 0; i < 512; i++) {
         fx_page(ram, i, i % 64 + 1);
@@ -46,11 +44,8 @@ static void test_descriptors(gconstpointer data)
     g_assert_cmpint(getrlimit(RLIMIT_NOFILE, &old), ==, 0);
     fx_set_run(fe, false);
     fx_wait_state(fe, DEDUP_STATE_STOPPED);
-    /* the first number that is free: with it, and none above, as limit */
-    lowest = fcntl(0, F_DUPFD, 0);
-    g_assert_cmpint(lowest, >, 0);
-    close(lowest);
-    low = (struct rlimit) { lowest, old.rlim_max };
+    /* there is one segment, and half of the descriptors may be for such */
+    low = (struct rlimit) { 2, old.rlim_max };
     g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &low), ==, 0);
     for (uint32_t i = 512; i < 1024; i++) {
         fx_page(ram, i, i % 64 + 1001);

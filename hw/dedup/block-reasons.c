@@ -251,7 +251,8 @@ void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
                   : DEDUP_MEMORY_PRIVATE_FILE,
         .fd = rb->fd,
         .fd_offset = rb->fd_offset,
-        .pins = ram_guard_dma_maps(rb),
+        .pins = ram_guard_dma_maps(rb, true),
+        .readers = ram_guard_dma_maps(rb, false),
         .flags = DEDUP_REGION_HUGEPAGE | DEDUP_REGION_MERGEABLE,
     };
     /* As ram_block_add() and the memory backend did. */

@@ -11,7 +11,9 @@
  * would land in the page that was thrown away.  What is read is safe as long
  * as the old page keeps its bytes, but giving back a part of a large folio
  * of shared memory zeroes that part in place while somebody holds the folio
- * (Linux 6.18), and zeros would go to the disk.  Every buffer of that kind
+ * (Linux 6.18), and zeros would go to the disk.  So reads have counters of
+ * their own: some are mapped for as long as the VM lives, and forbid no more
+ * than giving memory of a file back.  Every buffer of that kind
  * comes from address_space_map() and goes to address_space_unmap(), so these
  * two count, per chunk of each block.  What does not need counting:
  *
@@ -111,20 +113,24 @@ bool ram_guard_whole_busy(void)
 
 void ram_guard_block_add(RAMBlock *rb)
 {
-    /* Pages of the array that no I/O touches are never populated. */
-    rb->dma_maps = g_new0(uint16_t,
-                            DIV_ROUND_UP(rb->max_length,
-                                         1ULL << RAM_GUARD_CHUNK_SHIFT));
+    /* Pages of the arrays that no I/O touches are never populated. */
+    for (int i = 0; i < ARRAY_SIZE(rb->dma_maps); i++) {
+        rb->dma_maps[i] = g_new0(uint16_t,
+                                 DIV_ROUND_UP(rb->max_length, 1ULL <<
+                                              RAM_GUARD_CHUNK_SHIFT));
+    }
 }
 
 void ram_guard_block_free(RAMBlock *rb)
 {
-    g_clear_pointer(&rb->dma_maps, g_free);
+    for (int i = 0; i < ARRAY_SIZE(rb->dma_maps); i++) {
+        g_clear_pointer(&rb->dma_maps[i], g_free);
+    }
 }
 
-const uint16_t *ram_guard_dma_maps(const RAMBlock *rb)
+const uint16_t *ram_guard_dma_maps(const RAMBlock *rb, bool is_write)
 {
-    return rb->dma_maps;
+    return rb->dma_maps[is_write];
 }
 
 /*
@@ -161,7 +167,7 @@ static void counter_lower(uint16_t *counter)
 }
 
 static void counters_change(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
-                            void (*change)(uint16_t *))
+                            bool is_write, void (*change)(uint16_t *))
 {
     ram_addr_t chunk, last;
 
@@ -171,18 +177,20 @@ static void counters_change(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
     last = MIN(start + length, rb->max_length) - 1;
     for (chunk = start >> RAM_GUARD_CHUNK_SHIFT;
          chunk <= last >> RAM_GUARD_CHUNK_SHIFT; chunk++) {
-        change(&rb->dma_maps[chunk]);
+        change(&rb->dma_maps[is_write][chunk]);
     }
 }
 
-void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length)
+void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
+                       bool is_write)
 {
-    counters_change(rb, start, length, counter_raise);
+    counters_change(rb, start, length, is_write, counter_raise);
 }
 
-void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length)
+void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
+                         bool is_write)
 {
-    counters_change(rb, start, length, counter_lower);
+    counters_change(rb, start, length, is_write, counter_lower);
 }
 
 bool ram_guard_discard_begin(RamGuardDiscard *d, RAMBlock *rb,

@@ -45,14 +45,14 @@ static RAMBlock *block_new(ram_addr_t length)
 static void block_free(RAMBlock *rb)
 {
     ram_guard_block_free(rb);
-    g_assert_null(ram_guard_dma_maps(rb));
+    g_assert_null(ram_guard_dma_maps(rb, true));
     g_free(rb);
 }
 
 /* The counters of @rb, one digit each. */
 static void assert_counters(RAMBlock *rb, const char *expected)
 {
-    const uint16_t *counters = ram_guard_dma_maps(rb);
+    const uint16_t *counters = ram_guard_dma_maps(rb, true);
     size_t i;
 
     for (i = 0; expected[i]; i++) {
@@ -67,25 +67,32 @@ static void test_dma_chunks(void)
     RAMBlock *rb = block_new(4 * CHUNK + 4096);
 
     assert_counters(rb, "00000");
-    ram_guard_dma_map(rb, 0, 1);
+    /* reads have counters of their own */
+    ram_guard_dma_map(rb, 0, 1, false);
+    g_assert_cmpuint(ram_guard_dma_maps(rb, false)[0], ==, 1);
+    g_assert_cmpuint(ram_guard_dma_maps(rb, true)[0], ==, 0);
+    ram_guard_dma_unmap(rb, 0, 1, false);
+    g_assert_cmpuint(ram_guard_dma_maps(rb, false)[0], ==, 0);
+
+    ram_guard_dma_map(rb, 0, 1, true);
     assert_counters(rb, "10000");
-    ram_guard_dma_map(rb, CHUNK - 1, 1);
+    ram_guard_dma_map(rb, CHUNK - 1, 1, true);
     assert_counters(rb, "20000");
-    ram_guard_dma_map(rb, CHUNK - 1, 2);
+    ram_guard_dma_map(rb, CHUNK - 1, 2, true);
     assert_counters(rb, "31000");
-    ram_guard_dma_map(rb, CHUNK, 3 * CHUNK);
+    ram_guard_dma_map(rb, CHUNK, 3 * CHUNK, true);
     assert_counters(rb, "32110");
-    ram_guard_dma_map(rb, 4 * CHUNK, 4096);
+    ram_guard_dma_map(rb, 4 * CHUNK, 4096, true);
     assert_counters(rb, "32111");
-    ram_guard_dma_map(rb, 2 * CHUNK + 17, 0);
+    ram_guard_dma_map(rb, 2 * CHUNK + 17, 0, true);
     assert_counters(rb, "32111");
 
-    ram_guard_dma_unmap(rb, CHUNK - 1, 2);
+    ram_guard_dma_unmap(rb, CHUNK - 1, 2, true);
     assert_counters(rb, "21111");
-    ram_guard_dma_unmap(rb, 0, 1);
-    ram_guard_dma_unmap(rb, CHUNK - 1, 1);
-    ram_guard_dma_unmap(rb, CHUNK, 3 * CHUNK);
-    ram_guard_dma_unmap(rb, 4 * CHUNK, 4096);
+    ram_guard_dma_unmap(rb, 0, 1, true);
+    ram_guard_dma_unmap(rb, CHUNK - 1, 1, true);
+    ram_guard_dma_unmap(rb, CHUNK, 3 * CHUNK, true);
+    ram_guard_dma_unmap(rb, 4 * CHUNK, 4096, true);
     assert_counters(rb, "00000");
     block_free(rb);
 }
@@ -95,17 +102,17 @@ static void test_dma_uneven(void)
     RAMBlock *rb = block_new(4 * CHUNK);
 
     /* Less is unmapped than was mapped: the rest counts for ever. */
-    ram_guard_dma_map(rb, 0, 3 * CHUNK);
-    ram_guard_dma_unmap(rb, 0, CHUNK);
+    ram_guard_dma_map(rb, 0, 3 * CHUNK, true);
+    ram_guard_dma_unmap(rb, 0, CHUNK, true);
     assert_counters(rb, "0110");
     /* More is: no counter falls below zero. */
-    ram_guard_dma_unmap(rb, 0, 2 * CHUNK);
+    ram_guard_dma_unmap(rb, 0, 2 * CHUNK, true);
     assert_counters(rb, "0010");
     /* Beyond the end there is nothing to count. */
-    ram_guard_dma_map(rb, 3 * CHUNK, 64 * CHUNK);
+    ram_guard_dma_map(rb, 3 * CHUNK, 64 * CHUNK, true);
     assert_counters(rb, "0011");
-    ram_guard_dma_map(rb, 4 * CHUNK, 1);
-    ram_guard_dma_unmap(rb, 4 * CHUNK, 1);
+    ram_guard_dma_map(rb, 4 * CHUNK, 1, true);
+    ram_guard_dma_unmap(rb, 4 * CHUNK, 1, true);
     assert_counters(rb, "0011");
     block_free(rb);
 }
@@ -116,20 +123,20 @@ static void test_dma_saturated(void)
     int i;
 
     for (i = 0; i < UINT16_MAX - 1; i++) {
-        ram_guard_dma_map(rb, 0, 1);
+        ram_guard_dma_map(rb, 0, 1, true);
     }
-    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX - 1);
-    ram_guard_dma_unmap(rb, 0, 1);
-    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX - 2);
+    g_assert_cmpuint(ram_guard_dma_maps(rb, true)[0], ==, UINT16_MAX - 1);
+    ram_guard_dma_unmap(rb, 0, 1, true);
+    g_assert_cmpuint(ram_guard_dma_maps(rb, true)[0], ==, UINT16_MAX - 2);
     for (i = 0; i < 5; i++) {
-        ram_guard_dma_map(rb, 0, 1);
+        ram_guard_dma_map(rb, 0, 1, true);
     }
-    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX);
+    g_assert_cmpuint(ram_guard_dma_maps(rb, true)[0], ==, UINT16_MAX);
     /* How often it was raised since is not known: it must not be lowered. */
     for (i = 0; i < 2 * UINT16_MAX; i++) {
-        ram_guard_dma_unmap(rb, 0, 1);
+        ram_guard_dma_unmap(rb, 0, 1, true);
     }
-    g_assert_cmpuint(ram_guard_dma_maps(rb)[0], ==, UINT16_MAX);
+    g_assert_cmpuint(ram_guard_dma_maps(rb, true)[0], ==, UINT16_MAX);
     block_free(rb);
 }
 
@@ -146,10 +153,10 @@ static void *mapper_thread(void *opaque)
         ram_addr_t start = g_rand_int_range(rand, 0, 3 * CHUNK);
         ram_addr_t length = g_rand_int_range(rand, 1, CHUNK);
 
-        ram_guard_dma_map(rb, start, length);
+        ram_guard_dma_map(rb, start, length, true);
         g_assert_cmpuint(
-            qatomic_read(&ram_guard_dma_maps(rb)[start / CHUNK]), !=, 0);
-        ram_guard_dma_unmap(rb, start, length);
+            qatomic_read(&ram_guard_dma_maps(rb, true)[start / CHUNK]), !=, 0);
+        ram_guard_dma_unmap(rb, start, length, true);
     }
     return NULL;
 }
@@ -200,10 +207,10 @@ static void *order_thread(void *opaque)
 
     for (i = 0; i < ROUNDS; i++) {
         rendezvous(o, n += 2);
-        ram_guard_dma_map(o->rb, 0, 1);
+        ram_guard_dma_map(o->rb, 0, 1, true);
         o->mapper_saw_frozen = qatomic_read(&o->frozen);
         rendezvous(o, n += 2);
-        ram_guard_dma_unmap(o->rb, 0, 1);
+        ram_guard_dma_unmap(o->rb, 0, 1, true);
     }
     return NULL;
 }
@@ -223,7 +230,7 @@ static void test_dma_order(void)
         qatomic_set(&o.frozen, 1);
         /* Pairs with the one in ram_guard_dma_map(). */
         smp_mb();
-        counter = qatomic_read(&ram_guard_dma_maps(o.rb)[0]);
+        counter = qatomic_read(&ram_guard_dma_maps(o.rb, true)[0]);
         rendezvous(&o, n += 2);
         g_assert(counter || o.mapper_saw_frozen);
         both += counter && o.mapper_saw_frozen;

@@ -152,6 +152,9 @@ typedef enum DedupRegionFlags {
  *     caller raises a counter with a sequentially consistent
  *     read-modify-write before it lets the device write.  Stays the
  *     caller's.
+ * @readers: likewise for reads in flight, or NULL.  They keep a page of
+ *     DEDUP_MEMORY_SHARED from being taken out of its file, which may zero
+ *     it in place.
  * @flags: bits of enum DedupRegionFlags
  */
 typedef struct DedupRegionInfo {
@@ -162,6 +165,7 @@ typedef struct DedupRegionInfo {
     int fd;
     uint64_t fd_offset;
     const uint16_t *pins;
+    const uint16_t *readers;
     unsigned flags;
 } DedupRegionInfo;
 

@@ -60,6 +60,7 @@ struct DedupRegion {
     int fd;
     uint64_t fd_offset;
     const uint16_t *pins;
+    const uint16_t *readers;
     unsigned flags;
     bool closing;             /* about to be removed: nothing is merged */
     bool blind;               /* mincore() would not tell us, presence.c */
@@ -249,6 +250,9 @@ static inline uint64_t dedup_region_file_offset(const DedupRegion *r,
  * freeze: a writer that raised the counter later faults on the frozen page.
  */
 bool dedup_region_pinned(const DedupRegion *r, uint32_t page);
+
+/* As pinned, for taking the page out of its file: readers count there too. */
+bool dedup_region_held(const DedupRegion *r, uint32_t page);
 
 /* The region and page behind a member page number; false: there is none. */
 bool dedup_region_find(DedupEngine *e, uint32_t member_page,

@@ -73,6 +73,19 @@ bool dedup_page_equal(const void *a, const void *b)
 }
 
 DEDUP_UNINSTRUMENTED
+bool dedup_page_similar(const void *a, const void *b)
+{
+    const uint64_t *x = a;
+    const uint64_t *y = b;
+    uint64_t diff = 0;
+
+    for (size_t i = 0; i < BLOCK_WORDS; i++) {
+        diff |= x[i] ^ y[i];
+    }
+    return !diff;
+}
+
+DEDUP_UNINSTRUMENTED
 bool dedup_page_is_zero(const void *page)
 {
     const uint64_t *x = page;

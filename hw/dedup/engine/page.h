@@ -35,6 +35,9 @@ DedupHash128 dedup_page_keyed_hash(const void *page, const uint8_t *secret);
 bool dedup_page_equal(const void *a, const void *b);
 bool dedup_page_is_zero(const void *page);
 
+/* The first bytes only: a cheap look at what a hash says is equal. */
+bool dedup_page_similar(const void *a, const void *b);
+
 /* Copies a page that may change meanwhile. */
 void dedup_page_copy(void *to, const void *from);
 

@@ -90,6 +90,7 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
     r->fd = info->fd;
     r->fd_offset = info->fd_offset;
     r->pins = info->pins;
+    r->readers = info->readers;
     r->flags = info->flags;
     r->where = array_new((size_t)r->npages * sizeof(r->where[0]));
     r->fingerprint = array_new((size_t)r->npages *
@@ -171,13 +172,24 @@ void dedup_regions_reap(DedupEngine *e)
     dedup_unlock(e);
 }
 
-bool dedup_region_pinned(const DedupRegion *r, uint32_t page)
+static bool is_raised(const uint16_t *counters, uint32_t page)
 {
-    uint16_t *pins = (uint16_t *)r->pins;
+    uint16_t *c = (uint16_t *)counters;
     uint32_t chunk = page >> (DEDUP_PIN_SHIFT - DEDUP_PAGE_SHIFT);
 
     /* pairs with the raise in ram_guard_dma_map() */
-    return pins && __atomic_fetch_or(&pins[chunk], 0, __ATOMIC_SEQ_CST);
+    return c && __atomic_fetch_or(&c[chunk], 0, __ATOMIC_SEQ_CST);
+}
+
+bool dedup_region_pinned(const DedupRegion *r, uint32_t page)
+{
+    return is_raised(r->pins, page);
+}
+
+bool dedup_region_held(const DedupRegion *r, uint32_t page)
+{
+    return is_raised(r->pins, page) ||
+           (r->memory == DEDUP_MEMORY_SHARED && is_raised(r->readers, page));
 }
 
 bool dedup_region_find(DedupEngine *e, uint32_t member_page,

@@ -105,15 +105,20 @@ static bool admit(const Window *w, DedupAction *a)
     if ((flags & DEDUP_HUGE) && !r->engine->active.huge_pages_split) {
         return false;
     }
-    if (dedup_region_pinned(r, a->page)) {
+    if (dedup_region_held(r, a->page)) {
         return false;
     }
     if (DEDUP_MUTANT(TRUST_HASH)) {
         dedup_page_touch(dedup_region_addr(r, a->page));
         return true;
     }
-    /* a first look: saves windows that would come to nothing */
-    return content_fits(r, a);
+    /*
+     * A first look: saves windows that would come to nothing.  All bytes
+     * would cost as much as the judge, who looks at them anyway.
+     */
+    return a->segment ? dedup_page_similar(dedup_region_addr(r, a->page),
+                                           segment_page(a))
+                      : content_fits(r, a);
 }
 
 static bool continues(const Run *run, const DedupRegion *r,
@@ -284,7 +289,7 @@ static void judge(Window *w)
         DedupAction *a = w->admitted[i];
 
         if (!DEDUP_MUTANT(NO_PIN_RECHECK) &&
-            dedup_region_pinned(r, a->page)) {
+            dedup_region_held(r, a->page)) {
             continue;
         }
         if (!DEDUP_MUTANT(TRUST_HASH) && !content_fits(r, a)) {

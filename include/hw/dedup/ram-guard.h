@@ -104,11 +104,13 @@ void ram_guard_block_free(RAMBlock *rb);
  * @rb: the block
  * @start: offset in the block
  * @length: how many bytes; 0 is nothing
+ * @is_write: the I/O writes to the memory
  *
  * Any thread.  A full barrier: what the caller does next is ordered after
  * it.  Raises the counter of each chunk that the bytes touch.
  */
-void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
+void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
+                       bool is_write);
 
 /**
  * ram_guard_dma_unmap - the I/O is done
@@ -116,10 +118,11 @@ void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
  * As ram_guard_dma_map().  Unmapping less than was mapped leaves the other
  * chunks counted for ever, which is safe.
  */
-void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
+void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
+                         bool is_write);
 
 /**
- * ram_guard_dma_maps - the counters of a block
+ * ram_guard_dma_maps - the counters of a block, for writes or for reads
  *
  * One for every 1 << RAM_GUARD_CHUNK_SHIFT bytes of @rb->max_length; not 0
  * while I/O may be under way there.  Read them after write access to the
@@ -128,7 +131,7 @@ void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length);
  * before access is given back.
  * Valid as long as the block is (RCU).
  */
-const uint16_t *ram_guard_dma_maps(const RAMBlock *rb);
+const uint16_t *ram_guard_dma_maps(const RAMBlock *rb, bool is_write);
 
 /**
  * ram_guard_discard_begin - memory of a block is about to be discarded
@@ -229,12 +232,12 @@ static inline void ram_guard_block_free(RAMBlock *rb)
 }
 
 static inline void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start,
-                                     ram_addr_t length)
+                                     ram_addr_t length, bool is_write)
 {
 }
 
 static inline void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start,
-                                       ram_addr_t length)
+                                       ram_addr_t length, bool is_write)
 {
 }
 

@@ -212,7 +212,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->has_pagemap_scan = true;
     e->self_pidfd = syscall(SYS_pidfd_open, getpid(), 0);
     e->has_madvise_vector = e->self_pidfd >= 0;
-    e->hostmem = dedup_hostmem_new();
+    e->hostmem = dedup_hostmem_new("/proc");
     e->stats.maps_limit = dedup_hostmem_max_maps(e->hostmem) *
                           config->params.max_maps / 100;
     g_mutex_init(&e->turn);

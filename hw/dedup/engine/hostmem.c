@@ -6,8 +6,9 @@
  * memory cgroup is kept as one directory descriptor for it and each of its
  * ancestors up to the root of the hierarchy, since any of them may carry the
  * limit that binds.  Everything here is a text file of the kernel's: numbers
- * are parsed with g_ascii_strtoull(), and what cannot be read counts as "no
- * limit known".
+ * are parsed with g_ascii_strtoull(), and what is not there counts as "no
+ * limit known".  What cannot be read for want of descriptors or memory
+ * counts as "no room": it may be a limit.
  */
 
 #include <errno.h>
@@ -31,22 +32,31 @@ struct DedupHostMem {
     uint64_t level_id[MAX_LEVELS];
 };
 
-/* Read a small text file; NULL if it cannot be read. */
+/* Read a small text file; NULL and errno if it cannot be read. */
 static char *read_at(int dirfd, const char *name)
 {
     char buf[16384];
     ssize_t len;
     int fd = openat(dirfd, name, O_RDONLY | O_CLOEXEC);
+    int saved;
 
     if (fd < 0) {
         return NULL;
     }
     len = read(fd, buf, sizeof(buf) - 1);
+    saved = errno;
     close(fd);
+    errno = saved;
     if (len < 0) {
         return NULL;
     }
     return g_strndup(buf, len);
+}
+
+/* What could not be read: is it there, and only we cannot read it now? */
+static bool is_short_of(int error)
+{
+    return error == EMFILE || error == ENFILE || error == ENOMEM;
 }
 
 /* The number behind "name" at the start of a line; false if absent. */
@@ -134,12 +144,15 @@ static bool cgroup_open(DedupHostMem *m, const char *cgroups,
     g_autofree char *point = cgroup_mount(mounts, v2, &root);
     g_autofree char *full = NULL;
     const char *below = path;
+    size_t len;
 
     if (!path || !point) {
         return false;
     }
-    if (strcmp(root, "/") != 0 && g_str_has_prefix(path, root)) {
-        below = path + strlen(root);
+    len = strlen(root);
+    if (strcmp(root, "/") != 0 && g_str_has_prefix(path, root) &&
+        (!path[len] || path[len] == '/')) {
+        below = path + len; /* a container sees its own part */
     }
     full = g_strconcat(point, below, NULL);
     m->v2 = v2;
@@ -163,18 +176,32 @@ static bool cgroup_open(DedupHostMem *m, const char *cgroups,
     return m->nlevels > 0;
 }
 
-DedupHostMem *dedup_hostmem_new(void)
+static int proc_open(const char *proc, const char *name)
+{
+    g_autofree char *path = g_build_filename(proc, name, NULL);
+
+    return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+static char *proc_read(const char *proc, const char *name)
+{
+    g_autofree char *path = g_build_filename(proc, name, NULL);
+    char *text = NULL;
+
+    return g_file_get_contents(path, &text, NULL, NULL) ? text : NULL;
+}
+
+DedupHostMem *dedup_hostmem_new(const char *proc)
 {
     DedupHostMem *m = g_new0(DedupHostMem, 1);
-    g_autofree char *max = read_at(AT_FDCWD, "/proc/sys/vm/max_map_count");
-    g_autofree char *cgroups = NULL;
-    g_autofree char *mounts = NULL;
+    g_autofree char *max = proc_read(proc, "sys/vm/max_map_count");
+    g_autofree char *cgroups = proc_read(proc, "self/cgroup");
+    g_autofree char *mounts = proc_read(proc, "self/mountinfo");
 
-    m->meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
-    m->maps_fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    m->meminfo_fd = proc_open(proc, "meminfo");
+    m->maps_fd = proc_open(proc, "self/maps");
     m->max_maps = max ? g_ascii_strtoull(max, NULL, 10) : 65530;
-    if (g_file_get_contents("/proc/self/cgroup", &cgroups, NULL, NULL) &&
-        g_file_get_contents("/proc/self/mountinfo", &mounts, NULL, NULL)) {
+    if (cgroups && mounts) {
         /* a hybrid host has both; then version 1 has the controller */
         if (!cgroup_open(m, cgroups, mounts, false)) {
             cgroup_open(m, cgroups, mounts, true);
@@ -222,6 +249,9 @@ static uint64_t level_room(DedupHostMem *m, int fd)
     g_autofree char *stat = NULL;
     uint64_t limit, usage, active = 0, inactive = 0;
 
+    if (!limit_text && is_short_of(errno)) {
+        return 0;
+    }
     if (!limit_text || !g_ascii_isdigit(*limit_text)) {
         return UINT64_MAX; /* the root, or "max" */
     }
@@ -231,9 +261,9 @@ static uint64_t level_room(DedupHostMem *m, int fd)
     }
     usage_text = read_at(fd, m->v2 ? "memory.current" :
                          "memory.usage_in_bytes");
-    stat = read_at(fd, "memory.stat");
-    if (!usage_text || !stat) {
-        return UINT64_MAX;
+    stat = usage_text ? read_at(fd, "memory.stat") : NULL;
+    if (!stat) {
+        return is_short_of(errno) ? 0 : UINT64_MAX;
     }
     usage = g_ascii_strtoull(usage_text, NULL, 10);
     /*

@@ -16,7 +16,8 @@
 
 typedef struct DedupHostMem DedupHostMem;
 
-DedupHostMem *dedup_hostmem_new(void);
+/* @proc: where the kernel's files are: "/proc", but for tests. */
+DedupHostMem *dedup_hostmem_new(const char *proc);
 void dedup_hostmem_free(DedupHostMem *m);
 
 /* MemAvailable of /proc/meminfo in bytes; UINT64_MAX if unknown. */
@@ -25,7 +26,8 @@ uint64_t dedup_hostmem_available(DedupHostMem *m);
 /*
  * Room until the tightest limit of our memory cgroup and its ancestors, in
  * bytes, counting page cache that can be dropped as room; UINT64_MAX if
- * there is no limit.  @cgroup_id: inode of the cgroup that sets it.
+ * there is no limit, 0 if it cannot be read now (out of descriptors).
+ * @cgroup_id: inode of the cgroup that sets it.
  */
 uint64_t dedup_hostmem_cgroup_room(DedupHostMem *m, uint64_t *cgroup_id);
 

@@ -142,6 +142,7 @@ static DedupAction *prepare(Scanner *s, BenchRam *ram, size_t *nactions)
 {
     size_t equals = bench_ram_equals(ram);
     DedupAction *actions = g_new0(DedupAction, equals);
+    uint64_t content[BENCH_PAGE / sizeof(uint64_t)];
     DedupBuilder *b = NULL;
     DedupSegment **segment_of;
     unsigned gid = 1, number = 0;
@@ -151,8 +152,10 @@ static DedupAction *prepare(Scanner *s, BenchRam *ram, size_t *nactions)
     for (size_t i = 0; i < ram->copy_pages; i++) {
         if (bench_ram_is_equal(ram, i)) {
             b = b ? b : dedup_builder_new(NULL);
-            bench_ram_content(ram, i, (void *)dedup_builder_next(b));
-            dedup_builder_commit(b);
+            bench_ram_content(ram, i, content);
+            if (dedup_builder_append(b, content) < 0) {
+                die("no memory for a segment");
+            }
         }
         if (b && (dedup_builder_count(b) == DEDUP_SEGMENT_PAGES ||
                   i + 1 == ram->copy_pages)) {

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 
 #include "engine-fixture.h"
+#include "internal.h"
 
 #define PAGES 4096
 #define CHUNK 512
@@ -240,6 +241,63 @@ static void test_huge_keep(void)
     end(fe, ram);
 }
 
+/* What a balloon does: on another thread than the scanner's. */
+static gpointer discard(gpointer opaque)
+{
+    FxRam *ram = opaque;
+    DedupEngine *e = ram->region->engine;
+    bool shared = ram->kind == FX_MEMFD || ram->kind == FX_TMPFS;
+    void *from = fx_addr(ram, 3);
+
+    g_assert_true(dedup_engine_discard_begin(e, from, FX_PAGE));
+    g_assert_cmpint(madvise(from, FX_PAGE, shared ? MADV_REMOVE
+                                                  : MADV_DONTNEED), ==, 0);
+    dedup_engine_discard_end(e);
+    return NULL;
+}
+
+/* The scanner remembers what is there, until somebody may have changed it. */
+static void test_discarded(gconstpointer data)
+{
+    FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), 200);
+    FxEngine *fe = fx_engine_new(NULL);
+    DedupEngine *e = fe->e;
+    bool there[200];
+
+    for (uint32_t i = 0; i < 200; i++) {
+        if (i % 5) {
+            fx_page(ram, i, i);
+        }
+    }
+    fx_add(fe, ram);
+    e->scanner = g_thread_self();
+    dedup_lock(e);
+    for (unsigned k = 0; k < 3; k++) {
+        for (uint32_t i = 0; i < 200; i++) {
+            there[i] = dedup_is_present(ram->region, i);
+            there[199 - i] = dedup_is_present(ram->region, 199 - i);
+        }
+        for (uint32_t i = 0; i < 200; i++) {
+            g_assert_cmpint(there[i], ==, i % 5 != 0);
+        }
+    }
+    /* two places at a time, as a pair is looked at */
+    g_assert_true(dedup_is_present(ram->region, 3));
+    g_assert_true(dedup_is_present(ram->region, 199));
+    dedup_unlock(e);
+    g_thread_join(g_thread_new("balloon", discard, ram));
+    fx_shadow_page(ram, 3, 0);
+    dedup_lock(e);
+    g_assert_false(dedup_is_present(ram->region, 3));
+    g_assert_true(dedup_is_present(ram->region, 199));
+    dedup_unlock(e);
+    e->scanner = NULL;
+    fx_engine_free(fe);
+    fx_assert_bytes(ram);
+    ram->region = NULL;
+    fx_ram_free(ram);
+}
+
 static void add_tests(const char *name, GTestDataFunc test)
 {
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
@@ -258,6 +316,7 @@ int main(int argc, char **argv)
     fx_init(&argc, &argv);
     add_tests("holes", test_holes);
     add_tests("holes-merged", test_holes_merged);
+    add_tests("discarded", test_discarded);
     g_test_add_func("/presence/zero-mapped", test_zero_mapped);
     g_test_add_func("/presence/huge/cgroup", test_huge_cgroup);
     g_test_add_func("/presence/huge/keep", test_huge_keep);

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glib.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -48,11 +49,10 @@ static DedupBuilder *build(unsigned npages)
 
     g_assert_no_error(error);
     for (unsigned i = 0; i < npages; i++) {
-        uint8_t *page = dedup_builder_next(b);
+        uint8_t page[DEDUP_PAGE_SIZE];
 
-        g_assert_nonnull(page);
         fill(page, i);
-        g_assert_cmpuint(dedup_builder_commit(b), ==, i);
+        g_assert_cmpint(dedup_builder_append(b, page), ==, i);
     }
     return b;
 }
@@ -67,10 +67,10 @@ static DedupSegment *finish(DedupBuilder *b, uint32_t gid)
     return s;
 }
 
-/* Every length at an edge: one, a step of allocation, full. */
+/* Every length at an edge. */
 static void test_build(void)
 {
-    static const unsigned lengths[] = { 1, 31, 32, 33, 64, 511, 512 };
+    static const unsigned lengths[] = { 1, 2, 64, 511, 512 };
 
     for (unsigned l = 0; l < G_N_ELEMENTS(lengths); l++) {
         unsigned n = lengths[l];
@@ -81,10 +81,9 @@ static void test_build(void)
         g_assert_cmpuint(dedup_builder_count(b), ==, n);
         assert_page(dedup_builder_page(b, n - 1), n - 1);
         if (n == DEDUP_SEGMENT_PAGES) {
-            g_assert_null(dedup_builder_next(b));
-        } else {
-            /* A page that was begun and not committed does not count. */
-            memset(dedup_builder_next(b), 0xee, DEDUP_PAGE_SIZE);
+            g_assert_cmpint(dedup_builder_append(b, dedup_builder_page(b, 0)),
+                            ==, -1);
+            g_assert_cmpint(errno, ==, ENOSPC);
         }
         s = finish(b, 100 + l);
         g_assert_cmpuint(s->npages, ==, n);
@@ -95,10 +94,49 @@ static void test_build(void)
         }
         g_assert_cmpint(fstat(s->fd, &st), ==, 0);
         g_assert_cmpint(st.st_size, ==, n * DEDUP_PAGE_SIZE);
-        /* What was allocated ahead is given back. */
         g_assert_cmpint(st.st_blocks * 512, ==, n * DEDUP_PAGE_SIZE);
         dedup_segment_free(s);
     }
+}
+
+/* No room for a page, or for a part of one: what was there before counts. */
+static void test_no_room(void)
+{
+    struct rlimit old, some;
+    uint8_t page[DEDUP_PAGE_SIZE];
+    DedupBuilder *b = build(2);
+    DedupSegment *s;
+    struct stat st;
+
+    fill(page, 2);
+    signal(SIGXFSZ, SIG_IGN);
+    g_assert_cmpint(getrlimit(RLIMIT_FSIZE, &old), ==, 0);
+    some = old;
+    for (unsigned half = 0; half < 2; half++) {
+        some.rlim_cur = 2 * DEDUP_PAGE_SIZE + half * DEDUP_PAGE_SIZE / 2;
+        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &some), ==, 0);
+        g_assert_cmpint(dedup_builder_append(b, page), ==, -1);
+        g_assert_cmpuint(dedup_builder_count(b), ==, 2);
+    }
+    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
+    s = finish(b, 7);
+    g_assert_cmpint(fstat(s->fd, &st), ==, 0);
+    g_assert_cmpint(st.st_size, ==, 2 * DEDUP_PAGE_SIZE);
+    assert_page(s->map, 0);
+    assert_page(s->map + DEDUP_PAGE_SIZE, 1);
+    dedup_segment_free(s);
+
+    /* and if there is room again it goes on where it was */
+    b = build(2);
+    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &some), ==, 0);
+    g_assert_cmpint(dedup_builder_append(b, page), ==, -1);
+    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
+    g_assert_cmpint(dedup_builder_append(b, page), ==, 2);
+    s = finish(b, 8);
+    for (unsigned i = 0; i < 3; i++) {
+        assert_page(s->map + i * DEDUP_PAGE_SIZE, i);
+    }
+    dedup_segment_free(s);
 }
 
 static void test_nothing(void)
@@ -332,6 +370,7 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/segment/build", test_build);
+    g_test_add_func("/segment/no-room", test_no_room);
     g_test_add_func("/segment/nothing", test_nothing);
     g_test_add_func("/segment/immutable", test_immutable);
     g_test_add_func("/segment/private-write", test_private_write);

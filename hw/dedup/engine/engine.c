@@ -39,6 +39,7 @@ void dedup_lock(DedupEngine *e)
     g_mutex_lock(&e->turn);
     g_mutex_lock(&e->remap);
     g_mutex_unlock(&e->turn);
+    e->visits += g_thread_self() != e->scanner;
 }
 
 void dedup_unlock(DedupEngine *e)
@@ -386,6 +387,9 @@ void dedup_engine_run(DedupEngine *e)
     if (pthread_getcpuclockid(pthread_self(), &e->cpu_clock) == 0) {
         __atomic_store_n(&e->cpu_clock_valid, true, __ATOMIC_RELEASE);
     }
+    dedup_lock(e);
+    e->scanner = g_thread_self();
+    dedup_unlock(e);
     join(e);
     e->pass_start_us = g_get_monotonic_time();
 

@@ -112,6 +112,15 @@ typedef struct DedupBatch {
     GHashTable *pending_hash; /* hash -> builder page + 1 */
 } DedupBatch;
 
+/* What the kernel said about some pages; see dedup_is_present(). */
+#define DEDUP_LOOK_PAGES 64
+typedef struct DedupLook {
+    DedupRegion *region;      /* NULL: nothing */
+    uint32_t first;
+    uint64_t visits;          /* DedupEngine.visits at that time */
+    uint8_t flags[DEDUP_LOOK_PAGES];
+} DedupLook;
+
 struct DedupEngine {
     DedupCallbacks callbacks;
     void *opaque;
@@ -126,6 +135,8 @@ struct DedupEngine {
 
     GMutex turn;              /* makes the remap lock fair, see dedup_lock() */
     GMutex remap;
+    GThread *scanner;         /* who runs it; NULL: nobody yet */
+    uint64_t visits;          /* times that others had the remap lock */
     GPtrArray *regions;       /* of DedupRegion */
     GPtrArray *dead;          /* removed regions that the scanner may hold */
     GPtrArray *segments;      /* of DedupSegment, by number; holes are NULL */
@@ -154,6 +165,8 @@ struct DedupEngine {
 
     /* Scanner's own. */
     DedupParams active;       /* copy of params, taken at each batch */
+    DedupLook look[2];        /* the older one is replaced */
+    unsigned last_look;
     struct DedupChunk *chunk; /* scan.c's work space */
     DedupIndex *index;        /* of the group, once joined */
     uint64_t salt;
@@ -280,6 +293,26 @@ void dedup_presence_prepare(DedupRegion *r);
 /* Flags of @n pages (at most a chunk) from @first; touches no page. */
 bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
                     uint8_t *flags);
+
+/*
+ * Does the page have memory?  What the scanner asks of single pages: the
+ * kernel is asked about the pages around, too, and the answer kept for this
+ * batch, as long as nobody else had the remap lock, who might have discarded
+ * something.
+ */
+bool dedup_is_present(DedupRegion *r, uint32_t page);
+void dedup_forget_looks(DedupEngine *e);
+
+/* ---- punch.c: out of the file of a shared region ---- */
+
+/* What the file has there is worth nothing: remove it, whoever holds it. */
+bool dedup_punch(const DedupRegion *r, uint32_t page, uint32_t n);
+
+/* A segment is mapped there: remove what nobody holds, note the rest. */
+void dedup_punch_replaced(DedupRegion *r, uint32_t page, uint32_t n);
+
+/* Part of a chunk is looked at: punch what could not be at that time. */
+void dedup_punch_late(DedupRegion *r, uint32_t first, uint32_t n);
 
 /* ---- window.c, restore.c ---- */
 

@@ -252,3 +252,35 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
     }
     return true;
 }
+
+bool dedup_is_present(DedupRegion *r, uint32_t page)
+{
+    DedupEngine *e = r->engine;
+    DedupLook *look;
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(e->look); i++) {
+        look = &e->look[i];
+        if (look->region == r && look->visits == e->visits &&
+            page - look->first < DEDUP_LOOK_PAGES) {
+            e->last_look = i;
+            return look->flags[page - look->first] & DEDUP_PRESENT;
+        }
+    }
+    e->last_look = (e->last_look + 1) % G_N_ELEMENTS(e->look);
+    look = &e->look[e->last_look];
+    look->first = page - page % DEDUP_LOOK_PAGES;
+    look->visits = e->visits;
+    look->region = dedup_presence(r, look->first,
+                                  MIN(DEDUP_LOOK_PAGES,
+                                      r->npages - look->first),
+                                  look->flags) ? r : NULL;
+    return look->region &&
+           (look->flags[page - look->first] & DEDUP_PRESENT);
+}
+
+void dedup_forget_looks(DedupEngine *e)
+{
+    for (unsigned i = 0; i < G_N_ELEMENTS(e->look); i++) {
+        e->look[i].region = NULL;
+    }
+}

@@ -74,15 +74,6 @@ static bool fds_left(DedupEngine *e)
            g_hash_table_size(e->by_gid) < limit.rlim_cur / 2;
 }
 
-static bool builder_has_memory(DedupEngine *e, DedupBatch *b)
-{
-    if (!dedup_builder_next(b->builder)) {
-        e->pass_limits |= DEDUP_LIMIT_MEMORY;
-        return false;
-    }
-    return true;
-}
-
 static void flush_batch(DedupEngine *e, DedupBatch *b);
 
 /* Make sure that the batch has room for a page. */
@@ -95,7 +86,7 @@ static bool batch_ready(DedupEngine *e, DedupBatch *b)
         flush_batch(e, b);
     }
     if (b->builder) {
-        return builder_has_memory(e, b);
+        return true;
     }
     if (!fds_left(e)) {
         e->pass_limits |= DEDUP_LIMIT_FDS;
@@ -110,7 +101,7 @@ static bool batch_ready(DedupEngine *e, DedupBatch *b)
         e->pass_limits |= DEDUP_LIMIT_FDS;
         return false;
     }
-    return builder_has_memory(e, b);
+    return true;
 }
 
 static void add_pending(DedupBatch *b, DedupRegion *r, uint32_t page,
@@ -146,27 +137,34 @@ static bool claim(DedupEngine *e, const DedupRegion *r, uint32_t page,
 }
 
 /* The claim came to nothing: we have the page, no more. */
-static void disclaim(DedupEngine *e, const DedupRemote *remote)
+static void disclaim(DedupEngine *e, const DedupRegion *r, uint32_t page,
+                     uint64_t hash)
 {
-    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, remote->region,
-                                 remote->page);
-    DedupHint mine = own_hint(e, DEDUP_HINT_CANDIDATE, remote->region,
-                              remote->page);
+    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
+    DedupHint mine = own_hint(e, DEDUP_HINT_CANDIDATE, r, page);
 
-    claimed.raw = dedup_index_raw(remote->hash, &claimed);
-    dedup_index_replace(e->index, remote->hash, &claimed, &mine);
+    claimed.raw = dedup_index_raw(hash, &claimed);
+    dedup_index_replace(e->index, hash, &claimed, &mine);
 }
 
-/* The page in the builder's next place, claimed, becomes part of it. */
-static unsigned commit(DedupEngine *e, DedupBatch *b, const DedupRegion *r,
-                       uint32_t page, uint64_t hash)
+/*
+ * The contents of a page that is claimed become part of the segment.  Returns
+ * their number, or -1: there is no memory for them, and the claim is off.
+ */
+static int append(DedupEngine *e, DedupBatch *b, const DedupRegion *r,
+                  uint32_t page, uint64_t hash, const void *content)
 {
     DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
     DedupAnnounce a = {
         .hash = hash, .old_raw = dedup_index_raw(hash, &claimed),
     };
-    unsigned index = dedup_builder_commit(b->builder);
+    int index = dedup_builder_append(b->builder, content);
 
+    if (index < 0) {
+        disclaim(e, r, page, hash);
+        e->pass_limits |= DEDUP_LIMIT_MEMORY;
+        return -1;
+    }
     g_array_append_val(b->announce, a);
     g_hash_table_insert(b->pending_hash, GSIZE_TO_POINTER(hash),
                         GUINT_TO_POINTER(index + 1));
@@ -177,11 +175,10 @@ static unsigned commit(DedupEngine *e, DedupBatch *b, const DedupRegion *r,
 static bool readable(DedupRegion *r, uint32_t page)
 {
     uint32_t entry = r->where[page];
-    uint8_t flags;
 
     return !r->dead && (entry == DEDUP_OWN || (dedup_entry_is_segment(entry) &&
                                                (entry & DEDUP_BROKEN))) &&
-           dedup_presence(r, page, 1, &flags) && (flags & DEDUP_PRESENT);
+           dedup_is_present(r, page);
 }
 
 static bool pending_in(DedupEngine *e, DedupBatch *b, DedupRegion *r,
@@ -223,6 +220,7 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
                         const DedupHint *hint)
 {
     DedupBatch *b = &e->batch[DEDUP_BATCH_WITHIN];
+    uint8_t *copy = e->proof_buffer; /* free: no proof is under way */
     bool ready = batch_ready(e, b);
     bool same = false;
     uint32_t entry;
@@ -245,8 +243,6 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
     }
     if (readable(r, page) && readable(r2, page2)) {
         if (ready) {
-            uint8_t *copy = dedup_builder_next(b->builder);
-
             dedup_page_copy(copy, dedup_region_addr(r, page));
             same = dedup_page_equal(copy, dedup_region_addr(r2, page2)) &&
                    dedup_page_hash(copy, e->salt) == hash;
@@ -258,10 +254,12 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
     }
     dedup_unlock(e);
     if (same && ready && claim(e, r, page, hash, hint)) {
-        unsigned index = commit(e, b, r, page, hash);
+        int index = append(e, b, r, page, hash, copy);
 
-        add_pending(b, r2, page2, index);
-        add_pending(b, r, page, index);
+        if (index >= 0) {
+            add_pending(b, r2, page2, index);
+            add_pending(b, r, page, index);
+        }
     }
     return same;
 }
@@ -285,15 +283,16 @@ static void publish_proven(DedupEngine *e, const DedupRemote *remote,
                            const uint8_t *copy)
 {
     DedupBatch *b = &e->batch[DEDUP_BATCH_BETWEEN];
-    unsigned index;
+    int index;
 
     if (!batch_ready(e, b)) {
-        disclaim(e, remote);
+        disclaim(e, remote->region, remote->page, remote->hash);
         return;
     }
-    memcpy(dedup_builder_next(b->builder), copy, DEDUP_PAGE_SIZE);
-    index = commit(e, b, remote->region, remote->page, remote->hash);
-    add_pending(b, remote->region, remote->page, index);
+    index = append(e, b, remote->region, remote->page, remote->hash, copy);
+    if (index >= 0) {
+        add_pending(b, remote->region, remote->page, index);
+    }
 }
 
 /* Ask one member about all of its pages among @remotes. */
@@ -333,7 +332,7 @@ static void ask_member(DedupEngine *e, unsigned member,
         if (proofs[i].proven) {
             publish_proven(e, asked[i], proofs[i].content);
         } else {
-            disclaim(e, asked[i]);
+            disclaim(e, asked[i]->region, asked[i]->page, asked[i]->hash);
         }
     }
 }

@@ -418,6 +418,7 @@ bool dedup_scan_batch(DedupEngine *e, uint32_t budget)
     Chunk *c = e->chunk;
     bool ended = false;
 
+    dedup_forget_looks(e);
     while (left > 0 && !ended && dedup_may_scan(e)) {
         DedupRegion *r = current_region(e);
 

@@ -9,9 +9,11 @@
  * hugetlbfs cannot be mapped by 4 KiB).  After F_SEAL_WRITE the kernel also
  * refuses to punch holes, so no byte of it changes for anybody, ever (I2).
  *
- * The memory of a builder is allocated with fallocate() before it is written
- * through the mapping: when there is none, that is an error code here, where
- * a store would be a SIGBUS (I9).
+ * A builder's pages are written with pwrite(): when there is no memory, that
+ * is an error code, where a store to a mapping would be a SIGBUS (I9).  It is
+ * also half the work of faulting each page in.  The mapping of the builder is
+ * for reading only and private, so that it does not stand in the way of
+ * F_SEAL_WRITE: it becomes the segment's.
  *
  * Thread: the scanner's.
  */
@@ -36,14 +38,10 @@
 #define ALL_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 #define MAX_SIZE (DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
 
-/* Pages allocated at a time: 128 KiB. */
-#define STEP 32
-
 struct DedupBuilder {
     int fd;
-    uint8_t *map;
+    uint8_t *map;             /* of MAX_SIZE bytes, for reading */
     unsigned count;
-    unsigned allocated;
 };
 
 G_GNUC_PRINTF(2, 3)
@@ -63,11 +61,26 @@ static void set_error(GError **error, const char *format, ...)
     g_free(what);
 }
 
+/* A view of a segment's file; MAP_FAILED and @error on failure. */
+static uint8_t *map_file(int fd, size_t size, GError **error)
+{
+    /* Kernels before 6.7 refuse to map a sealed memfd MAP_SHARED. */
+    void *map = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd,
+                     0);
+
+    if (map == MAP_FAILED) {
+        set_error(error, "cannot map the memfd");
+        return map;
+    }
+    madvise(map, size, MADV_DONTFORK);
+    madvise(map, size, MADV_DONTDUMP);
+    return map;
+}
+
 DedupBuilder *dedup_builder_new(GError **error)
 {
     const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
     DedupBuilder *b = g_new0(DedupBuilder, 1);
-    void *map = MAP_FAILED;
 
     b->fd = memfd_create("dedup-segment", flags | MFD_NOEXEC_SEAL);
     if (b->fd < 0 && errno == EINVAL) {
@@ -78,46 +91,25 @@ DedupBuilder *dedup_builder_new(GError **error)
         g_free(b);
         return NULL;
     }
-    if (ftruncate(b->fd, MAX_SIZE) < 0) {
-        set_error(error, "cannot set the size of a memfd");
-    } else {
-        map = mmap(NULL, MAX_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd,
-                   0);
-        if (map == MAP_FAILED) {
-            set_error(error, "cannot map a memfd");
-        }
-    }
-    if (map == MAP_FAILED) {
+    b->map = map_file(b->fd, MAX_SIZE, error);
+    if (b->map == MAP_FAILED) {
         close(b->fd);
         g_free(b);
         return NULL;
     }
-    madvise(map, MAX_SIZE, MADV_DONTFORK);
-    madvise(map, MAX_SIZE, MADV_DONTDUMP);
-    b->map = map;
     return b;
 }
 
-uint8_t *dedup_builder_next(DedupBuilder *b)
+int dedup_builder_append(DedupBuilder *b, const void *page)
 {
-    if (b->count == DEDUP_SEGMENT_PAGES) {
-        errno = 0;
-        return NULL;
-    }
-    if (b->count == b->allocated) {
-        if (fallocate(b->fd, 0, b->allocated * DEDUP_PAGE_SIZE,
-                      STEP * DEDUP_PAGE_SIZE) < 0) {
-            return NULL;
-        }
-        b->allocated += STEP;
-    }
-    return b->map + b->count * DEDUP_PAGE_SIZE;
-}
+    ssize_t n;
 
-unsigned dedup_builder_commit(DedupBuilder *b)
-{
-    g_assert(b->count < b->allocated);
-    return b->count++;
+    errno = ENOSPC;
+    if (b->count == DEDUP_SEGMENT_PAGES) {
+        return -1;
+    }
+    n = pwrite(b->fd, page, DEDUP_PAGE_SIZE, b->count * DEDUP_PAGE_SIZE);
+    return n == DEDUP_PAGE_SIZE ? (int)b->count++ : -1;
 }
 
 unsigned dedup_builder_count(const DedupBuilder *b)
@@ -145,24 +137,12 @@ void dedup_builder_free(DedupBuilder *b)
     g_free(b);
 }
 
-/* Maps a sealed fd for reading.  Takes @fd in any case. */
-static DedupSegment *segment_map(int fd, uint32_t gid, unsigned npages,
-                                 GError **error)
+/* Takes @fd and its view. */
+static DedupSegment *segment_new(int fd, uint8_t *map, uint32_t gid,
+                                 unsigned npages)
 {
-    size_t size = npages * DEDUP_PAGE_SIZE;
-    DedupSegment *s;
-    void *map;
+    DedupSegment *s = g_new0(DedupSegment, 1);
 
-    /* Kernels before 6.7 refuse to map a sealed memfd MAP_SHARED. */
-    map = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
-    if (map == MAP_FAILED) {
-        set_error(error, "cannot map the sealed memfd");
-        close(fd);
-        return NULL;
-    }
-    madvise(map, size, MADV_DONTFORK);
-    madvise(map, size, MADV_DONTDUMP);
-    s = g_new0(DedupSegment, 1);
     s->gid = gid;
     s->npages = npages;
     s->fd = fd;
@@ -173,33 +153,32 @@ static DedupSegment *segment_map(int fd, uint32_t gid, unsigned npages,
 DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
                                    GError **error)
 {
+    size_t size = b->count * DEDUP_PAGE_SIZE;
     DedupSegment *s = NULL;
-    int fd = b->fd;
 
     if (b->count == 0) {
         errno = ENODATA;
         set_error(error, "nothing to publish");
         goto out;
     }
-    /* F_SEAL_WRITE is refused while a writable mapping exists. */
-    munmap(b->map, MAX_SIZE);
-    b->map = NULL;
-    if (ftruncate(fd, b->count * DEDUP_PAGE_SIZE) < 0) {
+    /* a write that came to nothing may have left a part behind the end */
+    if (ftruncate(b->fd, size) < 0) {
         set_error(error, "cannot cut the memfd to length");
         goto out;
     }
-    if (fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0) {
+    if (fcntl(b->fd, F_ADD_SEALS, ALL_SEALS) < 0) {
         set_error(error, "cannot seal the memfd");
         goto out;
     }
-    b->fd = -1;
-    s = segment_map(fd, gid, b->count, error);
-    if (s) {
-        s->mine = true;
-        /* its pages are all there; spares a fault for each 16 of them */
-        madvise((void *)s->map, s->npages * DEDUP_PAGE_SIZE,
-                MADV_POPULATE_READ);
+    if (size < MAX_SIZE) {
+        munmap(b->map + size, MAX_SIZE - size);
     }
+    /* its pages are all there; spares a fault for each 16 of them */
+    madvise(b->map, size, MADV_POPULATE_READ);
+    s = segment_new(b->fd, b->map, gid, b->count);
+    s->mine = true;
+    b->fd = -1;
+    b->map = NULL;
 out:
     dedup_builder_free(b);
     return s;
@@ -211,6 +190,7 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
     struct statfs fs;
     struct stat st;
     int seals = fcntl(fd, F_GET_SEALS);
+    uint8_t *map;
 
     if (seals < 0) {
         set_error(error, "received file cannot be sealed");
@@ -244,7 +224,10 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
         set_error(error, "received file has holes");
         goto fail;
     }
-    return segment_map(fd, gid, npages, error);
+    map = map_file(fd, npages * DEDUP_PAGE_SIZE, error);
+    if (map != MAP_FAILED) {
+        return segment_new(fd, map, gid, npages);
+    }
 
 fail:
     close(fd);

@@ -58,12 +58,10 @@ typedef struct DedupBuilder DedupBuilder;
 DedupBuilder *dedup_builder_new(GError **error);
 
 /*
- * Room for the next page, writable, or NULL when full (errno is 0) or when
- * memory is short; the same until the next commit.  It counts as part of
- * the segment only after dedup_builder_commit(), which returns its number.
+ * Copies @page, which nobody changes meanwhile, to the end.  Returns its
+ * number, or -1 and errno: ENOSPC when full, or when memory is short.
  */
-uint8_t *dedup_builder_next(DedupBuilder *b);
-unsigned dedup_builder_commit(DedupBuilder *b);
+int dedup_builder_append(DedupBuilder *b, const void *page);
 unsigned dedup_builder_count(const DedupBuilder *b);
 const uint8_t *dedup_builder_page(const DedupBuilder *b, unsigned i);
 

@@ -265,7 +265,4 @@ void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
     if (rb->flags & RAM_NORESERVE) {
         info->flags |= DEDUP_REGION_NORESERVE;
     }
-    if (block->named) {
-        info->flags |= DEDUP_REGION_NAMED;
-    }
 }

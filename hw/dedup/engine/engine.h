@@ -126,8 +126,6 @@ typedef enum DedupMemory {
  * @DEDUP_REGION_MERGEABLE: MADV_MERGEABLE was set: taken from KSM while the
  *     region is ours, given back by dedup_region_remove()
  * @DEDUP_REGION_NORESERVE: mapped with MAP_NORESERVE
- * @DEDUP_REGION_NAMED: the file has a name that others may open: removing
- *     the region restores its contents first
  */
 typedef enum DedupRegionFlags {
     DEDUP_REGION_DONTFORK = 1 << 0,
@@ -135,7 +133,6 @@ typedef enum DedupRegionFlags {
     DEDUP_REGION_HUGEPAGE = 1 << 2,
     DEDUP_REGION_MERGEABLE = 1 << 3,
     DEDUP_REGION_NORESERVE = 1 << 4,
-    DEDUP_REGION_NAMED = 1 << 5,
 } DedupRegionFlags;
 
 /**

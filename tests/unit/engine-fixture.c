@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -110,7 +111,30 @@ static int tmpfs_file(void)
     return fd;
 }
 
+int fx_huge_tmpfs_file(void)
+{
+    g_autofree char *dir = g_dir_make_tmp("dedup-test-XXXXXX", NULL);
+    int fd = -1;
+
+    g_assert_nonnull(dir);
+    if (mount("dedup-test", dir, "tmpfs", 0, "huge=always") == 0) {
+        fd = open(dir, O_RDWR | O_TMPFILE | O_CLOEXEC, 0600);
+        umount2(dir, MNT_DETACH);
+    }
+    rmdir(dir);
+    return fd;
+}
+
 FxRam *fx_ram_new(FxKind kind, uint32_t npages)
+{
+    int fd = kind == FX_ANON || kind == FX_ANON_THP ? -1
+             : kind == FX_TMPFS ? tmpfs_file()
+                                : memfd_create("test-ram", MFD_CLOEXEC);
+
+    return fx_ram_new_file(kind, npages, fd);
+}
+
+FxRam *fx_ram_new_file(FxKind kind, uint32_t npages, int fd)
 {
     FxRam *ram = g_new0(FxRam, 1);
     size_t size = (size_t)npages * FX_PAGE;
@@ -119,12 +143,10 @@ FxRam *fx_ram_new(FxKind kind, uint32_t npages)
 
     ram->kind = kind;
     ram->npages = npages;
-    ram->fd = -1;
+    ram->fd = fd;
     if (kind == FX_ANON || kind == FX_ANON_THP) {
         flags |= MAP_ANONYMOUS;
     } else {
-        ram->fd = kind == FX_TMPFS ? tmpfs_file()
-                                   : memfd_create("test-ram", MFD_CLOEXEC);
         g_assert_cmpint(ram->fd, >=, 0);
         g_assert_cmpint(ftruncate(ram->fd, size), ==, 0);
     }
@@ -148,6 +170,7 @@ FxRam *fx_ram_new(FxKind kind, uint32_t npages)
     g_assert_true(ram->shadow != MAP_FAILED);
     madvise(ram->shadow, size, MADV_NOHUGEPAGE);
     ram->pins = g_new0(uint16_t, (size >> DEDUP_PIN_SHIFT) + 1);
+    ram->readers = g_new0(uint16_t, (size >> DEDUP_PIN_SHIFT) + 1);
     return ram;
 }
 
@@ -160,6 +183,7 @@ void fx_ram_free(FxRam *ram)
         close(ram->fd);
     }
     g_free(ram->pins);
+    g_free(ram->readers);
     g_free(ram);
 }
 
@@ -345,6 +369,7 @@ void fx_add_flags(FxEngine *fe, FxRam *ram, unsigned flags)
         .memory = memory[ram->kind],
         .fd = ram->fd,
         .pins = ram->pins,
+        .readers = ram->readers,
         .flags = flags,
     };
     g_autoptr(GError) error = NULL;

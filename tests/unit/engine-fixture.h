@@ -79,6 +79,7 @@ typedef struct FxRam {
     uint32_t npages;
     int fd;                 /* -1: anonymous */
     uint16_t *pins;         /* one counter per 64 KiB */
+    uint16_t *readers;      /* likewise */
     DedupRegion *region;    /* while an engine has it */
     void *map;              /* with the slack of the alignment */
     size_t map_size;
@@ -88,7 +89,11 @@ const char *fx_kind_name(FxKind kind);
 
 /* Memory without contents, aligned to 2 MiB; DONTFORK as QEMU sets it. */
 FxRam *fx_ram_new(FxKind kind, uint32_t npages);
+/* The same on a file of the caller's, which it takes over. */
+FxRam *fx_ram_new_file(FxKind kind, uint32_t npages, int fd);
 void fx_ram_free(FxRam *ram);
+/* A file on a tmpfs that takes huge pages; -1: may not be had here. */
+int fx_huge_tmpfs_file(void);
 
 /* The bytes that a seed stands for; 0 is a page of zeros. */
 void fx_content(void *page, uint64_t seed);

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "mutant.h"
 
 #define MIB (1u << 20)
 
@@ -271,9 +272,59 @@ static void add_tests(const char *name, GTestDataFunc test)
     }
 }
 
+/*
+ * The kernel unmaps pages and cannot map a segment there: they have what they
+ * had.  Nobody looks meanwhile, as that would be the end.
+ */
+static bool leaves_holes(int what)
+{
+    static unsigned calls;      /* the scanner's */
+
+    return what == DEDUP_FAIL_MAP_HOLE && calls++ % 3 == 0;
+}
+
+static void test_holes(gconstpointer data)
+{
+    FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), 600);
+    FxEngine *fe = fx_engine_new(NULL);
+
+    for (uint32_t i = 0; i < 600; i++) {
+        fx_page(ram, i, i % 7 == 6 ? 1000 + i : i % 20 + 1);
+    }
+    dedup_fail_hook = leaves_holes;
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_scans(fe, 4);
+    fx_wait_settled(fe);
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    fx_assert_bytes(ram);
+    /* broken pages, merged again */
+    for (uint32_t i = 0; i < 600; i += 3) {
+        fx_page(ram, i, i % 5 + 1);
+    }
+    fx_set_run(fe, true);
+    fx_wait_scans(fe, 4);
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    fx_assert_bytes(ram);
+    dedup_fail_hook = NULL;
+    fx_unmerge(fe);
+    fx_assert_bytes(ram);
+    fx_engine_free(fe);
+    ram->region = NULL;
+    fx_ram_free(ram);
+}
+
 int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
+    for (FxKind kind = 0; kind < FX_KINDS; kind++) {
+        g_autofree char *path = g_strdup_printf("/failures/holes/%s",
+                                                fx_kind_name(kind));
+
+        g_test_add_data_func(path, GINT_TO_POINTER(kind), test_holes);
+    }
     add_tests("descriptors", test_descriptors);
     add_tests("publish", test_publish);
     add_tests("refused", test_refused);

@@ -21,9 +21,9 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "mutant.h"
 
 #define PAGES_EACH 64
+#define ROUNDS 200              /* of restoring, at the least */
 #define VALUES 6                /* contents: seeds 0 (zero) to 5 */
 
 typedef enum Source { PIPE, FILE_CACHE, DIRECT, STORE, SOURCES } Source;
@@ -229,13 +229,9 @@ static FxEngine *engine_at_full_speed(void)
     return fe;
 }
 
-/*
- * As long as it takes for pages enough to be merged and written again; with
- * a mutant, until it is all but sure to have shown itself.
- */
+/* As long as it takes for pages enough to be merged and written again. */
 static void run_writers(FxEngine *fe, Writer **w, unsigned n)
 {
-    unsigned rounds = dedup_mutant ? 4000 : 200;
     gint64 start = g_get_monotonic_time();
     DedupStats stats;
 
@@ -249,7 +245,7 @@ static void run_writers(FxEngine *fe, Writer **w, unsigned n)
                                                   (n * PAGES_EACH)),
                                    (round % 50 + 1) * FX_PAGE, NULL);
         fx_stats(fe, &stats);
-        if (stats.cow_breaks >= 1000 && round >= rounds) {
+        if (stats.cow_breaks >= 1000 && round >= ROUNDS) {
             break;
         }
         if (g_get_monotonic_time() - start > FX_DEADLINE * G_USEC_PER_SEC) {

@@ -30,10 +30,10 @@ typedef struct Case {
 } Case;
 
 static const Case cases[] = {
-    { DEDUP_MUTANT_NO_PIN_RECHECK, "test-dedup-kernel",
-      "/kernel/direct/memfd", "lost read" },
-    { DEDUP_MUTANT_NO_PIN_RECHECK, "test-dedup-kernel",
-      "/kernel/direct/anon", "lost read" },
+    { DEDUP_MUTANT_NO_PIN_RECHECK, "test-dedup-pins",
+      "/pins/late-writer/memfd", "lost read" },
+    { DEDUP_MUTANT_NO_PIN_RECHECK, "test-dedup-pins",
+      "/pins/late-writer/anon", "lost read" },
     { DEDUP_MUTANT_NO_FREEZE, "test-dedup-writers",
       "/writers/counters/memfd", "lost store|zero page" },
     { DEDUP_MUTANT_NO_FREEZE, "test-dedup-writers",
@@ -57,6 +57,10 @@ static const Case cases[] = {
       "/writers/counters/memfd", "zero page|lost store" },
     { DEDUP_MUTANT_NO_HEADROOM, "test-dedup-failures",
       "/failures/publish/memfd", "killed" },
+    { DEDUP_MUTANT_PUNCH_HELD, "test-dedup-punch",
+      "/punch/reader/huge-tmpfs", "foreign bytes" },
+    { DEDUP_MUTANT_NO_FETCH_PROOF, "test-dedup-fetch",
+      "/fetch/hostile", "given without proof" },
 };
 
 static char *program_dir;

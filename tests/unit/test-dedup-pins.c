@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "mutant.h"
 
 #define PAGES 256
 #define CHUNK 16                /* pages that one counter covers */
@@ -329,6 +330,72 @@ static void test_fixed_buffer(gconstpointer data)
     end(fe, ram);
 }
 
+/*
+ * M1: a device gets hold of a page that is chosen already, before the freeze,
+ * which does not stop it.  What it writes comes when the window is over.
+ */
+static struct {
+    FxRam *ram;
+    Ring ring;
+    int holds;              /* atomic */
+} writer;
+
+#define WRITER_CHUNK 2          /* in the first window */
+
+static void writer_comes(int stage)
+{
+    if (stage == DEDUP_HOOK_ADMITTED && !g_atomic_int_get(&writer.holds)) {
+        g_atomic_int_set(&writer.holds, 1);
+        register_chunk(&writer.ring, writer.ram, WRITER_CHUNK);
+    }
+}
+
+static void test_late_writer(gconstpointer data)
+{
+    int file = memfd_create("test-file", MFD_CLOEXEC);
+    PageIs p = { .page = (WRITER_CHUNK + 1) * CHUNK };
+    uint8_t contents[FX_PAGE];
+    FxEngine *fe;
+    FxRam *ram;
+
+    if (!ring_open(&writer.ring)) {
+        g_test_skip("no io_uring here");
+        return;
+    }
+    ram = fx_ram_new(GPOINTER_TO_INT(data), PAGES);
+    for (uint32_t i = 0; i < PAGES; i++) {
+        fx_page(ram, i, i % CHUNK + 1);
+    }
+    writer.ram = p.ram = ram;
+    g_atomic_int_set(&writer.holds, 0);
+    dedup_mutant_hook = writer_comes;
+    fe = fx_engine_new(NULL);
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_until(page_is_merged, &p, "not merged");
+    g_assert_true(g_atomic_int_get(&writer.holds));
+    for (uint32_t i = 0; i < CHUNK; i++) {
+        uint32_t page = WRITER_CHUNK * CHUNK + i;
+
+        fx_content(contents, 500 + i);
+        g_assert_cmpint(pwrite(file, contents, FX_PAGE, 0), ==, FX_PAGE);
+        ring_do(&writer.ring, IORING_OP_READ_FIXED, file, fx_addr(ram, page));
+        if (memcmp(fx_addr(ram, page), contents, FX_PAGE)) {
+            fx_fail("lost read", "%s page %u", fx_kind_name(ram->kind), page);
+        }
+        fx_shadow_page(ram, page, 500 + i);
+    }
+    fx_assert_bytes(ram);
+    unregister_chunk(&writer.ring, ram, WRITER_CHUNK);
+    fx_wait_settled(fe);
+    fx_assert_bytes(ram);
+    close(file);
+    close(writer.ring.fd);
+    fx_unmerge(fe);
+    end(fe, ram);
+    dedup_mutant_hook = NULL;
+}
+
 static void add_tests(const char *name, GTestDataFunc test)
 {
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
@@ -349,5 +416,6 @@ int main(int argc, char **argv)
     add_tests("counter", test_pinned);
     add_tests("vmsplice", test_vmsplice);
     add_tests("fixed-buffer", test_fixed_buffer);
+    add_tests("late-writer", test_late_writer);
     return g_test_run();
 }

@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "mutant.h"
 
 #define PAGES 512
 #define CONSTANT 64             /* at the end: equal, never written */
@@ -298,9 +299,30 @@ static void test_counters(gconstpointer data)
     fx_ram_free(run.ram);
 }
 
+/* One in five of what a window asks of the kernel is refused. */
+static bool sometimes(int what)
+{
+    static unsigned calls[DEDUP_FAILS]; /* atomic */
+
+    return (what == DEDUP_FAIL_MAP || what == DEDUP_FAIL_DROP ||
+            what == DEDUP_FAIL_UNPROTECT) &&
+           __atomic_fetch_add(&calls[what], 1, __ATOMIC_RELAXED) % 5 == 2;
+}
+
+static void test_refused(gconstpointer data)
+{
+    dedup_fail_hook = sometimes;
+    test_counters(data);
+    dedup_fail_hook = NULL;
+}
+
 int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
+    g_test_add_data_func("/writers/refused/memfd", GINT_TO_POINTER(FX_MEMFD),
+                         test_refused);
+    g_test_add_data_func("/writers/refused/anon", GINT_TO_POINTER(FX_ANON),
+                         test_refused);
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
         g_autofree char *path = g_strdup_printf("/writers/counters/%s",
                                                 fx_kind_name(kind));

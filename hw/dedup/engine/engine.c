@@ -198,12 +198,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     }
 
     e = g_new0(DedupEngine, 1);
-#ifdef CONFIG_DEDUP_MUTANTS
-    if (getenv("DEDUP_MUTANT")) {
-        dedup_mutant = atoi(getenv("DEDUP_MUTANT"));
-        dedup_mutant_delay_us = 2000;
-    }
-#endif
+    dedup_mutants_init();
     e->callbacks = config->callbacks;
     e->opaque = config->opaque;
     e->uffd = uffd;

@@ -176,6 +176,15 @@ bool dedup_freeze_readers(int uffd, void *addr, size_t len)
     return DEDUP_MUTANT(NO_FREEZE) || uffd_register(uffd, addr, len, true);
 }
 
+void dedup_freeze_unprotect(int uffd, void *addr, size_t len)
+{
+    if (!DEDUP_MUTANT(NO_FREEZE)) {
+        /* what it leaves protected, dedup_freeze_end() does not */
+        uffd_writeprotect(uffd, addr, DEDUP_FAIL(UNPROTECT) ? DEDUP_PAGE_SIZE
+                                                            : len, false);
+    }
+}
+
 /* Old kernels: lift the protection wherever our registration survives. */
 static void uffd_thaw_each(int uffd, uint8_t *addr, size_t len)
 {

@@ -35,6 +35,14 @@ bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing);
 bool dedup_freeze_readers(int uffd, void *addr, size_t len);
 
 /*
+ * Let stores pass again, where there are pages; who waits goes on waiting.
+ * For a caller that took out of a range, frozen with its readers, all that
+ * nobody may store to.  One call for the whole range costs one TLB flush;
+ * dedup_freeze_end() one for each mapping that has protected pages still.
+ */
+void dedup_freeze_unprotect(int uffd, void *addr, size_t len);
+
+/*
  * Thaw it and wake everybody who waited in it (I3), whatever was mapped over
  * it meanwhile.
  */

@@ -39,6 +39,8 @@
 #define DEDUP_AREA_NOHUGE (1 << 0)   /* MADV_NOHUGEPAGE is set here */
 #define DEDUP_AREA_UNKSM (1 << 1)    /* taken from KSM */
 #define DEDUP_AREA_SPLIT (1 << 2)    /* huge page split in this pass */
+#define DEDUP_AREA_UNPUNCHED (1 << 3) /* a merged page is in the file still */
+#define DEDUP_AREA_PUNCH (1 << 4)    /* and is punched in this pass */
 
 /* What the last scan of a region counted; replaced at the end of a pass. */
 typedef struct DedupCounts {
@@ -342,6 +344,14 @@ unsigned dedup_windows(DedupRegion *r, DedupAction *actions, unsigned n,
  */
 unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n);
 
+/*
+ * Mapping something over pages has failed, and the kernel had unmapped them:
+ * put @content (NULL: zeros) there, of one's own.  False: there was no hole,
+ * or it stays.
+ */
+bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
+                     const uint8_t *content);
+
 /* One step of a restore request: returns false when it has ended. */
 bool dedup_restore_step(DedupEngine *e);
 bool dedup_restore_begin(DedupEngine *e, bool force, GError **error);
@@ -396,6 +406,13 @@ DedupSegment *dedup_publish_segment(DedupEngine *e, DedupRegion *r,
 
 /* Leave segments that cost more than they save (I8); announce again. */
 void dedup_policy_pass_end(DedupEngine *e);
+
+/*
+ * Which of a window's actions may be done with the maps that are left: takes
+ * the others out of @actions.  False: none.  Remap lock held.
+ */
+bool dedup_policy_maps(const DedupRegion *r, DedupAction **actions,
+                       unsigned *n, unsigned *limits);
 
 /* ---- stats.c, engine.c ---- */
 

@@ -13,6 +13,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 enum {
@@ -26,6 +27,8 @@ enum {
     DEDUP_MUTANT_NO_PROOF = 8,        /* M8: published without being proven */
     DEDUP_MUTANT_NO_LOCK = 9,         /* M9: lock dropped before the punch */
     DEDUP_MUTANT_NO_HEADROOM = 10,    /* cgroup headroom not looked at */
+    DEDUP_MUTANT_PUNCH_HELD = 11,     /* punched though a reader holds it */
+    DEDUP_MUTANT_NO_FETCH_PROOF = 12, /* a segment is given without proof */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS
@@ -42,8 +45,46 @@ extern unsigned dedup_mutant_delay_us;
             usleep(dedup_mutant_delay_us);                              \
         }                                                               \
     } while (0)
+/*
+ * Called in each window, on the scanner's thread: what a test does here comes
+ * at the worst moment, every time.
+ */
+enum {
+    DEDUP_HOOK_ADMITTED,      /* the pages are chosen, not frozen yet */
+    DEDUP_HOOK_JUDGED,        /* they are frozen and compared, not replaced */
+};
+extern void (*dedup_mutant_hook)(int stage);
+#define DEDUP_MUTANT_HOOK(stage)                                        \
+    do {                                                                \
+        if (dedup_mutant_hook) {                                        \
+            dedup_mutant_hook(DEDUP_HOOK_##stage);                      \
+        }                                                               \
+    } while (0)
+static inline void dedup_mutants_init(void)
+{
+    if (getenv("DEDUP_MUTANT")) {
+        dedup_mutant = atoi(getenv("DEDUP_MUTANT"));
+        dedup_mutant_delay_us = 2000;
+    }
+}
+/* What the kernel refuses when the test's function says so; any thread. */
+enum {
+    DEDUP_FAIL_MAP,           /* mapping a segment: nothing has changed */
+    DEDUP_FAIL_MAP_HOLE,      /* the same, and nothing is mapped there now */
+    DEDUP_FAIL_DROP,          /* dropping the pages of a window: only some */
+    DEDUP_FAIL_UNPROTECT,     /* lifting the protection: only some */
+    DEDUP_FAIL_WRITE,         /* writing a restored page to the file */
+    DEDUP_FAIL_MAP_BACK,      /* mapping the file there again */
+    DEDUP_FAILS
+};
+extern bool (*dedup_fail_hook)(int what);
+#define DEDUP_FAIL(what) \
+    (dedup_fail_hook && dedup_fail_hook(DEDUP_FAIL_##what))
 #else
+static inline void dedup_mutants_init(void) { }
+#define DEDUP_FAIL(what) false
 #define DEDUP_MUTANT(n) false
+#define DEDUP_MUTANT_HOOK(stage) do { } while (0)
 #define DEDUP_MUTANT_DELAY() do { } while (0)
 #endif
 

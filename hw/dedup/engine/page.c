@@ -28,6 +28,8 @@
 int dedup_mutant;
 uint64_t dedup_hash_mask = UINT64_MAX;
 unsigned dedup_mutant_delay_us;
+void (*dedup_mutant_hook)(int stage);
+bool (*dedup_fail_hook)(int what);
 #endif
 
 #define DEDUP_UNINSTRUMENTED \

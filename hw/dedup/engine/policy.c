@@ -17,6 +17,8 @@
  *
  * A hint may get lost when the index grows.  So whoever published a segment
  * announces its pages again after that.
+ *
+ * Also here: what a window may spend of the process's maps.
  */
 
 #include "internal.h"
@@ -228,4 +230,48 @@ void dedup_policy_pass_end(DedupEngine *e)
     }
     drop_unused(e);
     announce_again(e);
+}
+
+/*
+ * Is there room for the maps?  The scarcer they are, the longer a run must
+ * be: an isolated page costs two maps, a run of 64 costs two as well.
+ */
+bool dedup_policy_maps(const DedupRegion *r, DedupAction **actions,
+                       unsigned *n, unsigned *limits)
+{
+    DedupEngine *e = r->engine;
+    int64_t left = dedup_maps_left(e);
+    int64_t limit = e->stats.maps_limit;
+    unsigned least = left < limit / 10 ? 16 : left < limit / 4 ? 4 : 1;
+    unsigned kept = 0, runs = 0;
+    uint64_t needed = 4; /* the window's own registration splits maps */
+
+    for (unsigned i = 0, j; i < *n; i = j) {
+        DedupAction *a = actions[i];
+
+        for (j = i + 1; j < *n &&
+             actions[j]->page == a->page + (j - i) &&
+             actions[j]->segment == a->segment &&
+             (!a->segment || actions[j]->index == a->index + (j - i));
+             j++) {
+            ;
+        }
+        if (a->segment && j - i < least) {
+            *limits |= DEDUP_LIMIT_MAPS;
+            continue;
+        }
+        if (a->segment || r->memory == DEDUP_MEMORY_PRIVATE_FILE) {
+            runs++;
+        }
+        memmove(&actions[kept], &actions[i],
+                (j - i) * sizeof(actions[0]));
+        kept += j - i;
+    }
+    *n = kept;
+    needed += 2 * runs;
+    if (runs && left < (int64_t)needed) {
+        *limits |= DEDUP_LIMIT_MAPS;
+        return false;
+    }
+    return kept > 0;
 }

@@ -37,6 +37,8 @@
 /* Pause after a round that left pages, and when to give up without progress. */
 #define ROUND_US 20000
 #define GIVE_UP_US (3 * G_TIME_SPAN_SECOND)
+/* How often to try to close a hole that the kernel left. */
+#define HOLE_TRIES 100
 
 /* The part of a restore window that is segment-mapped. */
 typedef struct Span {
@@ -91,34 +93,53 @@ static void enter_own(Span *s, uint32_t i, uint32_t n)
     }
 }
 
-static void punch(DedupRegion *r, uint32_t page, uint32_t n)
+/* Write one run's contents to the file; on failure they leave it again. */
+static bool write_back(DedupRegion *r, uint32_t page, uint32_t n,
+                       const uint8_t *from)
 {
-    fallocate(r->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-              dedup_region_file_offset(r, page),
-              (off_t)n << DEDUP_PAGE_SHIFT);
-}
-
-/* Write one run's contents to the file; nothing stays there on failure. */
-static bool write_back(DedupRegion *r, uint32_t page, uint32_t n)
-{
-    const uint8_t *from = dedup_region_addr(r, page);
     size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
     off_t offset = dedup_region_file_offset(r, page);
     size_t done = 0;
 
     while (done < len) {
-        ssize_t ret = pwrite(r->fd, from + done, len - done, offset + done);
+        ssize_t ret = DEDUP_FAIL(WRITE) ? 0 : pwrite(r->fd, from + done,
+                                                     len - done,
+                                                     offset + done);
 
         if (ret < 0 && errno == EINTR) {
             continue;
         }
         if (ret <= 0) {
-            punch(r, page, n);
+            dedup_punch_replaced(r, page, n);
             return false;
         }
         done += ret;
     }
     return true;
+}
+
+/*
+ * Did the kernel unmap a place, and could not map there what was wanted?  That
+ * takes a lack of its own memory at the worst moment.
+ */
+static bool has_hole(const DedupRegion *r, uint32_t page, uint32_t n)
+{
+    unsigned char vec[DEDUP_WINDOW_PAGES];
+
+    return mincore(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
+                   vec) < 0 && errno == ENOMEM;
+}
+
+/* What is in the file is mapped again; false: nothing has changed. */
+static bool map_back(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    bool ok = !DEDUP_FAIL(MAP_BACK) && dedup_region_map_own(r, page, n);
+
+    for (unsigned try = 0; !ok && try < HOLE_TRIES && has_hole(r, page, n);
+         try++) {
+        ok = dedup_region_map_own(r, page, n);
+    }
+    return ok;
 }
 
 static void restore_shared(Span *s)
@@ -134,10 +155,10 @@ static void restore_shared(Span *s)
     choose(s);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         uint32_t page = s->first + i;
-        bool ok = write_back(r, page, n);
+        bool ok = write_back(r, page, n, dedup_region_addr(r, page));
 
-        if (ok && !dedup_region_map_own(r, page, n)) {
-            punch(r, page, n);
+        if (ok && !map_back(r, page, n)) {
+            dedup_punch_replaced(r, page, n);
             ok = false;
         }
         for (uint32_t k = i; k < i + n; k++) {
@@ -225,29 +246,55 @@ static void drop_staging(const Span *s, uint8_t *staging)
     }
 }
 
-/* Move a run of the staging memory to its place, at one stroke. */
+/*
+ * Move a run of the staging memory to its place, at one stroke.  False: it
+ * is not there.  Where the kernel had unmapped the place already there is a
+ * hole then, if trying again does not help: who touches it stops, which is
+ * better than going on with other bytes.
+ */
 static bool move_run(DedupRegion *r, uint8_t *from, uint32_t page,
                      uint32_t n)
 {
     uint8_t *to = dedup_region_addr(r, page);
     size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
-    unsigned char vec[DEDUP_WINDOW_PAGES];
+    unsigned try = 0;
 
-    if (mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) !=
-        MAP_FAILED) {
-        return true;
-    }
-    if (mincore(to, len, vec) == 0 || errno != ENOMEM) {
-        return false; /* nothing has changed */
-    }
-    /* the kernel had unmapped the place already: fill the hole */
-    if (dedup_region_map_own(r, page, n)) {
-        for (uint32_t i = 0; i < n; i++) {
-            dedup_page_copy(to + ((size_t)i << DEDUP_PAGE_SHIFT),
-                            from + ((size_t)i << DEDUP_PAGE_SHIFT));
+    do {
+        if (mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) !=
+            MAP_FAILED) {
+            return true;
         }
+    } while (has_hole(r, page, n) && ++try < HOLE_TRIES);
+    return false;
+}
+
+bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
+                     const uint8_t *content)
+{
+    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
+    uint8_t *staging;
+
+    if (!has_hole(r, page, n)) {
+        return false;
     }
-    munmap(from, len);
+    if (r->memory == DEDUP_MEMORY_SHARED) {
+        return (!content || write_back(r, page, n, content)) &&
+               map_back(r, page, n);
+    }
+    /* one page more: or the kernel takes the hole itself for it, empty */
+    staging = staging_new(r, page, len + DEDUP_PAGE_SIZE);
+    if (!staging) {
+        return false;
+    }
+    munmap(staging + len, DEDUP_PAGE_SIZE);
+    for (uint32_t i = 0; content && i < n; i++) {
+        dedup_page_copy(staging + ((size_t)i << DEDUP_PAGE_SHIFT),
+                        content + ((size_t)i << DEDUP_PAGE_SHIFT));
+    }
+    if (!move_run(r, staging, page, n)) {
+        munmap(staging, len);
+        return false;
+    }
     return true;
 }
 

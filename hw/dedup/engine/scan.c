@@ -141,6 +141,7 @@ static bool look(DedupEngine *e, Chunk *c)
         ok = true;
         take_from_ksm(r, c->first, c->n);
         r->area[c->first / DEDUP_CHUNK_PAGES] &= ~DEDUP_AREA_SPLIT;
+        dedup_punch_late(r, c->first, c->n);
         for (uint32_t i = 0; i < c->n; i++) {
             uint32_t page = c->first + i;
 

@@ -18,7 +18,8 @@
  *             pages are dropped; madvise() flags re-applied.
  *   thaw      always, and everybody is woken (I3).
  *   enter     the ledger.
- *   punch     the replaced pages leave the region's own file (I4).
+ *   punch     the replaced pages leave the region's own file (I4), but for
+ *             those that a reader has come to hold (punch.c).
  *
  * Between freeze and thaw nothing is allocated, locked or called that could
  * wait for a thread of this process (I11): such a thread may itself wait in
@@ -147,49 +148,6 @@ static void add_to_runs(Window *w, const DedupAction *a)
 }
 
 /*
- * Is there room for the maps?  The scarcer they are, the longer a run must
- * be: an isolated page costs two maps, a run of 64 costs two as well.
- */
-static bool maps_allow(Window *w, unsigned *limits)
-{
-    DedupEngine *e = w->r->engine;
-    int64_t left = dedup_maps_left(e);
-    int64_t limit = e->stats.maps_limit;
-    unsigned least = left < limit / 10 ? 16 : left < limit / 4 ? 4 : 1;
-    unsigned kept = 0, runs = 0;
-    uint64_t needed = 4; /* the window's own registration splits maps */
-
-    for (unsigned i = 0, j; i < w->nadmitted; i = j) {
-        DedupAction *a = w->admitted[i];
-
-        for (j = i + 1; j < w->nadmitted &&
-             w->admitted[j]->page == a->page + (j - i) &&
-             w->admitted[j]->segment == a->segment &&
-             (!a->segment || w->admitted[j]->index == a->index + (j - i));
-             j++) {
-            ;
-        }
-        if (a->segment && j - i < least) {
-            *limits |= DEDUP_LIMIT_MAPS;
-            continue;
-        }
-        if (a->segment || w->r->memory == DEDUP_MEMORY_PRIVATE_FILE) {
-            runs++;
-        }
-        memmove(&w->admitted[kept], &w->admitted[i],
-                (j - i) * sizeof(w->admitted[0]));
-        kept += j - i;
-    }
-    w->nadmitted = kept;
-    needed += 2 * runs;
-    if (runs && left < (int64_t)needed) {
-        *limits |= DEDUP_LIMIT_MAPS;
-        return false;
-    }
-    return kept > 0;
-}
-
-/*
  * Splitting a huge page, Linux (6.13) finds its zero pages and maps its own
  * zero page there: they are dropped, and we did it.
  */
@@ -301,65 +259,95 @@ static void judge(Window *w)
     if (DEDUP_MUTANT(NO_FREEZE) || DEDUP_MUTANT(NO_PIN_RECHECK)) {
         DEDUP_MUTANT_DELAY();
     }
+    DEDUP_MUTANT_HOOK(JUDGED);
 }
 
 /*
- * Take the pages of all runs out of the page table with one TLB flush.  Only
- * ever applied to own pages: a broken page would lose its contents.
+ * Own pages of shared memory: drop the maps of the whole window.  Not if a
+ * segment is mapped in it: a broken page would lose its contents.
  */
-static bool flush_runs(Window *w)
+static void flush_shared(Window *w)
 {
     DedupRegion *r = w->r;
-    struct iovec iov[DEDUP_WINDOW_PAGES];
-    unsigned n = 0;
 
-    if (w->nruns < 2) {
-        return false; /* its mmap() flushes as well */
-    }
-    if (r->memory == DEDUP_MEMORY_SHARED) {
-        for (uint32_t i = 0; i < w->span; i++) {
-            if (dedup_entry_is_segment(r->where[w->first + i])) {
-                return false;
-            }
+    for (uint32_t i = 0; i < w->span; i++) {
+        if (dedup_entry_is_segment(r->where[w->first + i])) {
+            return;
         }
-        madvise(dedup_region_addr(r, w->first),
-                (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED);
-        return false;
     }
-    if (r->memory != DEDUP_MEMORY_ANON || !r->engine->has_madvise_vector ||
-        !dedup_freeze_readers(r->engine->uffd,
-                              dedup_region_addr(r, w->first),
-                              (size_t)w->span << DEDUP_PAGE_SHIFT)) {
+    madvise(dedup_region_addr(r, w->first),
+            (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED);
+}
+
+/*
+ * Own pages of anonymous memory: drop what is to be replaced, no more.  When
+ * all of it is gone, who wants it waits because it is missing, and what stays
+ * need not be protected any longer.
+ */
+static bool flush_anon(Window *w)
+{
+    DedupRegion *r = w->r;
+    DedupEngine *e = r->engine;
+    uint8_t *addr = dedup_region_addr(r, w->first);
+    size_t len = (size_t)w->span << DEDUP_PAGE_SHIFT;
+    struct iovec iov[DEDUP_WINDOW_PAGES];
+    size_t wanted = 0;
+    unsigned n = 0;
+    long dropped;
+
+    if (!e->has_madvise_vector || !dedup_freeze_readers(e->uffd, addr, len)) {
         return false;
     }
     for (unsigned i = 0; i < w->nruns; i++) {
         if (w->runs[i].own) {
             iov[n].iov_base = dedup_region_addr(r, w->runs[i].page);
-            iov[n++].iov_len = (size_t)w->runs[i].n << DEDUP_PAGE_SHIFT;
+            iov[n].iov_len = (size_t)w->runs[i].n << DEDUP_PAGE_SHIFT;
+            wanted += iov[n++].iov_len;
         }
     }
-    if (n && syscall(SYS_process_madvise, r->engine->self_pidfd, iov, n,
-                     MADV_DONTNEED, 0) < 0) {
-        /* an older kernel: nothing was dropped */
-        r->engine->has_madvise_vector = false;
+    if (!n) {
         return false;
+    }
+    n -= DEDUP_FAIL(DROP) ? n / 2 : 0;
+    dropped = syscall(SYS_process_madvise, e->self_pidfd, iov, n,
+                      MADV_DONTNEED, 0);
+    if (dropped < 0) {
+        /* nothing was dropped; an older kernel never does */
+        e->has_madvise_vector = errno == ENOMEM || errno == EINTR;
+        return false;
+    }
+    if ((size_t)dropped == wanted && n == w->nruns) {
+        dedup_freeze_unprotect(e->uffd, addr, len);
     }
     return true;
 }
 
-static bool map_segment(Window *w, const Run *run)
+/*
+ * Take the pages of all runs out of the page table with one TLB flush.  True:
+ * the own ones are gone, and come back by being replaced or refilled.
+ */
+static bool flush_runs(Window *w)
 {
-    return mmap(dedup_region_addr(w->r, run->page),
-                (size_t)run->n << DEDUP_PAGE_SHIFT, PROT_READ | PROT_WRITE,
-                MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE, run->segment->fd,
-                (off_t)run->index << DEDUP_PAGE_SHIFT) != MAP_FAILED;
+    if (w->nruns < 2) {
+        return false; /* its mmap() flushes as well */
+    }
+    if (w->r->memory == DEDUP_MEMORY_SHARED) {
+        flush_shared(w);
+    }
+    return w->r->memory == DEDUP_MEMORY_ANON && flush_anon(w);
 }
 
-static bool punch(Window *w, uint32_t page, uint32_t n)
+static bool map_segment(Window *w, const Run *run)
 {
-    return fallocate(w->r->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                     dedup_region_file_offset(w->r, page),
-                     (off_t)n << DEDUP_PAGE_SHIFT) == 0;
+    uint8_t *addr = dedup_region_addr(w->r, run->page);
+    size_t len = (size_t)run->n << DEDUP_PAGE_SHIFT;
+
+    if (DEDUP_FAIL(MAP) || (DEDUP_FAIL(MAP_HOLE) && munmap(addr, len) == 0)) {
+        return false;
+    }
+    return mmap(addr, len, PROT_READ | PROT_WRITE,
+                MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE, run->segment->fd,
+                (off_t)run->index << DEDUP_PAGE_SHIFT) != MAP_FAILED;
 }
 
 /* Drop zero pages; the frozen range keeps everybody from storing to them. */
@@ -377,30 +365,38 @@ static bool drop_zero(Window *w, const Run *run)
     if (!run->own) {
         /*
          * Broken: below is fresh memory, or a hole of the file; which is
-         * made sure of, as the punch of the merge may have failed.
+         * made sure of, as the punch of the merge may not have been yet.
          */
         if (r->memory == DEDUP_MEMORY_SHARED &&
-            !punch(w, run->page, run->n)) {
+            !dedup_punch(r, run->page, run->n)) {
             return false;
         }
         return dedup_region_map_own(r, run->page, run->n);
     }
     if (r->memory == DEDUP_MEMORY_SHARED) {
-        return punch(w, run->page, run->n);
+        return dedup_punch(r, run->page, run->n);
     }
     return madvise(dedup_region_addr(r, run->page),
                    (size_t)run->n << DEDUP_PAGE_SHIFT, MADV_DONTNEED) == 0;
 }
 
-/* The flush took the page away and its replacement could not be mapped. */
-static void refill(Window *w, const Run *run)
+/*
+ * The replacement could not be mapped: what was taken away comes back, from
+ * the segment, which has the same bytes.
+ */
+static void put_back(Window *w, const Run *run, bool dropped)
 {
-    for (uint32_t i = 0; i < run->n; i++) {
-        const uint8_t *content = run->segment->map +
-            (((size_t)run->index + i) << DEDUP_PAGE_SHIFT);
+    const uint8_t *content = run->segment ?
+        dedup_segment_page(run->segment, run->index) : NULL;
 
+    if (dedup_fill_hole(w->r, run->page, run->n, content) || !content ||
+        !dropped || !run->own) {
+        return;
+    }
+    for (uint32_t i = 0; i < run->n; i++) {
         dedup_freeze_refill(w->r->engine->uffd,
-                            dedup_region_addr(w->r, run->page + i), content);
+                            dedup_region_addr(w->r, run->page + i),
+                            content + ((size_t)i << DEDUP_PAGE_SHIFT));
     }
 }
 
@@ -416,15 +412,13 @@ static void replace(Window *w, unsigned *limits)
         } else {
             if (DEDUP_MUTANT(PUNCH_FIRST) &&
                 w->r->memory == DEDUP_MEMORY_SHARED) {
-                punch(w, run->page, run->n);
+                dedup_punch(w->r, run->page, run->n);
                 DEDUP_MUTANT_DELAY();
             }
             run->mapped = map_segment(w, run);
-            if (!run->mapped && dropped && run->own) {
-                refill(w, run);
-            }
         }
         if (!run->mapped) {
+            put_back(w, run, dropped);
             *limits |= DEDUP_LIMIT_MAPS;
         }
     }
@@ -447,7 +441,8 @@ static void punch_runs(Window *w)
                w->runs[j].own && w->runs[j].page == end) {
             end += w->runs[j++].n;
         }
-        punch(w, w->runs[i].page, end - w->runs[i].page);
+        dedup_punch_replaced(w->r, w->runs[i].page,
+                             end - w->runs[i].page);
     }
 }
 
@@ -505,6 +500,7 @@ static void window_locked(Window *w, unsigned *limits)
     if (DEDUP_MUTANT(NO_PIN_RECHECK)) {
         DEDUP_MUTANT_DELAY();
     }
+    DEDUP_MUTANT_HOOK(ADMITTED);
     start = dedup_now_ns();
     if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
         /* ENOMEM: no map left to split off; EBUSY: somebody else's */
@@ -552,7 +548,9 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
                 w.admitted[w.nadmitted++] = &actions[i];
             }
         }
-        if (w.nadmitted && maps_allow(&w, limits) && split_huge(&w)) {
+        if (w.nadmitted &&
+            dedup_policy_maps(r, w.admitted, &w.nadmitted, limits) &&
+            split_huge(&w)) {
             window_locked(&w, limits);
         }
         for (unsigned i = 0; i < n; i++) {

@@ -106,26 +106,21 @@ static void check_kind(const char *backend)
 
 static void test_kinds(void)
 {
-    g_autofree char *dir = NULL, *path = NULL, *shared = NULL;
+    g_autoptr(DedupFile) file = NULL;
     g_autofree char *private = NULL;
 
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/dev/shm");
-    path = g_strdup_printf("%s/ram", dir);
-    shared = g_strdup_printf("-object memory-backend-file,id=ram0,size=64M,"
-                             "share=on,mem-path=%s", path);
+    file = dedup_file_new("/dev/shm");
     private = g_strdup_printf("-object memory-backend-file,id=ram0,size=64M,"
-                              "share=off,mem-path=%s", path);
+                              "share=off,mem-path=%s", file->path);
     check_kind(NULL);
     check_kind("-object memory-backend-ram,id=ram0,size=64M");
     check_kind("-object memory-backend-memfd,id=ram0,size=64M,share=on");
     check_kind("-object memory-backend-memfd,id=ram0,size=64M,share=off");
-    check_kind(shared);
+    check_kind(file->backend);
     check_kind(private);
-    unlink(path);
-    rmdir(dir);
 }
 
 /* Pages of zeros are dropped, read as zeros, and may be written. */
@@ -157,44 +152,33 @@ static void test_zero_pages(void)
  */
 static void test_lease(void)
 {
-    g_autofree char *dir = NULL, *path = NULL, *backend = NULL;
-    g_autofree uint8_t *buf = g_malloc(PAGES * DEDUP_PAGE);
+    uint8_t page[DEDUP_PAGE] __attribute__((aligned(8)));
+    g_autoptr(DedupFile) file = NULL;
     QTestState *qts;
     int fd;
 
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/dev/shm");
-    path = g_strdup_printf("%s/ram", dir);
-    backend = g_strdup_printf("-object memory-backend-file,id=ram0,size=64M,"
-                              "share=on,mem-path=%s", path);
-    qts = start(backend, SCANNER);
+    file = dedup_file_new("/dev/shm");
+    qts = start(file->backend, SCANNER);
     fill_and_merge(qts);
     /* The first copy of these was given back: it is a hole in the file. */
-    fd = open(path, O_RDWR | O_CLOEXEC);
+    fd = open(file->path, O_RDWR | O_CLOEXEC);
     g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(pread(fd, buf, PAGES * DEDUP_PAGE, FIRST), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify_buffer(buf, 1, PAGES);
-    g_assert_cmpint(pread(fd, buf, PAGES * DEDUP_PAGE, SECOND), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify_buffer(buf, 1, PAGES);
+    dedup_verify_fd(fd, FIRST, 1, PAGES);
+    dedup_verify_fd(fd, SECOND, 1, PAGES);
     dedup_wait_block(qts, "ram0", "opened-elsewhere");
     g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
 
     /* Both ways, from now on */
     dedup_fill(qts, FIRST, 3, PAGES);
-    g_assert_cmpint(pread(fd, buf, PAGES * DEDUP_PAGE, FIRST), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify_buffer(buf, 3, PAGES);
-    g_assert_cmpint(pwrite(fd, buf, PAGES * DEDUP_PAGE, SECOND), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify(qts, SECOND, 3, PAGES);
+    dedup_verify_fd(fd, FIRST, 3, PAGES);
+    dedup_page(page, 3, 0);
+    g_assert_cmpint(pwrite(fd, page, DEDUP_PAGE, SECOND), ==, DEDUP_PAGE);
+    dedup_verify(qts, SECOND, 3, 1);
     qtest_quit(qts);
     close(fd);
-    unlink(path);
-    rmdir(dir);
 }
 
 /*
@@ -203,8 +187,7 @@ static void test_lease(void)
  */
 static void test_unplug(void)
 {
-    g_autofree char *dir = NULL, *path = NULL;
-    g_autofree uint8_t *buf = g_malloc(PAGES * DEDUP_PAGE);
+    g_autoptr(DedupFile) file = NULL;
     const uint64_t base = 0x100000000;
     QTestState *qts;
     int fd;
@@ -212,13 +195,13 @@ static void test_unplug(void)
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/dev/shm");
-    path = g_strdup_printf("%s/ram", dir);
+    file = dedup_file_new("/dev/shm");
     qts = start(NULL, SCANNER);
     qtest_qmp_assert_success(qts, "{ 'execute': 'object-add', 'arguments': {"
                              " 'qom-type': 'memory-backend-file',"
                              " 'id': 'mem1', 'size': 67108864,"
-                             " 'share': true, 'mem-path': %s } }", path);
+                             " 'share': true, 'mem-path': %s } }",
+                             file->path);
     qtest_qmp_assert_success(qts, "{ 'execute': 'device_add', 'arguments': {"
                              " 'driver': 'pc-dimm', 'id': 'dimm1',"
                              " 'addr': %" PRId64 ", 'memdev': 'mem1' } }",
@@ -239,37 +222,27 @@ static void test_unplug(void)
     /* It goes when the last reader of the old memory map has. */
     dedup_wait_block(qts, "mem1", NULL);
 
-    fd = open(path, O_RDONLY | O_CLOEXEC);
+    fd = open(file->path, O_RDONLY | O_CLOEXEC);
     g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(pread(fd, buf, PAGES * DEDUP_PAGE, 0), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify_buffer(buf, 4, PAGES);
-    g_assert_cmpint(pread(fd, buf, PAGES * DEDUP_PAGE, FIRST), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify_buffer(buf, 4, PAGES);
+    dedup_verify_fd(fd, 0, 4, PAGES);
+    dedup_verify_fd(fd, FIRST, 4, PAGES);
     close(fd);
     g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
     qtest_quit(qts);
-    unlink(path);
-    rmdir(dir);
 }
 
 /* x-ignore-shared: the file has everything before the migration starts. */
 static void test_ignore_shared(void)
 {
-    g_autofree char *dir = NULL, *path = NULL, *backend = NULL;
-    g_autofree uint8_t *buf = g_malloc(PAGES * DEDUP_PAGE);
+    g_autoptr(DedupFile) file = NULL;
     QTestState *qts;
     int fd;
 
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/dev/shm");
-    path = g_strdup_printf("%s/ram", dir);
-    backend = g_strdup_printf("-object memory-backend-file,id=ram0,size=64M,"
-                              "share=on,mem-path=%s", path);
-    qts = start(backend, SCANNER);
+    file = dedup_file_new("/dev/shm");
+    qts = start(file->backend, SCANNER);
     fill_and_merge(qts);
     qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-capabilities',"
                              " 'arguments': { 'capabilities': [ {"
@@ -281,14 +254,10 @@ static void test_ignore_shared(void)
     dedup_wait_block(qts, "ram0", "exported");
     g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
     /* The destination would open it now: no lease is in its way. */
-    fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+    fd = open(file->path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
     g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(pread(fd, buf, PAGES * DEDUP_PAGE, FIRST), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify_buffer(buf, 1, PAGES);
-    g_assert_cmpint(pread(fd, buf, PAGES * DEDUP_PAGE, SECOND), ==,
-                    PAGES * DEDUP_PAGE);
-    dedup_verify_buffer(buf, 1, PAGES);
+    dedup_verify_fd(fd, FIRST, 1, PAGES);
+    dedup_verify_fd(fd, SECOND, 1, PAGES);
     close(fd);
     while (true) {
         QDict *resp = qtest_qmp(qts, "{ 'execute': 'query-migrate' }");
@@ -307,8 +276,6 @@ static void test_ignore_shared(void)
     dedup_wait_at_least(qts, "pages-merged", 2 * PAGES);
     verify_both(qts);
     qtest_quit(qts);
-    unlink(path);
-    rmdir(dir);
 }
 
 /* One page in two is unique: each merged page is a mapping of its own. */

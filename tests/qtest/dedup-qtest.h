@@ -302,6 +302,37 @@ static inline char *dedup_tmpdir(const char *parent)
     return dir;
 }
 
+/* A file for RAM in a directory of its own, and a memory backend on it. */
+typedef struct DedupFile {
+    char *dir;
+    char *path;
+    char *backend;            /* the option, share=on, for ram0 */
+} DedupFile;
+
+static inline DedupFile *dedup_file_new(const char *parent)
+{
+    DedupFile *f = g_new0(DedupFile, 1);
+
+    f->dir = dedup_tmpdir(parent);
+    f->path = g_strdup_printf("%s/ram", f->dir);
+    f->backend = g_strdup_printf("-object memory-backend-file,id=ram0,"
+                                 "size=64M,share=on,mem-path=%s", f->path);
+    return f;
+}
+
+/* Removes the file, too. */
+static inline void dedup_file_free(DedupFile *f)
+{
+    unlink(f->path);
+    rmdir(f->dir);
+    g_free(f->dir);
+    g_free(f->path);
+    g_free(f->backend);
+    g_free(f);
+}
+
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(DedupFile, dedup_file_free)
+
 /* A group's directory, with what its members left in it. */
 static inline void dedup_remove_tree(const char *dir)
 {
@@ -356,6 +387,17 @@ static inline void dedup_verify(QTestState *qts, uint64_t addr, unsigned seed,
     g_autofree uint8_t *buf = g_malloc(pages * DEDUP_PAGE);
 
     qtest_bufread(qts, addr, buf, pages * DEDUP_PAGE);
+    dedup_verify_buffer(buf, seed, pages);
+}
+
+/* The same, as whoever opens the RAM's file sees it. */
+static inline void dedup_verify_fd(int fd, uint64_t offset, unsigned seed,
+                                   unsigned pages)
+{
+    g_autofree uint8_t *buf = g_malloc(pages * DEDUP_PAGE);
+
+    g_assert_cmpint(pread(fd, buf, pages * DEDUP_PAGE, offset), ==,
+                    pages * DEDUP_PAGE);
     dedup_verify_buffer(buf, seed, pages);
 }
 

@@ -62,19 +62,19 @@ static void check_main_memory(const char *backend, const char *id,
 
 static void test_main_memory(void)
 {
-    g_autofree char *dir = NULL, *shared = NULL, *private = NULL;
-    g_autofree char *nameless = NULL, *path = NULL;
+    g_autofree char *shared = NULL, *private = NULL, *nameless = NULL;
+    g_autoptr(DedupFile) file = NULL;
 
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/dev/shm");
-    path = g_strdup_printf("%s/ram", dir);
-    shared = g_strdup_printf("memory-backend-file,share=on,mem-path=%s", path);
+    file = dedup_file_new("/dev/shm");
+    shared = g_strdup_printf("memory-backend-file,share=on,mem-path=%s",
+                             file->path);
     private = g_strdup_printf("memory-backend-file,share=off,mem-path=%s",
-                              path);
+                              file->path);
     nameless = g_strdup_printf("memory-backend-file,share=on,mem-path=%s",
-                               dir);
+                               file->dir);
     check_main_memory(NULL, "pc.ram", NULL);
     check_main_memory("memory-backend-ram", "ram0", NULL);
     check_main_memory("memory-backend-memfd,share=on", "ram0", NULL);
@@ -82,8 +82,6 @@ static void test_main_memory(void)
     check_main_memory(shared, "ram0", NULL);
     check_main_memory(private, "ram0", NULL);
     check_main_memory(nameless, "ram0", NULL);
-    unlink(path);
-    rmdir(dir);
 }
 
 /* Two NUMA nodes, two backends. */
@@ -244,42 +242,44 @@ static void test_huge_pages(void)
                " 'hugetlbsize': 2097152, 'reserve': false", "huge-pages");
 }
 
+/* For add_backend(): a memory-backend-file */
+static char *file_json(const DedupFile *file, const char *share)
+{
+    return g_strdup_printf("'qom-type': 'memory-backend-file', 'share': %s,"
+                           " 'mem-path': '%s'", share, file->path);
+}
+
 static void test_not_tmpfs(void)
 {
-    g_autofree char *dir = NULL, *path = NULL, *json = NULL;
+    g_autoptr(DedupFile) file = NULL;
+    g_autofree char *json = NULL;
 
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/var/tmp");
-    path = g_strdup_printf("%s/ram", dir);
-    json = g_strdup_printf("'qom-type': 'memory-backend-file', 'share': true,"
-                           " 'mem-path': '%s'", path);
+    file = dedup_file_new("/var/tmp");
+    json = file_json(file, "true");
     check_dimm(json, "not-tmpfs");
-    unlink(path);
+    unlink(file->path);
     g_free(json);
-    json = g_strdup_printf("'qom-type': 'memory-backend-file',"
-                           " 'share': false, 'mem-path': '%s'", path);
+    json = file_json(file, "false");
     check_dimm(json, "not-tmpfs");
-    unlink(path);
-    rmdir(dir);
 }
 
 /* Somebody has the file open already; or holds what a path in /proc names. */
 static void test_opened_elsewhere(void)
 {
-    g_autofree char *dir = NULL, *path = NULL, *json = NULL;
+    g_autoptr(DedupFile) file = NULL;
+    g_autofree char *json = NULL;
     QTestState *qts;
     int fd;
 
     if (dedup_skip()) {
         return;
     }
-    dir = dedup_tmpdir("/dev/shm");
-    path = g_strdup_printf("%s/ram", dir);
-    json = g_strdup_printf("'qom-type': 'memory-backend-file', 'share': true,"
-                           " 'mem-path': '%s'", path);
-    fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    file = dedup_file_new("/dev/shm");
+    json = file_json(file, "true");
+    fd = open(file->path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     g_assert_cmpint(fd, >=, 0);
     qts = start_with_slots();
     add_backend(qts, json);
@@ -289,8 +289,6 @@ static void test_opened_elsewhere(void)
     close(fd);
     dedup_wait_block(qts, "mem1", "eligible");
     qtest_quit(qts);
-    unlink(path);
-    rmdir(dir);
 
     fd = memfd_create("foreign", MFD_CLOEXEC);
     g_assert_cmpint(fd, >=, 0);
@@ -305,18 +303,17 @@ static void test_opened_elsewhere(void)
 /* The file is somebody else's, and QEMU has no CAP_LEASE. */
 static void test_lease_denied(void)
 {
-    g_autofree char *dir = NULL, *path = NULL, *json = NULL, *wrapped = NULL;
+    g_autoptr(DedupFile) file = NULL;
+    g_autofree char *json = NULL, *wrapped = NULL;
     g_autofree char *binary = g_strdup(g_getenv("QTEST_QEMU_BINARY"));
     int fd;
 
     if (dedup_skip_unless_root()) {
         return;
     }
-    dir = dedup_tmpdir("/dev/shm");
-    path = g_strdup_printf("%s/ram", dir);
-    json = g_strdup_printf("'qom-type': 'memory-backend-file', 'share': true,"
-                           " 'mem-path': '%s'", path);
-    fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    file = dedup_file_new("/dev/shm");
+    json = file_json(file, "true");
+    fd = open(file->path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     g_assert_cmpint(fd, >=, 0);
     g_assert_cmpint(fchown(fd, 65534, 65534), ==, 0);
     g_assert_cmpint(fchmod(fd, 0666), ==, 0);
@@ -326,8 +323,6 @@ static void test_lease_denied(void)
     g_setenv("QTEST_QEMU_BINARY", wrapped, true);
     check_dimm(json, "lease-denied");
     g_setenv("QTEST_QEMU_BINARY", binary, true);
-    unlink(path);
-    rmdir(dir);
 }
 
 static void test_device_memory(void)

@@ -202,5 +202,5 @@ def test_bare():
     vm.quit()
 
 
-host.prepare()
+host.prepare(scanner=False)
 tap.main()

@@ -290,6 +290,14 @@ static void test_holes(void)
                               DEDUP_PAGE_SIZE, DEDUP_PAGE_SIZE), ==, 0);
     g_assert_cmpint(fcntl(fd, F_ADD_SEALS, ALL_SEALS), ==, 0);
     assert_refused(fd, 3);
+
+    /* as much memory as a whole one has, but behind its end */
+    fd = memfd_create("test-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    g_assert_cmpint(ftruncate(fd, 3 * DEDUP_PAGE_SIZE), ==, 0);
+    g_assert_cmpint(fallocate(fd, FALLOC_FL_KEEP_SIZE, 3 * DEDUP_PAGE_SIZE,
+                              3 * DEDUP_PAGE_SIZE), ==, 0);
+    g_assert_cmpint(fcntl(fd, F_ADD_SEALS, ALL_SEALS), ==, 0);
+    assert_refused(fd, 3);
 }
 
 static void test_kind(void)

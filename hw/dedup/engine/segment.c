@@ -219,7 +219,7 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
                   (long long)st.st_size, npages * DEDUP_PAGE_SIZE);
         goto fail;
     }
-    if ((uint64_t)st.st_blocks * 512 < npages * DEDUP_PAGE_SIZE) {
+    if (lseek(fd, 0, SEEK_HOLE) != st.st_size) {
         /* a hole takes memory when it is read, at our cost */
         set_error(error, "received file has holes");
         goto fail;

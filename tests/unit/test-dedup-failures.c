@@ -2,17 +2,18 @@
 /*
  * Running short of descriptors and of memory: merging stops and says so,
  * unmerging is refused with the figures and changes nothing, and nobody is
- * killed for what was published.
+ * killed for what was published.  A group that cannot be joined is tried
+ * again.
  *
  * Tests with a memory cgroup run in a process of their own inside it.
  */
 
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "mutant.h"
 
 #define MIB (1u << 20)
 
@@ -259,6 +260,37 @@ static void test_half_way(gconstpointer data)
     run_in_cgroup(half_way_in_cgroup, GPOINTER_TO_INT(data));
 }
 
+/* A group that cannot be joined is joined when its directory was mended. */
+static void test_join_again(void)
+{
+    char *dir = fx_group_dir();
+    FxRam *ram = fx_ram_new(FX_MEMFD, 128);
+    FxEngine *fe;
+    char *why;
+
+    for (uint32_t i = 0; i < 128; i++) {
+        fx_page(ram, i, i % 4 + 1);
+    }
+    g_assert_cmpint(chmod(dir, 0777), ==, 0);
+    fe = fx_engine_new(dir);
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_state(fe, DEDUP_STATE_BLOCKED);
+    why = dedup_engine_group_error(fe->e);
+    g_assert_nonnull(why);
+    g_free(why);
+    g_assert_cmpint(chmod(dir, 0700), ==, 0);
+    fx_wait_settled(fe);
+    why = dedup_engine_group_error(fe->e);
+    g_assert_null(why);
+    g_assert_true(fx_is_merged(ram, 127));
+    fx_assert_bytes(ram);
+    fx_engine_free(fe);
+    ram->region = NULL;
+    fx_ram_free(ram);
+    fx_group_dir_free(dir);
+}
+
 static void add_tests(const char *name, GTestDataFunc test)
 {
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
@@ -272,62 +304,13 @@ static void add_tests(const char *name, GTestDataFunc test)
     }
 }
 
-/*
- * The kernel unmaps pages and cannot map a segment there: they have what they
- * had.  Nobody looks meanwhile, as that would be the end.
- */
-static bool leaves_holes(int what)
-{
-    static unsigned calls;      /* the scanner's */
-
-    return what == DEDUP_FAIL_MAP_HOLE && calls++ % 3 == 0;
-}
-
-static void test_holes(gconstpointer data)
-{
-    FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), 600);
-    FxEngine *fe = fx_engine_new(NULL);
-
-    for (uint32_t i = 0; i < 600; i++) {
-        fx_page(ram, i, i % 7 == 6 ? 1000 + i : i % 20 + 1);
-    }
-    dedup_fail_hook = leaves_holes;
-    fx_add(fe, ram);
-    fx_engine_start(fe);
-    fx_wait_scans(fe, 4);
-    fx_wait_settled(fe);
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
-    fx_assert_bytes(ram);
-    /* broken pages, merged again */
-    for (uint32_t i = 0; i < 600; i += 3) {
-        fx_page(ram, i, i % 5 + 1);
-    }
-    fx_set_run(fe, true);
-    fx_wait_scans(fe, 4);
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
-    fx_assert_bytes(ram);
-    dedup_fail_hook = NULL;
-    fx_unmerge(fe);
-    fx_assert_bytes(ram);
-    fx_engine_free(fe);
-    ram->region = NULL;
-    fx_ram_free(ram);
-}
-
 int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
-    for (FxKind kind = 0; kind < FX_KINDS; kind++) {
-        g_autofree char *path = g_strdup_printf("/failures/holes/%s",
-                                                fx_kind_name(kind));
-
-        g_test_add_data_func(path, GINT_TO_POINTER(kind), test_holes);
-    }
     add_tests("descriptors", test_descriptors);
     add_tests("publish", test_publish);
     add_tests("refused", test_refused);
     add_tests("half-way", test_half_way);
+    g_test_add_func("/failures/join-again", test_join_again);
     return g_test_run();
 }

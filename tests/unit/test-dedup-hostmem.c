@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Tests of what the engine reads about the host, on files of our own: memory
- * cgroups of version 1, 2 and both, whatever the host that we run on has.
+ * cgroups of version 1, 2 and both, whatever the host that we run on has; and
+ * of what it makes of that beside the other members of its group (room.c).
  *
  * A case is a /proc with "self/cgroup" and "self/mountinfo", and the files of
  * the cgroups that they name.  "@" in the text stands for the directory.
@@ -15,7 +16,7 @@
 #include <unistd.h>
 
 #include "group-util.h"
-#include "hostmem.h"
+#include "internal.h"
 
 #define MIB (1ULL << 20)
 #define NO_LIMIT UINT64_MAX
@@ -31,10 +32,15 @@ static void put(Host *h, const char *name, const char *text)
     g_autofree char *path = g_build_filename(h->dir, name, NULL);
     g_autofree char *parent = g_path_get_dirname(path);
     g_autoptr(GString) s = g_string_new(text);
+    int fd;
 
     g_string_replace(s, "@", h->dir, 0);
     g_assert_cmpint(g_mkdir_with_parents(parent, 0700), ==, 0);
-    g_assert_true(g_file_set_contents(path, s->str, -1, NULL));
+    /* in place: the engine keeps some of them open */
+    fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(write(fd, s->str, s->len), ==, s->len);
+    close(fd);
 }
 
 /* One cgroup of version 2; @limit as in memory.max. */
@@ -94,18 +100,23 @@ static void host_start(Host *h, const char *cgroup, const char *mounts)
     h->mem = dedup_hostmem_new(h->dir);
 }
 
+/* The least room, which must be that of the cgroup @binding. */
 static uint64_t room(Host *h, const char *binding)
 {
-    uint64_t id, bytes = dedup_hostmem_cgroup_room(h->mem, &id);
+    DedupCgroupRoom rooms[DEDUP_CGROUP_LEVELS], least = { 0, NO_LIMIT };
+    unsigned n = dedup_hostmem_cgroup_rooms(h->mem, rooms);
     struct stat st = { 0 };
 
+    for (unsigned i = 0; i < n; i++) {
+        least = rooms[i].bytes < least.bytes ? rooms[i] : least;
+    }
     if (binding) {
         g_autofree char *path = g_build_filename(h->dir, binding, NULL);
 
         g_assert_cmpint(stat(path, &st), ==, 0);
     }
-    g_assert_cmpuint(id, ==, st.st_ino);
-    return bytes;
+    g_assert_cmpuint(least.id, ==, st.st_ino);
+    return least.bytes;
 }
 
 static void host_end(Host *h)
@@ -134,6 +145,8 @@ static void test_v2(void)
     put_v2(&h, "cg/machine.slice", "max\n", 4000 * MIB, 0);
     g_assert_cmpuint(room(&h, NULL), ==, NO_LIMIT);
     g_assert_cmpuint(dedup_hostmem_max_maps(h.mem), ==, 262144);
+    put(&h, "sys/vm/max_map_count", "65530\n");
+    g_assert_cmpuint(dedup_hostmem_max_maps(h.mem), ==, 65530);
     g_assert_cmpuint(dedup_hostmem_maps(h.mem), ==, 3);
     g_assert_cmpuint(dedup_hostmem_available(h.mem), ==, 5 * 1024);
     host_end(&h);
@@ -214,8 +227,9 @@ static void test_none(void)
 /* Out of descriptors a limit cannot be read: that is not "no limit". */
 static void test_no_descriptors(void)
 {
+    DedupCgroupRoom rooms[DEDUP_CGROUP_LEVELS] = { 0 };
     struct rlimit old, none;
-    uint64_t id, bytes;
+    unsigned n;
     Host h;
 
     host_begin(&h);
@@ -225,11 +239,71 @@ static void test_no_descriptors(void)
     none = old;
     none.rlim_cur = 0;
     g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &none), ==, 0);
-    bytes = dedup_hostmem_cgroup_room(h.mem, &id);
+    n = dedup_hostmem_cgroup_rooms(h.mem, rooms);
     g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &old), ==, 0);
-    g_assert_cmpuint(bytes, ==, 0);
+    g_assert_cmpuint(n, >=, 1);
+    g_assert_cmpuint(rooms[0].bytes, ==, 0);
     g_assert_cmpuint(room(&h, "cg/vm1"), ==, 424 * MIB);
     host_end(&h);
+}
+
+/*
+ * Members in cgroups of their own below one slice: what they are owed, and
+ * what they reserved, is taken off the slice's room, not off each other's.
+ */
+static void test_members(TestPair *f, gconstpointer data)
+{
+    DedupEngine e = { .group = f->a->g, .joined = true };
+    DedupMemberInfo b = { .owed_bytes = 300 * MIB, .reserved_bytes = 50 * MIB };
+    struct stat st;
+    g_autofree char *slice = NULL;
+    Host h;
+
+    host_begin(&h);
+    put_v2(&h, "cg/slice/a", "1073741824\n", 24 * MIB, 0);
+    put_v2(&h, "cg/slice", "1073741824\n", 124 * MIB, 0);
+    host_start(&h, "0::/slice/a\n", MOUNT_V2);
+    e.hostmem = h.mem;
+    g_mutex_init(&e.group_lock);
+    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 900 * MIB);
+
+    slice = g_build_filename(h.dir, "cg/slice", NULL);
+    g_assert_cmpint(stat(slice, &st), ==, 0);
+    b.cgroups[0] = st.st_ino + 1000000;    /* slice/b */
+    b.cgroups[1] = st.st_ino;
+    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 600 * MIB);
+    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_RESERVED), ==,
+                     850 * MIB);
+    /* it may publish, too, before we look again */
+    b.scanning = 1;
+    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==,
+                     600 * MIB - DEDUP_PUBLISH_BYTES);
+    /* somewhere else */
+    b.cgroups[1] = 0;
+    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 900 * MIB);
+    /* what a liar says cannot overflow */
+    b.cgroups[1] = st.st_ino;
+    b.owed_bytes = UINT64_MAX;
+    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 0);
+    g_mutex_clear(&e.group_lock);
+    host_end(&h);
+}
+
+/* What was discarded is owed to the guest at once, not a pass later. */
+static void test_owed(void)
+{
+    DedupEngine e = { .pages_total = 1000, .own_present = 900 };
+
+    g_assert_cmpuint(dedup_owed_bytes(&e), ==, 100 * DEDUP_PAGE_SIZE);
+    e.discarded[0] = 200;
+    e.discarded[1] = 50;
+    g_assert_cmpuint(dedup_owed_bytes(&e), ==, 350 * DEDUP_PAGE_SIZE);
+    e.discarded[0] = 5000;
+    g_assert_cmpuint(dedup_owed_bytes(&e), ==, 1000 * DEDUP_PAGE_SIZE);
 }
 
 int main(int argc, char **argv)
@@ -241,5 +315,7 @@ int main(int argc, char **argv)
     g_test_add_func("/hostmem/hybrid", test_hybrid);
     g_test_add_func("/hostmem/none", test_none);
     g_test_add_func("/hostmem/no-descriptors", test_no_descriptors);
+    test_pair_add("/hostmem/members", test_members);
+    g_test_add_func("/hostmem/owed", test_owed);
     return g_test_run();
 }

@@ -97,13 +97,14 @@ static void look_into(Liar *l, int fd, unsigned npages)
     }
 }
 
-static void collect(void *opaque, uint32_t gid, unsigned npages,
+static bool collect(void *opaque, uint32_t gid, unsigned npages,
                     const DedupSegmentUse *own,
                     const DedupSegmentUse *others)
 {
     GArray *gids = opaque;
 
     g_array_append_val(gids, gid);
+    return true;
 }
 
 /*

@@ -342,11 +342,12 @@ static int gives_none(void *opaque, uint32_t gid, uint32_t page,
     return -1;
 }
 
-static void note_gid(void *opaque, uint32_t gid, unsigned npages,
+static bool note_gid(void *opaque, uint32_t gid, unsigned npages,
                      const DedupSegmentUse *own,
                      const DedupSegmentUse *others)
 {
     g_array_append_val((GArray *)opaque, gid);
+    return true;
 }
 
 static bool is_content(const void *page, uint64_t seed)

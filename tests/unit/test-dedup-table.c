@@ -191,9 +191,10 @@ typedef struct Walk {
     unsigned npages;
     DedupSegmentUse own;
     DedupSegmentUse others;
+    uint32_t dropped;           /* the only segment that we do not hold */
 } Walk;
 
-static void walk(void *opaque, uint32_t gid, unsigned npages,
+static bool walk(void *opaque, uint32_t gid, unsigned npages,
                  const DedupSegmentUse *own, const DedupSegmentUse *others)
 {
     Walk *w = opaque;
@@ -205,6 +206,7 @@ static void walk(void *opaque, uint32_t gid, unsigned npages,
         w->own = *own;
         w->others = *others;
     }
+    return gid != w->dropped;
 }
 
 static void test_use(Fixture *f, gconstpointer data)
@@ -281,6 +283,41 @@ static void test_orphans(Fixture *f, gconstpointer data)
     g_assert_true(known(f->b, ours));
 }
 
+/*
+ * The publisher let go of a segment that somebody else still used: it leaves
+ * the table when that one lets go, too, though the publisher lives.
+ */
+static void test_let_go(Fixture *f, gconstpointer data)
+{
+    uint32_t gid = dedup_group_segment_alloc(f->a->g, 64);
+    DedupSegmentUse use = { .gid = gid, .mapped = 1 };
+    Walk w = { .dropped = gid };
+
+    dedup_group_refresh(f->a->g);
+    g_assert_true(dedup_group_publish_use(f->b->g, &use));
+    for (unsigned i = 0; i < 3; i++) {
+        dedup_group_foreach_segment(f->a->g, walk, &w);
+    }
+    g_assert_true(known(f->a, gid));
+    g_assert_true(dedup_group_clear_use(f->b->g, gid));
+    /* not while we hold it */
+    w.dropped = 0;
+    for (unsigned i = 0; i < 3; i++) {
+        dedup_group_foreach_segment(f->a->g, walk, &w);
+    }
+    g_assert_true(known(f->a, gid));
+    /* what another one published is not ours to release */
+    w.dropped = gid;
+    for (unsigned i = 0; i < 3; i++) {
+        dedup_group_foreach_segment(f->b->g, walk, &w);
+    }
+    g_assert_true(known(f->a, gid));
+    for (unsigned i = 0; i < 2; i++) {
+        dedup_group_foreach_segment(f->a->g, walk, &w);
+    }
+    g_assert_false(known(f->a, gid));
+}
+
 /* An outsider fills slots, table, rows and header with garbage. */
 static void test_garbage(Fixture *f, gconstpointer data)
 {
@@ -343,6 +380,7 @@ int main(int argc, char **argv)
     g_test_add_func("/table/lock-killed", test_lock_killed);
     add("/table/use", test_use);
     add("/table/orphans", test_orphans);
+    add("/table/let-go", test_let_go);
     add("/table/garbage", test_garbage);
     return g_test_run();
 }

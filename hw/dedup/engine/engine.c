@@ -24,6 +24,9 @@
 #include "freeze.h"
 #include "internal.h"
 
+/* How often to try again for what could not be had. */
+#define RETRY_US (2 * G_TIME_SPAN_SECOND)
+
 GQuark dedup_error_quark(void)
 {
     return g_quark_from_static_string("dedup-error-quark");
@@ -168,9 +171,21 @@ static int peer_segment_fd(void *opaque, uint32_t gid, uint32_t page,
     return fd;
 }
 
+static bool is_stopping(void *opaque)
+{
+    DedupEngine *e = opaque;
+    bool stop;
+
+    g_mutex_lock(&e->control);
+    stop = e->stop;
+    g_mutex_unlock(&e->control);
+    return stop;
+}
+
 static const DedupGroupOps group_ops = {
     .keyed_hash = peer_keyed_hash,
     .segment_fd = peer_segment_fd,
+    .is_stopping = is_stopping,
 };
 
 /* ---- life ---- */
@@ -179,6 +194,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
 {
     DedupGroup *group;
     DedupEngine *e;
+    void *buffer;
     int uffd;
 
     if (config->page_size != DEDUP_PAGE_SIZE) {
@@ -193,6 +209,17 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     }
     uffd = dedup_freeze_open(error);
     if (uffd < 0) {
+        dedup_group_free(group);
+        return NULL;
+    }
+
+    buffer = mmap(NULL, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE,
+                  PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (buffer == MAP_FAILED) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
+                    "cannot map a buffer: %s", g_strerror(errno));
+        close(uffd);
         dedup_group_free(group);
         return NULL;
     }
@@ -227,11 +254,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->tick_scans = g_new0(uint64_t, DEDUP_MAX_MEMBERS);
     e->generation = 1;
     e->tick_us = g_get_monotonic_time();
-    e->proof_buffer = mmap(NULL, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE,
-                           PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                           -1, 0);
-    g_assert(e->proof_buffer != MAP_FAILED);
+    e->proof_buffer = buffer;
     dedup_scan_init(e);
     e->state = config->params.run ? DEDUP_STATE_SCANNING
                                   : DEDUP_STATE_STOPPED;
@@ -285,16 +308,48 @@ void dedup_engine_free(DedupEngine *e)
 static void join(DedupEngine *e)
 {
     g_autoptr(GError) error = NULL;
+    bool ok = dedup_group_join(e->group, &group_ops, e, &error);
 
-    if (!dedup_group_join(e->group, &group_ops, e, &error)) {
-        g_mutex_lock(&e->control);
-        e->group_error = g_strdup(error->message);
-        g_mutex_unlock(&e->control);
+    g_mutex_lock(&e->control);
+    g_free(e->group_error);
+    e->group_error = ok ? NULL : g_strdup(error->message);
+    g_mutex_unlock(&e->control);
+    if (!ok) {
         return;
     }
     e->index = dedup_group_index(e->group);
     e->salt = dedup_group_salt(e->group);
     __atomic_store_n(&e->joined, true, __ATOMIC_RELEASE);
+}
+
+/* Have we what scanning needs? */
+static bool is_complete(DedupEngine *e)
+{
+    bool complete;
+
+    dedup_lock(e);
+    complete = e->joined && e->uffd >= 0;
+    dedup_unlock(e);
+    return complete;
+}
+
+/* A userfaultfd that was lost (freeze.h) may be had again. */
+static void reopen(DedupEngine *e)
+{
+    dedup_lock(e);
+    if (e->uffd < 0) {
+        e->uffd = dedup_freeze_open(NULL);
+    }
+    dedup_unlock(e);
+}
+
+/* Try again: the group's directory may have been mended. */
+static void complete(DedupEngine *e)
+{
+    if (!e->joined) {
+        join(e);
+    }
+    reopen(e);
 }
 
 /* What the state is called while scanning. */
@@ -404,6 +459,7 @@ void dedup_engine_run(DedupEngine *e)
         }
         switch (task) {
         case TASK_RESTORE:
+            reopen(e);
             dedup_restore_step(e);
             break;
         case TASK_SCAN:
@@ -416,7 +472,12 @@ void dedup_engine_run(DedupEngine *e)
             if (e->joined) {
                 dedup_stats_batch(e);
             }
-            dedup_wait(e, -1);
+            if (is_complete(e)) {
+                dedup_wait(e, -1);
+            } else {
+                dedup_wait(e, RETRY_US);
+                complete(e);
+            }
             break;
         }
     }

@@ -207,10 +207,12 @@ void dedup_freeze_end(int *uffd, void *addr, size_t len)
     if (thaw_each) {
         uffd_thaw_each(*uffd, addr, len);
     }
-    if (ioctl(*uffd, UFFDIO_UNREGISTER, &range) < 0) {
+    if (DEDUP_FAIL(UNREGISTER) ||
+        ioctl(*uffd, UFFDIO_UNREGISTER, &range) < 0) {
         /*
          * Out of kernel memory while VMAs are joined.  Closing needs none,
-         * thaws all and wakes all; there are no windows after that.
+         * thaws all and wakes all; there are no windows until the engine has
+         * got another one.
          */
         close(*uffd);
         *uffd = -1;

@@ -24,7 +24,7 @@ int dedup_freeze_open(GError **error);
  * nothing is left frozen and nobody waits.
  *
  * *@uffd becomes -1 when thawing was only possible by closing it: then
- * nothing can be frozen again.
+ * another one must be opened before anything can be frozen again.
  */
 bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing);
 

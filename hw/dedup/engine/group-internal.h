@@ -93,6 +93,8 @@ struct DedupGroup {
         DedupPeer peer;
         bool skip;              /* did not answer; until the next refresh */
         bool used;              /* since the last refresh */
+        unsigned asked;         /* likewise: how often, */
+        int64_t waited_us;      /* and for how long */
     } client[DEDUP_MAX_MEMBERS];
 
     uint32_t rows;              /* of our slot */

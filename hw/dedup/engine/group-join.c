@@ -173,8 +173,21 @@ static int open_file(DedupGroup *g, const char *name, GError **error)
     return fd;
 }
 
+/* Who joins waits for others: until when, and may it? */
+typedef struct Patience {
+    int64_t deadline;
+    const DedupGroupOps *ops;
+    void *opaque;
+} Patience;
+
+static bool is_over(const Patience *p)
+{
+    return g_get_monotonic_time() > p->deadline ||
+           (p->ops->is_stopping && p->ops->is_stopping(p->opaque));
+}
+
 /* Returns a descriptor that holds the join lock, or -1. */
-static int join_lock(DedupGroup *g, int64_t deadline, GError **error)
+static int join_lock(DedupGroup *g, const Patience *patience, GError **error)
 {
     int fd = open_file(g, "lock", error);
     int err;
@@ -186,7 +199,7 @@ static int join_lock(DedupGroup *g, int64_t deadline, GError **error)
         if (err != EAGAIN && err != EACCES) {
             group_error(g, error, "cannot lock '" SUBDIR "/lock' in it: %s",
                         g_strerror(err));
-        } else if (g_get_monotonic_time() > deadline) {
+        } else if (is_over(patience)) {
             group_error(g, error, "another process has been joining the"
                         " group for more than %d seconds; is it stopped?",
                         JOIN_TIMEOUT_MS / 1000);
@@ -209,7 +222,8 @@ static void socket_name(char *name, size_t size, unsigned member)
  * Take the shared file from the first living member that answers.  Returns
  * true with @file open, or true without it when nobody lives.
  */
-static bool find_file(DedupGroup *g, int64_t deadline, GError **error)
+static bool find_file(DedupGroup *g, const Patience *patience,
+                      GError **error)
 {
     bool refused[DEDUP_MAX_MEMBERS] = { false };
 
@@ -219,7 +233,7 @@ static bool find_file(DedupGroup *g, int64_t deadline, GError **error)
         bool left = false;
 
         for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-            int64_t ms = (deadline - g_get_monotonic_time()) /
+            int64_t ms = (patience->deadline - g_get_monotonic_time()) /
                          G_TIME_SPAN_MILLISECOND;
             DedupPeer peer = DEDUP_PEER_INIT;
             int fd = -1;
@@ -228,7 +242,7 @@ static bool find_file(DedupGroup *g, int64_t deadline, GError **error)
                 continue;
             }
             live++;
-            if (refused[k] || ms <= 0) {
+            if (refused[k] || ms <= 0 || is_over(patience)) {
                 continue;
             }
             ms = MIN(ms, DEDUP_PEER_TIMEOUT_MS);
@@ -253,7 +267,7 @@ static bool find_file(DedupGroup *g, int64_t deadline, GError **error)
         if (live == 0) {
             return true;
         }
-        if (!left || g_get_monotonic_time() > deadline) {
+        if (!left || is_over(patience)) {
             return group_error(g, error, "it has %u live member%s, and none"
                                " answered properly; are they stopped?",
                                live, live == 1 ? "" : "s");
@@ -311,8 +325,12 @@ static int listen_socket(DedupGroup *g, GError **error)
 bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
                                 void *opaque, GError **error)
 {
-    int64_t deadline = g_get_monotonic_time() +
-                       JOIN_TIMEOUT_MS * G_TIME_SPAN_MILLISECOND;
+    const Patience patience = {
+        .deadline = g_get_monotonic_time() +
+                    JOIN_TIMEOUT_MS * G_TIME_SPAN_MILLISECOND,
+        .ops = ops,
+        .opaque = opaque,
+    };
     DedupPeerServer *server;
     int lock = -1, sock = -1;
     bool ok = false;
@@ -320,13 +338,13 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
     if (!open_directory(g, error)) {
         goto out;
     }
-    lock = join_lock(g, deadline, error);
+    lock = join_lock(g, &patience, error);
     if (lock < 0) {
         goto out;
     }
     g->slots_fd = open_file(g, "slots", error);
     if (g->slots_fd < 0 ||
-        !find_file(g, deadline, error) ||
+        !find_file(g, &patience, error) ||
         (g->file.fd < 0 && !dedup_group_file_create(&g->file, error)) ||
         !take_slot(g, error)) {
         goto out;

@@ -153,10 +153,7 @@ void dedup_group_segment_release(DedupGroup *g, uint32_t gid)
     DedupTableEntry e;
     uint32_t slot = DEDUP_GID_SLOT(gid);
 
-    /*
-     * If the lock cannot be had the entry stays: it is an orphan once we
-     * are gone, and costs 16 bytes until then.
-     */
+    /* if the lock cannot be had the entry stays for the next walk */
     if (!dedup_group_table_lock(g)) {
         return;
     }
@@ -240,8 +237,7 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
 }
 
 /*
- * An entry without user and publisher is released when it was found so in
- * two walks: somebody may just have fetched it.
+ * In two walks: somebody may just have fetched it.
  */
 static void release_orphans(DedupGroup *g, GArray *now)
 {
@@ -306,18 +302,20 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
         }
         for (uint32_t i = 0; i < n; i++) {
             DedupTableEntry *e = &entries[i];
+            bool gone, held;
 
             if (!entry_valid(e, base + i)) {
                 continue;
             }
             sum[i].gid = e->gid;
             own[i].gid = e->gid;
+            gone = !g->alive[e->member] ||
+                   slots[e->member].incarnation != e->incarnation;
+            held = fn(opaque, e->gid, e->npages, &own[i], &sum[i]);
             if (sum[i].mapped == 0 && own[i].mapped == 0 &&
-                (!g->alive[e->member] ||
-                 slots[e->member].incarnation != e->incarnation)) {
+                (gone || (e->member == g->self && !held))) {
                 g_array_append_val(orphans, e->gid);
             }
-            fn(opaque, e->gid, e->npages, &own[i], &sum[i]);
         }
     }
     release_orphans(g, orphans);

@@ -4,7 +4,8 @@
  * say about themselves, and asking them; see group.h.
  *
  * Who lives is looked up once a pass (dedup_group_refresh()) and remembered.
- * A member that does not answer is not asked again until the next refresh.
+ * A member that does not answer, or takes its time again and again, is not
+ * asked any more until the next refresh: it would hold up our scan.
  * Connections are kept open from one refresh to the next.
  *
  * Thread: the scanner's, but for dedup_group_cpu_ns().
@@ -20,6 +21,10 @@
 #include "engine.h"
 #include "group-internal.h"
 #include "mutant.h"
+
+/* Wait so long for answers that take longer than SLOW_US each. */
+#define PATIENCE_US G_TIME_SPAN_SECOND
+#define SLOW_US (50 * G_TIME_SPAN_MILLISECOND)
 
 DedupGroup *dedup_group_new(const char *dir, GError **error)
 {
@@ -135,6 +140,8 @@ void dedup_group_refresh(DedupGroup *g)
         }
         g->client[k].skip = false;
         g->client[k].used = false;
+        g->client[k].asked = 0;
+        g->client[k].waited_us = 0;
     }
     __atomic_store_n(&g->members, members, __ATOMIC_RELAXED);
     g->members_incompatible = g->path ? dedup_group_count_incompatible(g) : 0;
@@ -194,6 +201,19 @@ bool dedup_group_member(DedupGroup *g, unsigned member,
     return true;
 }
 
+/* It was asked at @start; did it not answer, or does it take too long? */
+static void peer_answered(DedupGroup *g, unsigned member, int64_t start,
+                          bool ok)
+{
+    int64_t waited = g->client[member].waited_us +
+                     g_get_monotonic_time() - start;
+
+    g->client[member].waited_us = waited;
+    g->client[member].asked++;
+    g->client[member].skip = !ok ||
+        (waited > PATIENCE_US && waited > g->client[member].asked * SLOW_US);
+}
+
 /* A connection to @member, or NULL: it is not asked now. */
 static DedupPeer *peer_of(DedupGroup *g, unsigned member)
 {
@@ -216,7 +236,9 @@ static DedupPeer *peer_of(DedupGroup *g, unsigned member)
 bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
                        unsigned n)
 {
+    int64_t start = g_get_monotonic_time();
     DedupPeer *p;
+    bool ok;
 
     for (unsigned i = 0; i < n; i++) {
         proofs[i].proven = DEDUP_MUTANT(NO_PROOF);
@@ -228,11 +250,9 @@ bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
     if (!p) {
         return false;
     }
-    if (!dedup_peer_prove(p, member, proofs, n, DEDUP_PEER_TIMEOUT_MS)) {
-        g->client[member].skip = true;
-        return false;
-    }
-    return true;
+    ok = dedup_peer_prove(p, member, proofs, n, DEDUP_PEER_TIMEOUT_MS);
+    peer_answered(g, member, start, ok);
+    return ok;
 }
 
 /* Ask @member for those that have no fd yet; all, or what it uses. */
@@ -242,7 +262,9 @@ static unsigned fetch_from(DedupGroup *g, unsigned member, DedupFetch *items,
     DedupFetch ask[DEDUP_PEER_BATCH];
     unsigned place[DEDUP_PEER_BATCH];
     unsigned asked = 0, found = 0;
+    int64_t start = g_get_monotonic_time();
     DedupPeer *p;
+    bool ok;
 
     for (unsigned i = 0; i < n; i++) {
         if (items[i].fd < 0 &&
@@ -258,8 +280,9 @@ static unsigned fetch_from(DedupGroup *g, unsigned member, DedupFetch *items,
     if (!p) {
         return 0;
     }
-    if (!dedup_peer_fetch(p, member, ask, asked, DEDUP_PEER_TIMEOUT_MS)) {
-        g->client[member].skip = true;
+    ok = dedup_peer_fetch(p, member, ask, asked, DEDUP_PEER_TIMEOUT_MS);
+    peer_answered(g, member, start, ok);
+    if (!ok) {
         return 0;
     }
     for (unsigned i = 0; i < asked; i++) {
@@ -272,6 +295,7 @@ static unsigned fetch_from(DedupGroup *g, unsigned member, DedupFetch *items,
 void dedup_group_fetch(DedupGroup *g, unsigned member, DedupFetch *items,
                        unsigned n)
 {
+    int64_t end = g_get_monotonic_time() + PATIENCE_US;
     unsigned left = n;
 
     g_assert(n <= DEDUP_PEER_BATCH);
@@ -279,7 +303,8 @@ void dedup_group_fetch(DedupGroup *g, unsigned member, DedupFetch *items,
         items[i].fd = -1;
     }
     left -= fetch_from(g, member, items, n, true);
-    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS && left; k++) {
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS && left &&
+         g_get_monotonic_time() < end; k++) {
         if (k != member && k != g->self && g->alive[k]) {
             left -= fetch_from(g, k, items, n, false);
         }

@@ -23,6 +23,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "hostmem.h"
 #include "index.h"
 #include "segment.h"
 
@@ -46,7 +47,7 @@ typedef struct DedupMemberInfo {
     uint64_t overhead_bytes;  /* private metadata and maps */
     uint64_t reserved_bytes;  /* about to be used by a restore */
     uint64_t owed_bytes;      /* its RAM may still grow by this */
-    uint64_t cgroup_id;       /* inode of the cgroup that limits it, or 0 */
+    uint64_t cgroups[DEDUP_CGROUP_LEVELS]; /* see hostmem.h */
 } DedupMemberInfo;
 
 /* How one member uses one segment. */
@@ -56,7 +57,7 @@ typedef struct DedupSegmentUse {
     uint64_t pages[DEDUP_SEGMENT_PAGES / 64];  /* which segment pages */
 } DedupSegmentUse;
 
-/* What the engine answers for its peers; called on the peer thread. */
+/* What the engine answers; for its peers, on the peer thread. */
 typedef struct DedupGroupOps {
     /*
      * The keyed hash of own page @page into @hash; false if there is no such
@@ -70,6 +71,8 @@ typedef struct DedupGroupOps {
      */
     int (*segment_fd)(void *opaque, uint32_t gid, uint32_t page,
                       const uint8_t *secret, DedupHash128 *hash);
+    /* Shall dedup_group_join() give up?  On the scanner's thread.  Or NULL. */
+    bool (*is_stopping)(void *opaque);
 } DedupGroupOps;
 
 /* A page that another member is asked to prove. */
@@ -102,7 +105,7 @@ DedupGroup *dedup_group_new(const char *dir, GError **error);
  * Join: find a live member and take the shared file from it, or make it;
  * take a slot; listen; start the peer thread.  Removes stale socket names.
  * The directory must belong to our effective uid or root and be writable by
- * its owner only.
+ * its owner only.  May be called again after it failed.
  */
 bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
                       GError **error);
@@ -157,9 +160,13 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
 /*
  * Walk all segments that exist (for the figures and for what becomes of
  * them): calls @fn with the segment's length, this member's usage as it was
- * published, and that of all other live members together.
+ * published, and that of all other live members together.  @fn returns
+ * whether this member holds the segment, mapped or not.
+ *
+ * A segment that nobody maps is released when it is found so in two walks, if
+ * its publisher is gone, or is this member and does not hold it any more.
  */
-typedef void (*DedupSegmentFn)(void *opaque, uint32_t gid, unsigned npages,
+typedef bool (*DedupSegmentFn)(void *opaque, uint32_t gid, unsigned npages,
                                const DedupSegmentUse *own,
                                const DedupSegmentUse *others);
 void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,

@@ -4,11 +4,10 @@
  *
  * Files of /proc are opened once and read from their start each time.  A
  * memory cgroup is kept as one directory descriptor for it and each of its
- * ancestors up to the root of the hierarchy, since any of them may carry the
- * limit that binds.  Everything here is a text file of the kernel's: numbers
+ * nearest ancestors, since any of them may carry the limit that binds.  Everything here is a text file of the kernel's: numbers
  * are parsed with g_ascii_strtoull(), and what is not there counts as "no
- * limit known".  What cannot be read for want of descriptors or memory
- * counts as "no room": it may be a limit.
+ * limit known".  What is there and cannot be read (no descriptor, no memory,
+ * a security module) counts as "no room": it may be a limit.
  */
 
 #include <errno.h>
@@ -20,16 +19,14 @@
 
 #include "hostmem.h"
 
-#define MAX_LEVELS 16
-
 struct DedupHostMem {
     int meminfo_fd;
     int maps_fd;
-    uint64_t max_maps;
+    int max_maps_fd;
     bool v2;
     unsigned nlevels;
-    int level_fd[MAX_LEVELS];      /* the cgroup, then its ancestors */
-    uint64_t level_id[MAX_LEVELS];
+    int level_fd[DEDUP_CGROUP_LEVELS];      /* the cgroup, then its ancestors */
+    uint64_t level_id[DEDUP_CGROUP_LEVELS];
 };
 
 /* Read a small text file; NULL and errno if it cannot be read. */
@@ -53,10 +50,10 @@ static char *read_at(int dirfd, const char *name)
     return g_strndup(buf, len);
 }
 
-/* What could not be read: is it there, and only we cannot read it now? */
-static bool is_short_of(int error)
+/* What could not be read is not there: no such file, the cgroup removed. */
+static bool is_absent(int error)
 {
-    return error == EMFILE || error == ENFILE || error == ENOMEM;
+    return error == ENOENT || error == ENODEV;
 }
 
 /* The number behind "name" at the start of a line; false if absent. */
@@ -156,7 +153,7 @@ static bool cgroup_open(DedupHostMem *m, const char *cgroups,
     }
     full = g_strconcat(point, below, NULL);
     m->v2 = v2;
-    while (m->nlevels < MAX_LEVELS && strlen(full) >= strlen(point)) {
+    while (m->nlevels < DEDUP_CGROUP_LEVELS && strlen(full) >= strlen(point)) {
         struct stat st;
         int fd = open(full, O_PATH | O_DIRECTORY | O_CLOEXEC);
         char *slash;
@@ -194,13 +191,12 @@ static char *proc_read(const char *proc, const char *name)
 DedupHostMem *dedup_hostmem_new(const char *proc)
 {
     DedupHostMem *m = g_new0(DedupHostMem, 1);
-    g_autofree char *max = proc_read(proc, "sys/vm/max_map_count");
     g_autofree char *cgroups = proc_read(proc, "self/cgroup");
     g_autofree char *mounts = proc_read(proc, "self/mountinfo");
 
     m->meminfo_fd = proc_open(proc, "meminfo");
     m->maps_fd = proc_open(proc, "self/maps");
-    m->max_maps = max ? g_ascii_strtoull(max, NULL, 10) : 65530;
+    m->max_maps_fd = proc_open(proc, "sys/vm/max_map_count");
     if (cgroups && mounts) {
         /* a hybrid host has both; then version 1 has the controller */
         if (!cgroup_open(m, cgroups, mounts, false)) {
@@ -220,6 +216,9 @@ void dedup_hostmem_free(DedupHostMem *m)
     }
     if (m->maps_fd >= 0) {
         close(m->maps_fd);
+    }
+    if (m->max_maps_fd >= 0) {
+        close(m->max_maps_fd);
     }
     for (unsigned i = 0; i < m->nlevels; i++) {
         close(m->level_fd[i]);
@@ -249,11 +248,11 @@ static uint64_t level_room(DedupHostMem *m, int fd)
     g_autofree char *stat = NULL;
     uint64_t limit, usage, active = 0, inactive = 0;
 
-    if (!limit_text && is_short_of(errno)) {
-        return 0;
+    if (!limit_text) {
+        return is_absent(errno) ? UINT64_MAX : 0; /* the root has no file */
     }
-    if (!limit_text || !g_ascii_isdigit(*limit_text)) {
-        return UINT64_MAX; /* the root, or "max" */
+    if (!g_ascii_isdigit(*limit_text)) {
+        return UINT64_MAX; /* "max" */
     }
     limit = g_ascii_strtoull(limit_text, NULL, 10);
     if (limit >= INT64_MAX / 2) {
@@ -263,7 +262,7 @@ static uint64_t level_room(DedupHostMem *m, int fd)
                          "memory.usage_in_bytes");
     stat = usage_text ? read_at(fd, "memory.stat") : NULL;
     if (!stat) {
-        return is_short_of(errno) ? 0 : UINT64_MAX;
+        return is_absent(errno) ? UINT64_MAX : 0;
     }
     usage = g_ascii_strtoull(usage_text, NULL, 10);
     /*
@@ -277,20 +276,26 @@ static uint64_t level_room(DedupHostMem *m, int fd)
     return limit > usage ? limit - usage : 0;
 }
 
-uint64_t dedup_hostmem_cgroup_room(DedupHostMem *m, uint64_t *cgroup_id)
+void dedup_hostmem_cgroup_ids(const DedupHostMem *m,
+                              uint64_t ids[DEDUP_CGROUP_LEVELS])
 {
-    uint64_t least = UINT64_MAX;
+    for (unsigned i = 0; i < DEDUP_CGROUP_LEVELS; i++) {
+        ids[i] = i < m->nlevels ? m->level_id[i] : 0;
+    }
+}
 
-    *cgroup_id = 0;
+unsigned dedup_hostmem_cgroup_rooms(DedupHostMem *m, DedupCgroupRoom *rooms)
+{
+    unsigned n = 0;
+
     for (unsigned i = 0; i < m->nlevels; i++) {
-        uint64_t room = level_room(m, m->level_fd[i]);
+        uint64_t bytes = level_room(m, m->level_fd[i]);
 
-        if (room < least) {
-            least = room;
-            *cgroup_id = m->level_id[i];
+        if (bytes != UINT64_MAX) {
+            rooms[n++] = (DedupCgroupRoom) { m->level_id[i], bytes };
         }
     }
-    return least;
+    return n;
 }
 
 uint64_t dedup_hostmem_maps(DedupHostMem *m)
@@ -307,10 +312,17 @@ uint64_t dedup_hostmem_maps(DedupHostMem *m)
             lines++;
         }
     }
-    return lines;
+    return len < 0 ? 0 : lines;
 }
 
 uint64_t dedup_hostmem_max_maps(DedupHostMem *m)
 {
-    return m->max_maps;
+    char buf[32];
+    ssize_t len = pread(m->max_maps_fd, buf, sizeof(buf) - 1, 0);
+
+    if (len <= 0) {
+        return 65530; /* the kernel's default */
+    }
+    buf[len] = '\0';
+    return g_ascii_strtoull(buf, NULL, 10);
 }

@@ -23,17 +23,30 @@ void dedup_hostmem_free(DedupHostMem *m);
 /* MemAvailable of /proc/meminfo in bytes; UINT64_MAX if unknown. */
 uint64_t dedup_hostmem_available(DedupHostMem *m);
 
+/* Cgroups that a member names to the others: its own and four above it. */
+#define DEDUP_CGROUP_LEVELS 5
+
+/* A memory cgroup with a limit: this process's or one above it. */
+typedef struct DedupCgroupRoom {
+    uint64_t id;              /* inode of its directory */
+    uint64_t bytes;           /* until the limit */
+} DedupCgroupRoom;
+
+/* The inodes of our cgroup and of those above it; 0 behind the last. */
+void dedup_hostmem_cgroup_ids(const DedupHostMem *m,
+                              uint64_t ids[DEDUP_CGROUP_LEVELS]);
+
 /*
- * Room until the tightest limit of our memory cgroup and its ancestors, in
- * bytes, counting page cache that can be dropped as room; UINT64_MAX if
- * there is no limit, 0 if it cannot be read now (out of descriptors).
- * @cgroup_id: inode of the cgroup that sets it.
+ * The room in each of them that has a limit, counting page cache that can be
+ * dropped as room; 0 if that cannot be read now (out of descriptors).
+ * @rooms: of DEDUP_CGROUP_LEVELS.  Returns how many have a limit.
  */
-uint64_t dedup_hostmem_cgroup_room(DedupHostMem *m, uint64_t *cgroup_id);
+unsigned dedup_hostmem_cgroup_rooms(DedupHostMem *m,
+                                    DedupCgroupRoom *rooms);
 
 /* Mappings of this process, counted; 0 if unknown. */
 uint64_t dedup_hostmem_maps(DedupHostMem *m);
-/* vm.max_map_count */
+/* vm.max_map_count, which may be changed at any time */
 uint64_t dedup_hostmem_max_maps(DedupHostMem *m);
 
 #endif /* DEDUP_HOSTMEM_H */

@@ -93,7 +93,7 @@ typedef struct DedupPending {
 /* A page of the builder, to be announced when it is sealed. */
 typedef struct DedupAnnounce {
     uint64_t hash;
-    uint64_t old_raw;         /* the claim that it replaces */
+    uint32_t page;            /* ours, of the claim that it replaces */
 } DedupAnnounce;
 
 /*
@@ -142,6 +142,7 @@ struct DedupEngine {
     GPtrArray *regions;       /* of DedupRegion */
     GPtrArray *dead;          /* removed regions that the scanner may hold */
     GPtrArray *segments;      /* of DedupSegment, by number; holes are NULL */
+    unsigned segment_hint;    /* no hole before this one */
     GHashTable *by_gid;       /* gid -> DedupSegment */
     bool blocked;
     bool hard_blocked;
@@ -182,8 +183,10 @@ struct DedupEngine {
     DedupBatch batch[DEDUP_BATCHES];
     uint8_t *proof_buffer;    /* DEDUP_PROOF_PAGES pages */
     uint64_t announced_growths;
+    unsigned announce_left;   /* segments to announce again since then */
     int64_t maps_other;       /* maps of the process that are not ours */
     int64_t figures_us;       /* when the costly figures were last taken */
+    int64_t figures_pause_us; /* and how long not again */
     int64_t policy_us;        /* when policy.c last judged by them */
     GHashTable *left_gids;    /* segments that we left, see policy.c */
     GHashTable *failed_gids;  /* gid -> how often nobody gave it to us */
@@ -193,6 +196,8 @@ struct DedupEngine {
 
     /* Live sums, atomic. */
     int64_t own_present;      /* pages with memory of their own, about */
+    uint64_t discarded[2];    /* at most so many are gone: in this pass and
+                                 the one before, which may have missed it */
     uint64_t merged;
     uint64_t broken;
     uint64_t zero;
@@ -316,7 +321,7 @@ void dedup_punch_replaced(DedupRegion *r, uint32_t page, uint32_t n);
 /* Part of a chunk is looked at: punch what could not be at that time. */
 void dedup_punch_late(DedupRegion *r, uint32_t first, uint32_t n);
 
-/* ---- window.c, restore.c ---- */
+/* ---- window.c, restore.c, unmerge.c ---- */
 
 typedef struct DedupAction {
     uint32_t page;            /* of the region; ascending in an array */
@@ -346,8 +351,8 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n);
 
 /*
  * Mapping something over pages has failed, and the kernel had unmapped them:
- * put @content (NULL: zeros) there, of one's own.  False: there was no hole,
- * or it stays.
+ * put own memory there with @content; NULL: with what the file of a shared
+ * region has there, or zeros.  False: there was no hole, or it stays.
  */
 bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
                      const uint8_t *content);
@@ -414,10 +419,28 @@ void dedup_policy_pass_end(DedupEngine *e);
 bool dedup_policy_maps(const DedupRegion *r, DedupAction **actions,
                        unsigned *n, unsigned *limits);
 
-/* ---- stats.c, engine.c ---- */
+/* ---- room.c: memory that may be taken ---- */
+
+/* Keep this much of MemAvailable for everybody else. */
+#define DEDUP_SPARE_BYTES (64ULL << 20)
+/* What a member may publish between two looks at the room. */
+#define DEDUP_PUBLISH_BYTES \
+    (DEDUP_BATCHES * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
+
+/* What of the other members' memory is taken off. */
+typedef enum DedupClaim {
+    DEDUP_CLAIM_OWED,         /* what they may still grow by, and publish */
+    DEDUP_CLAIM_RESERVED,     /* what they are about to restore */
+} DedupClaim;
 
 /* What our RAM may still grow by: pages without memory of their own. */
 uint64_t dedup_owed_bytes(DedupEngine *e);
+/* Bytes until a limit of our cgroups binds; UINT64_MAX if none has one. */
+uint64_t dedup_cgroup_room(DedupEngine *e, DedupClaim kind);
+/* What the host and the cgroups can give to a restore. */
+uint64_t dedup_restore_room(DedupEngine *e);
+
+/* ---- stats.c, engine.c ---- */
 
 /* May the scanner scan now, or is something else asked of it? */
 bool dedup_may_scan(DedupEngine *e);

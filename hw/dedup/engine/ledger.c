@@ -134,7 +134,7 @@ void dedup_segments_add(DedupEngine *e, DedupSegment *s)
 {
     unsigned no;
 
-    for (no = 0; no < e->segments->len; no++) {
+    for (no = e->segment_hint; no < e->segments->len; no++) {
         if (!g_ptr_array_index(e->segments, no)) {
             break;
         }
@@ -145,6 +145,7 @@ void dedup_segments_add(DedupEngine *e, DedupSegment *s)
         g_ptr_array_index(e->segments, no) = s;
     }
     s->no = no;
+    e->segment_hint = no + 1;
     g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
 }
 
@@ -152,6 +153,7 @@ void dedup_segments_drop(DedupEngine *e, DedupSegment *s)
 {
     g_assert(s->refs == 0);
     g_ptr_array_index(e->segments, s->no) = NULL;
+    e->segment_hint = MIN(e->segment_hint, s->no);
     g_hash_table_remove(e->by_gid, GUINT_TO_POINTER(s->gid));
     dedup_segment_free(s);
 }

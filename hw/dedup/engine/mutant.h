@@ -73,6 +73,7 @@ enum {
     DEDUP_FAIL_MAP_HOLE,      /* the same, and nothing is mapped there now */
     DEDUP_FAIL_DROP,          /* dropping the pages of a window: only some */
     DEDUP_FAIL_UNPROTECT,     /* lifting the protection: only some */
+    DEDUP_FAIL_UNREGISTER,    /* the end of a window */
     DEDUP_FAIL_WRITE,         /* writing a restored page to the file */
     DEDUP_FAIL_MAP_BACK,      /* mapping the file there again */
     DEDUP_FAILS

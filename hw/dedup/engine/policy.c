@@ -28,6 +28,10 @@
 #define TICK_MAX_US (300 * G_TIME_SPAN_SECOND)
 /* Forget after this many ticks that a segment was left or not to be had. */
 #define FORGET_TICKS 16
+/* Leave at most this many segments at a time: 64 MiB. */
+#define LEAVE_MOST 32
+/* Announce the pages of at most this many segments again at a time. */
+#define ANNOUNCE_MOST 64
 
 /* Pages that the segment costs; its slab and its maps are about one. */
 static uint64_t cost_in_pages(const DedupSegment *s)
@@ -77,6 +81,20 @@ static void tick(DedupEngine *e)
     g_mutex_unlock(&e->group_lock);
 }
 
+/* The segment goes: nobody shall look for it. */
+static void withdraw(DedupEngine *e, const DedupSegment *s)
+{
+    for (uint32_t p = 0; p < s->npages; p++) {
+        uint64_t hash = dedup_page_hash(dedup_segment_page(s, p), e->salt);
+        DedupHint hint = {
+            .kind = DEDUP_HINT_PUBLISHED, .where = s->gid, .page = p,
+        };
+
+        hint.raw = dedup_index_raw(hash, &hint);
+        dedup_index_remove(e->index, hash, &hint);
+    }
+}
+
 /* Let go of segments that nothing refers to. */
 static void drop_unused(DedupEngine *e)
 {
@@ -92,6 +110,9 @@ static void drop_unused(DedupEngine *e)
         gid = s->gid;
         dedup_group_clear_use(e->group, gid);
         dedup_group_others_use(e->group, gid, &others);
+        if (!others.mapped) {
+            withdraw(e, s);
+        }
         dedup_lock(e);
         dedup_segments_drop(e, s);
         dedup_unlock(e);
@@ -101,9 +122,16 @@ static void drop_unused(DedupEngine *e)
     }
 }
 
+/*
+ * Leaving a segment takes memory before it gives any: one's share of its
+ * pages, the segment itself only when all have left.  So few are left at a
+ * time, and none without room.
+ */
 static bool find_lean(DedupEngine *e)
 {
-    bool any = false;
+    unsigned left = 0;
+    bool room = dedup_restore_room(e) >=
+                LEAVE_MOST * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE;
 
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
@@ -113,7 +141,7 @@ static bool find_lean(DedupEngine *e)
         }
         if (s->leaving) {
             /* again: some of its pages were pinned, or we were blocked */
-            any |= s->refs > 0;
+            left += s->refs > 0;
             continue;
         }
         if ((uint64_t)__atomic_load_n(&s->mapped, __ATOMIC_RELAXED) +
@@ -121,13 +149,14 @@ static bool find_lean(DedupEngine *e)
             s->lean_since = 0;
         } else if (!s->lean_since) {
             s->lean_since = e->generation;
-        } else if (e->generation - s->lean_since >= LEAN_TICKS) {
+        } else if (e->generation - s->lean_since >= LEAN_TICKS && room &&
+                   left < LEAVE_MOST) {
             s->leaving = true;
             g_hash_table_add(e->left_gids, GUINT_TO_POINTER(s->gid));
-            any = true;
+            left++;
         }
     }
-    return any;
+    return left && room;
 }
 
 static bool is_leaving(DedupEngine *e, uint32_t entry)
@@ -192,16 +221,21 @@ static bool is_announced(DedupEngine *e, uint64_t hash, uint32_t gid,
     return false;
 }
 
+/* A slice of the segments at a time: to hash them all may take seconds. */
 static void announce_again(DedupEngine *e)
 {
     uint64_t growths = dedup_index_growths(e->index);
+    unsigned end;
 
-    if (growths == e->announced_growths) {
-        return;
+    if (growths != e->announced_growths) {
+        e->announced_growths = growths;
+        e->announce_left = e->segments->len;
     }
-    e->announced_growths = growths;
-    for (unsigned i = 0; i < e->segments->len; i++) {
-        DedupSegment *s = g_ptr_array_index(e->segments, i);
+    e->announce_left = MIN(e->announce_left, e->segments->len);
+    end = e->announce_left - MIN(e->announce_left, ANNOUNCE_MOST);
+    for (; e->announce_left > end; e->announce_left--) {
+        DedupSegment *s = g_ptr_array_index(e->segments,
+                                            e->announce_left - 1);
 
         for (uint32_t p = 0; s && s->mine && !s->leaving && p < s->npages;
              p++) {

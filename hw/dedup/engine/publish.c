@@ -42,36 +42,23 @@
 /* Could the cgroup bear one more segment of each kind and all our RAM? */
 static bool cgroup_has_room(DedupEngine *e)
 {
-    uint64_t cgroup_id;
-    uint64_t room = dedup_hostmem_cgroup_room(e->hostmem, &cgroup_id);
-    uint64_t need = CGROUP_MARGIN +
-                    DEDUP_BATCHES * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE;
-
-    if (room == UINT64_MAX || DEDUP_MUTANT(NO_HEADROOM)) {
-        return true;
-    }
-    need += dedup_owed_bytes(e);
-    g_mutex_lock(&e->group_lock);
-    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
-        DedupMemberInfo info;
-
-        if (m != dedup_group_self(e->group) &&
-            dedup_group_member(e->group, m, &info) &&
-            info.cgroup_id == cgroup_id) {
-            need += MIN(info.owed_bytes, 1ULL << 50);
-        }
-    }
-    g_mutex_unlock(&e->group_lock);
-    return room >= need;
+    return DEDUP_MUTANT(NO_HEADROOM) ||
+           dedup_cgroup_room(e, DEDUP_CLAIM_OWED) >=
+           CGROUP_MARGIN + DEDUP_PUBLISH_BYTES + dedup_owed_bytes(e);
 }
 
-/* QEMU needs descriptors as well: half of them are for segments. */
+/*
+ * QEMU needs descriptors as well: half of them are for segments, and for a
+ * socket to each member and one from it.
+ */
 static bool fds_left(DedupEngine *e)
 {
     struct rlimit limit;
+    uint64_t sockets = 2 * dedup_group_members(e->group);
 
     return getrlimit(RLIMIT_NOFILE, &limit) < 0 ||
-           g_hash_table_size(e->by_gid) < limit.rlim_cur / 2;
+           g_hash_table_size(e->by_gid) + MIN(sockets, limit.rlim_cur / 4) <
+           limit.rlim_cur / 2;
 }
 
 static void flush_batch(DedupEngine *e, DedupBatch *b);
@@ -112,15 +99,18 @@ static void add_pending(DedupBatch *b, DedupRegion *r, uint32_t page,
     g_array_append_val(b->pending, p);
 }
 
-/* A hint of ours about one of our pages. */
-static DedupHint own_hint(DedupEngine *e, DedupHintKind kind,
-                          const DedupRegion *r, uint32_t page)
+/* A hint of ours about one of our pages, by its member page number. */
+static DedupHint own_hint(DedupEngine *e, DedupHintKind kind, uint32_t page,
+                          uint64_t hash)
 {
-    return (DedupHint) {
+    DedupHint hint = {
         .kind = kind,
         .where = dedup_group_self(e->group),
-        .page = r->base + page,
+        .page = page,
     };
+
+    hint.raw = dedup_index_raw(hash, &hint);
+    return hint;
 }
 
 /*
@@ -131,20 +121,26 @@ static DedupHint own_hint(DedupEngine *e, DedupHintKind kind,
 static bool claim(DedupEngine *e, const DedupRegion *r, uint32_t page,
                   uint64_t hash, const DedupHint *hint)
 {
-    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
+    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r->base + page, hash);
 
     return dedup_index_replace(e->index, hash, hint, &claimed);
 }
 
-/* The claim came to nothing: we have the page, no more. */
-static void disclaim(DedupEngine *e, const DedupRegion *r, uint32_t page,
-                     uint64_t hash)
+/*
+ * The claim came to nothing: we have the page, no more.  Others would wait
+ * for what is claimed.
+ */
+static void disclaim(DedupEngine *e, uint32_t page, uint64_t hash)
 {
-    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
-    DedupHint mine = own_hint(e, DEDUP_HINT_CANDIDATE, r, page);
+    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, page, hash);
+    DedupHint mine = own_hint(e, DEDUP_HINT_CANDIDATE, page, hash);
 
-    claimed.raw = dedup_index_raw(hash, &claimed);
     dedup_index_replace(e->index, hash, &claimed, &mine);
+}
+
+static void disclaim_remote(DedupEngine *e, const DedupRemote *remote)
+{
+    disclaim(e, remote->region->base + remote->page, remote->hash);
 }
 
 /*
@@ -154,14 +150,11 @@ static void disclaim(DedupEngine *e, const DedupRegion *r, uint32_t page,
 static int append(DedupEngine *e, DedupBatch *b, const DedupRegion *r,
                   uint32_t page, uint64_t hash, const void *content)
 {
-    DedupHint claimed = own_hint(e, DEDUP_HINT_CLAIMED, r, page);
-    DedupAnnounce a = {
-        .hash = hash, .old_raw = dedup_index_raw(hash, &claimed),
-    };
+    DedupAnnounce a = { .hash = hash, .page = r->base + page };
     int index = dedup_builder_append(b->builder, content);
 
     if (index < 0) {
-        disclaim(e, r, page, hash);
+        disclaim(e, a.page, hash);
         e->pass_limits |= DEDUP_LIMIT_MEMORY;
         return -1;
     }
@@ -286,7 +279,7 @@ static void publish_proven(DedupEngine *e, const DedupRemote *remote,
     int index;
 
     if (!batch_ready(e, b)) {
-        disclaim(e, remote->region, remote->page, remote->hash);
+        disclaim_remote(e, remote);
         return;
     }
     index = append(e, b, remote->region, remote->page, remote->hash, copy);
@@ -303,7 +296,9 @@ static void ask_member(DedupEngine *e, unsigned member,
     const DedupRemote *asked[DEDUP_PROOF_PAGES];
     unsigned nproofs = 0;
 
-    if (!batch_ready(e, &e->batch[DEDUP_BATCH_BETWEEN])) {
+    /* it may take its time to answer: is somebody waiting for us? */
+    if (!dedup_may_scan(e) ||
+        !batch_ready(e, &e->batch[DEDUP_BATCH_BETWEEN])) {
         return;
     }
     for (unsigned i = 0; i < n; i++) {
@@ -332,7 +327,7 @@ static void ask_member(DedupEngine *e, unsigned member,
         if (proofs[i].proven) {
             publish_proven(e, asked[i], proofs[i].content);
         } else {
-            disclaim(e, asked[i]->region, asked[i]->page, asked[i]->hash);
+            disclaim_remote(e, asked[i]);
         }
     }
 }
@@ -392,13 +387,13 @@ static void merge_pending(DedupEngine *e, DedupBatch *b,
     }
 }
 
-static void announce(DedupEngine *e, const DedupBatch *b,
+static void announce(DedupEngine *e, DedupBatch *b,
                      const DedupSegment *segment)
 {
     for (unsigned i = 0; i < b->announce->len; i++) {
         const DedupAnnounce *a = &g_array_index(b->announce, DedupAnnounce,
                                                 i);
-        DedupHint old = { .kind = DEDUP_HINT_CLAIMED, .raw = a->old_raw };
+        DedupHint old = own_hint(e, DEDUP_HINT_CLAIMED, a->page, a->hash);
         DedupHint published = {
             .kind = DEDUP_HINT_PUBLISHED, .where = segment->gid, .page = i,
         };
@@ -408,11 +403,19 @@ static void announce(DedupEngine *e, const DedupBatch *b,
             e->pass_limits |= DEDUP_LIMIT_INDEX;
         }
     }
+    g_array_set_size(b->announce, 0);
 }
 
-static void forget_batch(DedupBatch *b)
+/* What was not announced is not claimed any more. */
+static void forget_batch(DedupEngine *e, DedupBatch *b)
 {
     dedup_builder_free(g_steal_pointer(&b->builder));
+    for (unsigned i = 0; i < b->announce->len; i++) {
+        const DedupAnnounce *a = &g_array_index(b->announce, DedupAnnounce,
+                                                i);
+
+        disclaim(e, a->page, a->hash);
+    }
     g_array_set_size(b->pending, 0);
     g_array_set_size(b->announce, 0);
     g_hash_table_remove_all(b->pending_hash);
@@ -450,7 +453,7 @@ static void flush_batch(DedupEngine *e, DedupBatch *b)
         announce(e, b, segment);
         merge_pending(e, b, segment);
     }
-    forget_batch(b);
+    forget_batch(e, b);
 }
 
 void dedup_publish_flush(DedupEngine *e)
@@ -463,7 +466,7 @@ void dedup_publish_flush(DedupEngine *e)
 void dedup_publish_abandon(DedupEngine *e)
 {
     for (unsigned k = 0; k < DEDUP_BATCHES; k++) {
-        forget_batch(&e->batch[k]);
+        forget_batch(e, &e->batch[k]);
     }
 }
 
@@ -538,7 +541,8 @@ DedupSegment *dedup_publish_segment(DedupEngine *e, DedupRegion *r,
         return NULL;
     }
     /* the buffer is free: no proof is under way */
-    if (!copy_for_proof(e, r, page, hash, e->proof_buffer)) {
+    if (!dedup_may_scan(e) ||
+        !copy_for_proof(e, r, page, hash, e->proof_buffer)) {
         return NULL;
     }
     s = fetch(e, member, npages, hint, e->proof_buffer);

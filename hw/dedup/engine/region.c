@@ -131,6 +131,20 @@ static void forget_all(DedupRegion *r)
     }
 }
 
+/* Where huge pages were forbidden, on behalf of zero pages, they may be. */
+static void allow_huge(DedupRegion *r)
+{
+    for (uint32_t i = 0; i < region_chunks(r); i++) {
+        uint32_t page = i * DEDUP_CHUNK_PAGES;
+
+        if (r->area[i] & DEDUP_AREA_NOHUGE) {
+            madvise(dedup_region_addr(r, page),
+                    (size_t)MIN(DEDUP_CHUNK_PAGES, r->npages - page) <<
+                    DEDUP_PAGE_SHIFT, MADV_HUGEPAGE);
+        }
+    }
+}
+
 bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
 {
     DedupEngine *e = r->engine;
@@ -150,9 +164,11 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
     }
     dedup_lock(e);
     r->dead = true;
+    allow_huge(r);
     forget_all(r);
     g_ptr_array_remove(e->regions, r);
     __atomic_fetch_sub(&e->pages_total, r->npages, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&e->discarded[0], r->npages, __ATOMIC_RELAXED);
     g_ptr_array_add(e->dead, r);
     dedup_unlock(e);
     /* the scanner may have freed it by now */
@@ -323,6 +339,8 @@ bool dedup_engine_discard_begin(DedupEngine *e, void *host, uint64_t size)
 
         if (intersect(r, host, size, &first, &n)) {
             ok &= discard_locked(r, first, n);
+            /* the guest may want all of it again: that is owed to it */
+            __atomic_fetch_add(&e->discarded[0], n, __ATOMIC_RELAXED);
         }
     }
     if (!ok) {

@@ -8,8 +8,8 @@
  *             pages scanned): atomics of the engine
  *   per pass  what a full scan counted: replaced when it ends
  *   costly    what has to be walked for: the group's segments, the process's
- *             maps, the memory of our own arrays; at the end of a pass, and
- *             not more often than once in FIGURES_US
+ *             maps, the memory of our own arrays; not more often than once
+ *             in FIGURES_US, and less often in a large group
  *
  * Savings are net.  What a segment costs (its pages and its slab) is shared
  * by its users in proportion to the pages that they map; each member bears
@@ -25,6 +25,10 @@
 #include "internal.h"
 
 #define FIGURES_US (500 * 1000)
+/* They take about one part in so many of the scanner's time at most... */
+#define FIGURES_SHARE 20
+/* ...but are not older than this. */
+#define FIGURES_MAX_US (10 * G_TIME_SPAN_SECOND)
 
 /* A VMA and what hangs on it: slabinfo of Linux 6.18, docs/devel/dedup.rst */
 #define MAP_COST 256
@@ -78,14 +82,6 @@ static uint64_t private_metadata(DedupEngine *e)
     return bytes;
 }
 
-uint64_t dedup_owed_bytes(DedupEngine *e)
-{
-    int64_t total = live(&e->pages_total);
-    int64_t own = __atomic_load_n(&e->own_present, __ATOMIC_RELAXED);
-
-    return (uint64_t)(total - CLAMP(own, 0, total)) << DEDUP_PAGE_SHIFT;
-}
-
 void dedup_stats_publish(DedupEngine *e)
 {
     DedupMemberInfo info = {
@@ -99,7 +95,7 @@ void dedup_stats_publish(DedupEngine *e)
     if (!__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
         return;
     }
-    dedup_hostmem_cgroup_room(e->hostmem, &info.cgroup_id);
+    dedup_hostmem_cgroup_ids(e->hostmem, info.cgroups);
     g_mutex_lock(&e->stats_lock);
     info.scanning = e->state == DEDUP_STATE_SCANNING ||
                     e->state == DEDUP_STATE_IDLE ||
@@ -153,7 +149,7 @@ typedef struct Walk {
     uint64_t between;
 } Walk;
 
-static void walk_segment(void *opaque, uint32_t gid, unsigned npages,
+static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
                          const DedupSegmentUse *own,
                          const DedupSegmentUse *others)
 {
@@ -173,7 +169,7 @@ static void walk_segment(void *opaque, uint32_t gid, unsigned npages,
         w->own_cost += cost;
     }
     if (!s) {
-        return;
+        return false;
     }
     s->others = others->mapped;
     for (unsigned i = 0; i < s->npages; i++) {
@@ -185,6 +181,7 @@ static void walk_segment(void *opaque, uint32_t gid, unsigned npages,
             w->within += n;
         }
     }
+    return true;
 }
 
 static void group_figures(DedupEngine *e, const Walk *w,
@@ -215,6 +212,9 @@ static void count_maps(DedupEngine *e)
 {
     uint64_t maps = dedup_hostmem_maps(e->hostmem);
 
+    if (!maps) {
+        return; /* could not be counted: what was known is better */
+    }
     dedup_lock(e);
     e->maps_other = (int64_t)maps - (int64_t)dedup_ledger_maps(e);
     dedup_unlock(e);
@@ -230,6 +230,7 @@ static void costly_figures(DedupEngine *e)
 {
     Walk w = { .e = e };
     DedupGroupStats group = { 0 };
+    int64_t start = g_get_monotonic_time();
     uint64_t private = private_metadata(e);
     uint64_t shared = dedup_group_shared_bytes(e->group);
     uint64_t maps;
@@ -263,6 +264,8 @@ static void costly_figures(DedupEngine *e)
         g_mutex_unlock(&e->stats_lock);
     }
     e->figures_us = g_get_monotonic_time();
+    e->figures_pause_us = CLAMP((e->figures_us - start) * FIGURES_SHARE,
+                                FIGURES_US, FIGURES_MAX_US);
 }
 
 /* Pages on swap that belong to the files of shared regions. */
@@ -305,7 +308,7 @@ void dedup_stats_batch(DedupEngine *e)
     if (!e->joined) {
         return; /* a group that could not be joined: nothing was merged */
     }
-    if (g_get_monotonic_time() - e->figures_us >= FIGURES_US) {
+    if (g_get_monotonic_time() - e->figures_us >= e->figures_pause_us) {
         costly_figures(e);
     } else {
         dedup_stats_publish(e);
@@ -320,6 +323,9 @@ bool dedup_stats_pass(DedupEngine *e)
     sum_counts(e, &sum);
     g_mutex_lock(&e->stats_lock);
     __atomic_store_n(&e->own_present, sum.present, __ATOMIC_RELAXED);
+    __atomic_store_n(&e->discarded[1],
+                     __atomic_exchange_n(&e->discarded[0], 0,
+                                         __ATOMIC_RELAXED), __ATOMIC_RELAXED);
     e->stats.pages_unshared = sum.unshared;
     e->stats.pages_volatile = sum.volatiles;
     e->stats.pages_pinned = sum.pinned;
@@ -333,7 +339,7 @@ bool dedup_stats_pass(DedupEngine *e)
     e->idle_passes = e->pass_found ? 0 : e->idle_passes + 1;
     e->pass_found = 0;
     e->pass_limits = 0;
-    if (now - e->policy_us < FIGURES_US) {
+    if (now - e->policy_us < e->figures_pause_us) {
         dedup_stats_batch(e);
         return false;
     }

@@ -55,6 +55,7 @@ typedef struct Run {
     uint16_t index;
     bool own;                 /* the pages were own, not broken */
     bool mapped;              /* out: the replacement stands */
+    bool refilled;            /* out: it does not, own memory does */
 } Run;
 
 typedef struct Window {
@@ -381,16 +382,18 @@ static bool drop_zero(Window *w, const Run *run)
 }
 
 /*
- * The replacement could not be mapped: what was taken away comes back, from
- * the segment, which has the same bytes.
+ * The replacement could not be mapped: what was taken away comes back.  Own
+ * pages of shared memory are in their file; all else is in the segment, which
+ * has the same bytes.
  */
-static void put_back(Window *w, const Run *run, bool dropped)
+static void put_back(Window *w, Run *run, bool dropped)
 {
-    const uint8_t *content = run->segment ?
+    bool in_file = w->r->memory == DEDUP_MEMORY_SHARED && run->own;
+    const uint8_t *content = run->segment && !in_file ?
         dedup_segment_page(run->segment, run->index) : NULL;
 
-    if (dedup_fill_hole(w->r, run->page, run->n, content) || !content ||
-        !dropped || !run->own) {
+    run->refilled = dedup_fill_hole(w->r, run->page, run->n, content);
+    if (run->refilled || !dropped || !run->own) {
         return;
     }
     for (uint32_t i = 0; i < run->n; i++) {
@@ -455,6 +458,10 @@ static void enter(Window *w)
             dedup_ledger_set(w->r, run->page + k, run->segment ?
                              dedup_entry(run->segment->no, run->index + k) :
                              DEDUP_ZERO);
+        }
+        for (uint32_t k = 0; run->refilled && k < run->n; k++) {
+            /* no mapping of a segment is left, if there was one */
+            dedup_ledger_set(w->r, run->page + k, DEDUP_OWN);
         }
     }
 }

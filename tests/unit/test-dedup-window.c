@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the kernel may refuse in the middle of a window: every page has the
+ * bytes that it had, the ledger says what is mapped, nobody waits for ever.
+ */
+
+#include "engine-fixture.h"
+#include "internal.h"
+#include "mutant.h"
+
+#define PAGES 600
+
+static unsigned calls;          /* the scanner's */
+
+/* Mapping a segment fails, and what was there is unmapped. */
+static bool leaves_holes(int what)
+{
+    return what == DEDUP_FAIL_MAP_HOLE && calls++ % 3 == 0;
+}
+
+/* And then nothing can be written to the file either. */
+static bool leaves_holes_and_no_memory(int what)
+{
+    return what == DEDUP_FAIL_WRITE || leaves_holes(what);
+}
+
+/* The end of a window fails once, so that the userfaultfd has to be closed. */
+static bool loses_userfaultfd(int what)
+{
+    return what == DEDUP_FAIL_UNREGISTER && calls++ == 3;
+}
+
+static FxRam *ram_new(FxKind kind)
+{
+    FxRam *ram = fx_ram_new(kind, PAGES);
+
+    for (uint32_t i = 0; i < PAGES; i++) {
+        fx_page(ram, i, i % 7 == 6 ? 1000 + i : i % 20 + 1);
+    }
+    return ram;
+}
+
+static void stop(FxEngine *fe)
+{
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+}
+
+static void assert_ledger(const FxRam *ram)
+{
+    for (uint32_t i = 0; i < PAGES; i++) {
+        g_assert_true(dedup_entry_is_segment(ram->region->where[i]) ==
+                      fx_is_merged(ram, i));
+    }
+    fx_assert_bytes(ram);
+}
+
+static void end(FxEngine *fe, FxRam *ram)
+{
+    dedup_fail_hook = NULL;
+    fx_unmerge(fe);
+    fx_assert_bytes(ram);
+    fx_engine_free(fe);
+    ram->region = NULL;
+    fx_ram_free(ram);
+}
+
+/* Nobody looks at the pages meanwhile, as that would be the end. */
+static void test_holes(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    FxEngine *fe = fx_engine_new(NULL);
+
+    dedup_fail_hook = leaves_holes;
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_scans(fe, 4);
+    fx_wait_settled(fe);
+    stop(fe);
+    assert_ledger(ram);
+    /* broken pages, merged again or found to be zero */
+    for (uint32_t i = 0; i < PAGES; i += 3) {
+        fx_page(ram, i, i % 5);
+    }
+    fx_set_run(fe, true);
+    fx_wait_scans(fe, 4);
+    stop(fe);
+    assert_ledger(ram);
+    end(fe, ram);
+}
+
+/* Own pages of shared memory are in their file, which need not be written. */
+static void test_no_memory(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    FxEngine *fe = fx_engine_new(NULL);
+
+    dedup_fail_hook = leaves_holes_and_no_memory;
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_scans(fe, 4);
+    stop(fe);
+    assert_ledger(ram);
+    end(fe, ram);
+}
+
+static bool is_merged(void *opaque)
+{
+    return fx_is_merged(opaque, PAGES - 1);
+}
+
+/* It is closed, which thaws and wakes; another one is opened. */
+static void test_userfaultfd(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    FxEngine *fe = fx_engine_new(NULL);
+
+    fx_page(ram, PAGES - 1, 1);
+    calls = 0;
+    dedup_fail_hook = loses_userfaultfd;
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_state(fe, DEDUP_STATE_BLOCKED);
+    for (uint32_t i = 0; i < PAGES; i += 3) {
+        fx_page(ram, i, i % 20 + 1);
+    }
+    fx_wait_until(is_merged, ram, "not merged");
+    fx_wait_settled(fe);
+    stop(fe);
+    assert_ledger(ram);
+    end(fe, ram);
+}
+
+static void add_tests(const char *name, GTestDataFunc test, unsigned kinds)
+{
+    for (FxKind kind = 0; kind < FX_KINDS; kind++) {
+        g_autofree char *path = g_strdup_printf("/window/%s/%s", name,
+                                                fx_kind_name(kind));
+
+        if (kinds & 1 << kind) {
+            g_test_add_data_func(path, GINT_TO_POINTER(kind), test);
+        }
+    }
+}
+
+int main(int argc, char **argv)
+{
+    fx_init(&argc, &argv);
+    add_tests("holes", test_holes, ~0);
+    add_tests("no-memory", test_no_memory, 1 << FX_MEMFD | 1 << FX_TMPFS);
+    add_tests("userfaultfd", test_userfaultfd, 1 << FX_MEMFD | 1 << FX_ANON);
+    return g_test_run();
+}

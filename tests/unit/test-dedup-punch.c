@@ -233,6 +233,49 @@ static void test_zero_over_stale(void)
     end(fe, ram);
 }
 
+static uint32_t merged_in_file(void)
+{
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; i < PAGES; i++) {
+        off_t at = (off_t)i * FX_PAGE;
+
+        n += fx_is_merged(reader.ram, i) &&
+             lseek(reader.ram->fd, at, SEEK_DATA) == at;
+    }
+    return n;
+}
+
+static bool only_own_in_file(void *opaque)
+{
+    return merged_in_file() == 0;
+}
+
+/* One page is restored, and the file gets a huge page for it. */
+static void test_inflated(void)
+{
+    FxRam *ram = ram_new(FX_TMPFS);
+    FxEngine *fe;
+
+    if (!ram) {
+        return;
+    }
+    fe = engine_start(ram);
+    fx_wait_settled(fe);
+    fx_wait_until(file_is_empty, NULL, "memory stays in the file");
+    fx_page(ram, READER_PAGE, 777);
+    g_assert_true(dedup_engine_restore_range(fe->e,
+                                             fx_addr(ram, READER_PAGE),
+                                             FX_PAGE, NULL));
+    if (pages_in_file() == 1) {
+        g_test_message("no huge page to be had");
+    }
+    fx_wait_until(only_own_in_file, NULL, "memory stays in the file");
+    fx_wait_settled(fe);
+    g_assert_cmpuint(pages_in_file(), ==, 1);
+    end(fe, ram);
+}
+
 static int failing;
 
 static bool fails(int what)
@@ -276,6 +319,7 @@ int main(int argc, char **argv)
                          GINT_TO_POINTER(FX_TMPFS), test_reader);
     g_test_add_func("/punch/neighbour", test_neighbour);
     g_test_add_func("/punch/half-a-chunk", test_half_a_chunk);
+    g_test_add_func("/punch/inflated", test_inflated);
     g_test_add_func("/punch/zero-over-stale", test_zero_over_stale);
     g_test_add_data_func("/punch/failed-restore/write",
                          GINT_TO_POINTER(DEDUP_FAIL_WRITE),

@@ -4,7 +4,12 @@
  * bytes that it had, the ledger says what is mapped, nobody waits for ever.
  */
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include "engine-fixture.h"
+#include "freeze.h"
 #include "internal.h"
 #include "mutant.h"
 
@@ -131,6 +136,83 @@ static void test_userfaultfd(gconstpointer data)
     end(fe, ram);
 }
 
+/* As with -overcommit mem-lock=on-fault. */
+static void test_locked(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    FxEngine *fe = fx_engine_new(NULL);
+    DedupStats stats;
+
+    for (uint32_t i = 0; i < PAGES; i += 5) {
+        fx_page(ram, i, 0);
+    }
+    if (mlock2(ram->host, (size_t)PAGES * FX_PAGE, MLOCK_ONFAULT) < 0) {
+        g_test_skip("memory may not be locked here");
+    } else {
+        fx_add(fe, ram);
+        fx_engine_start(fe);
+        fx_wait_settled(fe);
+        fx_stats(fe, &stats);
+        g_assert_cmpuint(stats.limits, ==, 0);
+        g_assert_cmpuint(stats.zero_pages, ==, PAGES / 5);
+        g_assert_cmpuint(stats.pages_merged, >, PAGES / 2);
+        stop(fe);
+        assert_ledger(ram);
+    }
+    end(fe, ram);
+}
+
+static bool loses_protection(int what)
+{
+    return what == DEDUP_FAIL_SURVIVE;
+}
+
+/* Zero pages of anonymous memory, where the kernel cannot freeze them. */
+static void test_zeroes(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    bool anon = ram->fd < 0;
+    DedupStats stats;
+    FxEngine *fe;
+
+    for (uint32_t i = 0; i < PAGES; i += 2) {
+        fx_page(ram, i, 0);
+    }
+    dedup_fail_hook = loses_protection;
+    fe = fx_engine_new(NULL);
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_settled(fe);
+    fx_stats(fe, &stats);
+    g_assert_cmpuint(stats.zero_pages, ==, anon ? 0 : PAGES / 2);
+    g_assert_cmpuint(stats.pages_merged, >, PAGES / 3);
+    stop(fe);
+    assert_ledger(ram);
+    end(fe, ram);
+}
+
+/* This kernel is none of these, and trying it out says so. */
+static void test_probe(void)
+{
+    int uffd = dedup_freeze_open(NULL);
+    int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    FxRam *ram = fx_ram_new(FX_ANON_THP, 512);
+    FxView view;
+
+    fx_page(ram, 0, 1);
+    fx_view(ram, &view);
+    if (!view.huge_pages) {
+        g_test_skip("no huge page to be had");
+    } else if (!dedup_freeze_survives_split(uffd, pagemap)) {
+        g_assert_false(dedup_freeze_probe_split(uffd, pagemap));
+    } else {
+        g_assert_true(dedup_freeze_probe_split(uffd, pagemap));
+    }
+    close(pagemap);
+    close(uffd);
+    fx_ram_free(ram);
+}
+
 static void add_tests(const char *name, GTestDataFunc test, unsigned kinds)
 {
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
@@ -148,6 +230,9 @@ int main(int argc, char **argv)
     fx_init(&argc, &argv);
     add_tests("holes", test_holes, ~0);
     add_tests("no-memory", test_no_memory, 1 << FX_MEMFD | 1 << FX_TMPFS);
+    add_tests("locked", test_locked, 1 << FX_MEMFD | 1 << FX_ANON);
+    add_tests("zeroes", test_zeroes, 1 << FX_MEMFD | 1 << FX_ANON);
+    g_test_add_func("/window/probe", test_probe);
     add_tests("userfaultfd", test_userfaultfd, 1 << FX_MEMFD | 1 << FX_ANON);
     return g_test_run();
 }

@@ -233,6 +233,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->params = config->params;
     e->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     e->has_pagemap_scan = true;
+    e->zero_anon = dedup_freeze_survives_split(uffd, e->pagemap_fd);
     e->self_pidfd = syscall(SYS_pidfd_open, getpid(), 0);
     e->has_madvise_vector = e->self_pidfd >= 0;
     e->hostmem = dedup_hostmem_new("/proc");

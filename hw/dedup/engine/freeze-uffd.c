@@ -12,15 +12,23 @@
  * wakes the range.  KVM, vhost-net and system calls wait in the same queue,
  * because the descriptor covers faults of the kernel.
  *
- * Facts of the kernel that the code leans on (Linux 5.19 to 6.18):
+ * Facts of the kernel that the code leans on (Linux 6.1 to 6.18):
  * - WRITEPROTECT flushes the TLB before it returns.
  * - REGISTER works mapping by mapping and does not undo what it did when it
- *   fails with ENOMEM; registering again adds modes.
+ *   fails with ENOMEM; registering again replaces the modes, and what is
+ *   protected stays so.
  * - UNREGISTER clears the protection of all pages of the range that are
- *   still registered (Linux 6.0) and passes over what was mapped there
- *   meanwhile; it does not wake.
+ *   still registered and passes over what was mapped there meanwhile; it does
+ *   not wake who waits for a protected page.
  * - WAKE works on any range, registered or not.
- * - close() clears and wakes everything.
+ * - close() ends all registrations and wakes everybody, when the last copy of
+ *   the descriptor is gone (a child may have one until it executes).
+ *
+ * Linux before 6.1 is refused: there a protected page of shared memory could
+ * become writable when it was migrated.  Linux 6.12 to 6.17 may lose the
+ * protection of a page of zeros when the large folio that it is part of is
+ * split (mended in the stable releases of October 2025), which
+ * dedup_freeze_survives_split() looks for.
  */
 
 #include <errno.h>
@@ -29,6 +37,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <unistd.h>
@@ -37,17 +46,17 @@
 #include "freeze.h"
 #include "mutant.h"
 #include "page.h"
+#include "pagemap.h"
 
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
+#define HUGE_SIZE (2UL << 20)
+
 #ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
 #endif
-
-/* Linux before 6.1: UNREGISTER may leave pages protected. */
-static bool thaw_each;
 
 static bool kernel_is_older(unsigned major, unsigned minor)
 {
@@ -84,8 +93,15 @@ int dedup_freeze_open(GError **error)
         .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP |
                     UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
     };
-    int fd = uffd_open();
+    int fd;
 
+    if (kernel_is_older(6, 1)) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
+                    "Linux 6.1 or newer is needed to write-protect shared "
+                    "memory");
+        return -1;
+    }
+    fd = uffd_open();
     if (fd < 0) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
                     "no userfaultfd that covers kernel faults: %s",
@@ -94,13 +110,11 @@ int dedup_freeze_open(GError **error)
     }
     if (ioctl(fd, UFFDIO_API, &api) < 0) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
-                    "userfaultfd cannot write-protect shared memory "
-                    "(Linux 5.19 or newer is needed): %s",
+                    "userfaultfd cannot write-protect shared memory: %s",
                     g_strerror(errno));
         close(fd);
         return -1;
     }
-    thaw_each = kernel_is_older(6, 1);
     return fd;
 }
 
@@ -185,18 +199,6 @@ void dedup_freeze_unprotect(int uffd, void *addr, size_t len)
     }
 }
 
-/* Old kernels: lift the protection wherever our registration survives. */
-static void uffd_thaw_each(int uffd, uint8_t *addr, size_t len)
-{
-    if (uffd_writeprotect(uffd, addr, len, false)) {
-        return;
-    }
-    for (size_t off = 0; off < len; off += DEDUP_PAGE_SIZE) {
-        /* ENOENT: something else is mapped there now */
-        uffd_writeprotect(uffd, addr + off, DEDUP_PAGE_SIZE, false);
-    }
-}
-
 void dedup_freeze_end(int *uffd, void *addr, size_t len)
 {
     struct uffdio_range range = { .start = (uintptr_t)addr, .len = len };
@@ -204,16 +206,19 @@ void dedup_freeze_end(int *uffd, void *addr, size_t len)
     if (DEDUP_MUTANT(NO_FREEZE)) {
         return;
     }
-    if (thaw_each) {
-        uffd_thaw_each(*uffd, addr, len);
-    }
     if (DEDUP_FAIL(UNREGISTER) ||
         ioctl(*uffd, UFFDIO_UNREGISTER, &range) < 0) {
         /*
          * Out of kernel memory while VMAs are joined.  Closing needs none,
          * thaws all and wakes all; there are no windows until the engine has
-         * got another one.
+         * got another one.  By hand as well, in case a child has it, too.
          */
+        for (size_t off = 0; off < len; off += DEDUP_PAGE_SIZE) {
+            /* ENOENT: something else is mapped there now */
+            uffd_writeprotect(*uffd, (uint8_t *)addr + off, DEDUP_PAGE_SIZE,
+                              false);
+        }
+        ioctl(*uffd, UFFDIO_WAKE, &range);
         close(*uffd);
         *uffd = -1;
         return;
@@ -238,4 +243,76 @@ bool dedup_freeze_refill(int uffd, void *addr, const void *content)
         ret = ioctl(uffd, UFFDIO_COPY, &copy);
     } while (ret < 0 && (errno == EAGAIN || errno == ENOMEM));
     return ret == 0;
+}
+
+/* Is the page at @addr write-protected?  False if that cannot be told. */
+static bool is_protected(int pagemap_fd, const void *addr)
+{
+    uint64_t entry;
+    off_t at = ((uintptr_t)addr >> DEDUP_PAGE_SHIFT) * sizeof(entry);
+
+    return pread(pagemap_fd, &entry, sizeof(entry), at) == sizeof(entry) &&
+           (entry & PM_UFFD_WP);
+}
+
+/* Is it the kernel's page of zeros that is mapped at @addr? */
+static bool is_zeropage(int pagemap_fd, const void *addr)
+{
+    struct page_region region;
+    struct pm_scan_arg arg = {
+        .size = sizeof(arg),
+        .start = (uintptr_t)addr,
+        .end = (uintptr_t)addr + DEDUP_PAGE_SIZE,
+        .vec = (uintptr_t)&region,
+        .vec_len = 1,
+        .category_mask = PAGE_IS_PFNZERO,
+        .return_mask = PAGE_IS_PFNZERO,
+    };
+
+    return ioctl(pagemap_fd, PAGEMAP_SCAN, &arg) == 1;
+}
+
+/*
+ * Protects half of a huge page at @huge and has it split: what was zero is
+ * the kernel's page of zeros then, and must be protected still.
+ */
+static bool survives_split(int uffd, int pagemap_fd, uint8_t *huge)
+{
+    const uint8_t *zero = huge + DEDUP_PAGE_SIZE;
+
+    huge[0] = 1; /* makes all of it, if there is a huge page to be had */
+    return uffd_register(uffd, huge, HUGE_SIZE, false) &&
+           uffd_writeprotect(uffd, huge, HUGE_SIZE / 2, true) &&
+           madvise(huge, DEDUP_PAGE_SIZE, MADV_COLD) == 0 &&
+           is_zeropage(pagemap_fd, zero) && is_protected(pagemap_fd, zero);
+}
+
+bool dedup_freeze_probe_split(int uffd, int pagemap_fd)
+{
+    struct uffdio_range range;
+    uint8_t *map, *huge;
+    bool survives;
+
+    map = mmap(NULL, 2 * HUGE_SIZE, PROT_READ | PROT_WRITE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) {
+        return false;
+    }
+    huge = (uint8_t *)(((uintptr_t)map + HUGE_SIZE - 1) &
+                       ~(uintptr_t)(HUGE_SIZE - 1));
+    madvise(huge, HUGE_SIZE, MADV_HUGEPAGE);
+    survives = survives_split(uffd, pagemap_fd, huge);
+    range = (struct uffdio_range) { (uintptr_t)huge, HUGE_SIZE };
+    ioctl(uffd, UFFDIO_UNREGISTER, &range);
+    munmap(map, 2 * HUGE_SIZE);
+    return survives;
+}
+
+bool dedup_freeze_survives_split(int uffd, int pagemap_fd)
+{
+    if (DEDUP_FAIL(SURVIVE)) {
+        return false;
+    }
+    return kernel_is_older(6, 12) || !kernel_is_older(6, 18) ||
+           dedup_freeze_probe_split(uffd, pagemap_fd);
 }

@@ -19,6 +19,16 @@
 int dedup_freeze_open(GError **error);
 
 /*
+ * Does the protection of a page of zeros survive that the kernel splits the
+ * huge page that it is part of?  If not, pages of zeros of anonymous memory
+ * must be left alone.
+ */
+bool dedup_freeze_survives_split(int uffd, int pagemap_fd);
+
+/* The same by trying it out.  False also without a huge page to try it on. */
+bool dedup_freeze_probe_split(int uffd, int pagemap_fd);
+
+/*
  * Freeze a range.  @missing: pages of it that are absent, or are dropped
  * meanwhile, block their readers as well (anonymous memory only).  On failure
  * nothing is left frozen and nobody waits.

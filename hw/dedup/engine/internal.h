@@ -39,7 +39,7 @@
 #define DEDUP_AREA_NOHUGE (1 << 0)   /* MADV_NOHUGEPAGE is set here */
 #define DEDUP_AREA_UNKSM (1 << 1)    /* taken from KSM */
 #define DEDUP_AREA_SPLIT (1 << 2)    /* huge page split in this pass */
-#define DEDUP_AREA_UNPUNCHED (1 << 3) /* a merged page is in the file still */
+#define DEDUP_AREA_UNPUNCHED (1 << 3) /* merged pages may be in the file */
 #define DEDUP_AREA_PUNCH (1 << 4)    /* and is punched in this pass */
 
 /* What the last scan of a region counted; replaced at the end of a pass. */
@@ -130,6 +130,7 @@ struct DedupEngine {
     int pagemap_fd;
     int self_pidfd;
     bool has_pagemap_scan;
+    bool zero_anon;           /* anonymous zero pages can be frozen */
     bool has_madvise_vector;  /* process_madvise(MADV_DONTNEED) of oneself */
     DedupHostMem *hostmem;
     DedupGroup *group;
@@ -279,7 +280,7 @@ bool dedup_region_find(DedupEngine *e, uint32_t member_page,
                        DedupRegion **region, uint32_t *page);
 
 /* Re-apply the region's madvise() state to new mappings (M6). */
-bool dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n);
+void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n);
 
 /* Map the region's own memory there, without contents. */
 bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n);
@@ -317,6 +318,9 @@ bool dedup_punch(const DedupRegion *r, uint32_t page, uint32_t n);
 
 /* A segment is mapped there: remove what nobody holds, note the rest. */
 void dedup_punch_replaced(DedupRegion *r, uint32_t page, uint32_t n);
+
+/* Pages got memory: the file may have got it for merged ones around, too. */
+void dedup_punch_around(DedupRegion *r, uint32_t page, uint32_t n);
 
 /* Part of a chunk is looked at: punch what could not be at that time. */
 void dedup_punch_late(DedupRegion *r, uint32_t first, uint32_t n);

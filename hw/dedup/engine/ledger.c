@@ -112,9 +112,10 @@ void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
         r->counting.present += memory;
     }
     before = boundaries_around(r, page);
+    /* in this order: the users of a segment that stays never are 0 */
+    account(r, entry, 1);
     account(r, r->where[page], -1);
     r->where[page] = entry;
-    account(r, entry, 1);
     add(&r->boundaries, (int64_t)boundaries_around(r, page) - before);
 }
 

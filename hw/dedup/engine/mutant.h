@@ -74,6 +74,7 @@ enum {
     DEDUP_FAIL_DROP,          /* dropping the pages of a window: only some */
     DEDUP_FAIL_UNPROTECT,     /* lifting the protection: only some */
     DEDUP_FAIL_UNREGISTER,    /* the end of a window */
+    DEDUP_FAIL_SURVIVE,       /* freezing a part of a huge page that is split */
     DEDUP_FAIL_WRITE,         /* writing a restored page to the file */
     DEDUP_FAIL_MAP_BACK,      /* mapping the file there again */
     DEDUP_FAILS

@@ -103,7 +103,7 @@ static void drop_unused(DedupEngine *e)
         DedupSegmentUse others;
         uint32_t gid;
 
-        /* only the scanner, which is here, makes it rise */
+        /* only the scanner, which is here, makes it rise from 0 */
         if (!s || __atomic_load_n(&s->refs, __ATOMIC_RELAXED)) {
             continue;
         }

@@ -12,6 +12,9 @@
  * the segment stands: who raises a counter after we looked at it finds the
  * segment's page.  So it is looked at here, after the mapping (I4).
  *
+ * A file on huge pages gets a whole one where one page is written to a hole:
+ * then the merged pages around it are punched again.
+ *
  * Runs under the remap lock.
  */
 
@@ -60,10 +63,21 @@ void dedup_punch_replaced(DedupRegion *r, uint32_t page, uint32_t n)
     }
 }
 
+/* Chunks are counted from the region's start, folios from the file's. */
+void dedup_punch_around(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    uint32_t first = page - MIN(page, DEDUP_CHUNK_PAGES - 1);
+    uint32_t last = MIN(page + n + DEDUP_CHUNK_PAGES - 2, r->npages - 1);
+
+    for (uint32_t c = first / DEDUP_CHUNK_PAGES;
+         c <= last / DEDUP_CHUNK_PAGES; c++) {
+        r->area[c] |= DEDUP_AREA_UNPUNCHED;
+    }
+}
+
 void dedup_punch_late(DedupRegion *r, uint32_t first, uint32_t n)
 {
     uint8_t *area = &r->area[first / DEDUP_CHUNK_PAGES];
-
     uint32_t end = first + n;
 
     if (first % DEDUP_CHUNK_PAGES == 0 && (*area & DEDUP_AREA_UNPUNCHED)) {
@@ -81,7 +95,7 @@ void dedup_punch_late(DedupRegion *r, uint32_t first, uint32_t n)
              dedup_entry_is_segment(r->where[first + j]) == merged; j++) {
             ;
         }
-        if (merged) {
+        if (merged && has_memory(r, first + i, j - i)) {
             dedup_punch_replaced(r, first + i, j - i);
         }
     }

@@ -223,22 +223,21 @@ bool dedup_region_find(DedupEngine *e, uint32_t member_page,
     return false;
 }
 
-bool dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n)
+void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n)
 {
     void *addr = dedup_region_addr(r, page);
     size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
-    bool ok = true;
 
     if (DEDUP_MUTANT(NO_MADVISE)) {
-        return true;
+        return;
     }
+    /* they fail for want of maps only where they would split one */
     if (r->flags & DEDUP_REGION_DONTFORK) {
-        ok &= madvise(addr, len, MADV_DONTFORK) == 0;
+        madvise(addr, len, MADV_DONTFORK);
     }
     if (r->flags & DEDUP_REGION_DONTDUMP) {
-        ok &= madvise(addr, len, MADV_DONTDUMP) == 0;
+        madvise(addr, len, MADV_DONTDUMP);
     }
-    return ok;
 }
 
 bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n)

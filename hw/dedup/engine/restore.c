@@ -19,6 +19,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "freeze.h"
@@ -129,12 +130,23 @@ static bool map_back(DedupRegion *r, uint32_t page, uint32_t n)
     return ok;
 }
 
+/* Pages of memory that the region's file has, in all. */
+static uint64_t file_pages(const DedupRegion *r)
+{
+    struct stat st;
+
+    return fstat(r->fd, &st) == 0 ?
+           (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT : 0;
+}
+
 static void restore_shared(Span *s)
 {
     DedupRegion *r = s->r;
     DedupEngine *e = r->engine;
     uint8_t *addr = dedup_region_addr(r, s->first);
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
+    uint64_t before = file_pages(r);
+    uint64_t written = 0;
 
     if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
         return;
@@ -145,8 +157,11 @@ static void restore_shared(Span *s)
         bool ok = write_back(r, page, n, dedup_region_addr(r, page));
 
         if (ok && !map_back(r, page, n)) {
-            dedup_punch_replaced(r, page, n);
-            ok = false;
+            /* where a hole stays, the file has the only copy */
+            ok = has_hole(r, page, n);
+            if (!ok) {
+                dedup_punch_replaced(r, page, n);
+            }
         }
         for (uint32_t k = i; k < i + n; k++) {
             s->take[k] = ok;
@@ -155,6 +170,10 @@ static void restore_shared(Span *s)
     dedup_freeze_end(&e->uffd, addr, len);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         enter_own(s, i, n);
+        written += n;
+    }
+    if (file_pages(r) > before + written) {
+        dedup_punch_around(r, s->first, s->n);
     }
 }
 
@@ -193,6 +212,7 @@ static bool choose_whole(Span *s, bool *move)
 {
     uint8_t flags[DEDUP_WINDOW_PAGES];
     bool whole = s->r->memory == DEDUP_MEMORY_ANON &&
+                 s->r->engine->zero_anon &&
                  dedup_presence(s->r, s->first, s->n, flags);
 
     for (uint32_t i = 0; i < s->n; i++) {

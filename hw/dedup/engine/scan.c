@@ -80,6 +80,9 @@ static void sync_entry(DedupEngine *e, DedupRegion *r, uint32_t page,
     }
     if (entry == DEDUP_ZERO) {
         dedup_ledger_set(r, page, DEDUP_OWN);
+        if (r->memory == DEDUP_MEMORY_SHARED) {
+            dedup_punch_around(r, page, 1);
+        }
     } else if (!(entry & DEDUP_BROKEN)) {
         dedup_ledger_set(r, page, entry | DEDUP_BROKEN);
         __atomic_fetch_add(&e->cow_breaks, 1, __ATOMIC_RELAXED);

@@ -104,6 +104,10 @@ static bool admit(const Window *w, DedupAction *a)
     if (!(flags & DEDUP_PRESENT)) {
         return false; /* went away since it was hashed */
     }
+    if (!a->segment && r->memory == DEDUP_MEMORY_ANON &&
+        !r->engine->zero_anon) {
+        return false; /* a store might get past the freeze */
+    }
     if ((flags & DEDUP_HUGE) && !r->engine->active.huge_pages_split) {
         return false;
     }
@@ -149,7 +153,7 @@ static void add_to_runs(Window *w, const DedupAction *a)
 }
 
 /*
- * Splitting a huge page, Linux (6.13) finds its zero pages and maps its own
+ * Splitting a huge page, Linux (6.12) finds its zero pages and maps its own
  * zero page there: they are dropped, and we did it.
  */
 static void enter_split_zeroes(DedupRegion *r, uintptr_t huge)
@@ -220,17 +224,16 @@ static bool split_huge(Window *w)
     if (!last) {
         return true;
     }
-    /* a pinned huge page cannot be split: leave it for another pass */
     if (!dedup_presence(r, w->first, w->span, w->flags)) {
         return false;
     }
     kept = 0;
     for (unsigned i = 0; i < w->nadmitted; i++) {
-        if (w->flags[w->admitted[i]->page - w->first] & DEDUP_HUGE) {
-            return false;
-        }
-        if (admit(w, w->admitted[i])) {
-            w->admitted[kept++] = w->admitted[i];
+        DedupAction *a = w->admitted[i];
+
+        /* one that is pinned or locked stays huge: in another pass maybe */
+        if (!(w->flags[a->page - w->first] & DEDUP_HUGE) && admit(w, a)) {
+            w->admitted[kept++] = a;
         }
     }
     w->nadmitted = kept;
@@ -277,15 +280,22 @@ static void flush_shared(Window *w)
         }
     }
     madvise(dedup_region_addr(r, w->first),
-            (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED);
+            (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED_LOCKED);
 }
+
+/* What a flush took out of the page table, and out of memory with it. */
+typedef enum Flushed {
+    FLUSHED_NONE,
+    FLUSHED_SOME,             /* or maybe nothing */
+    FLUSHED_ALL,              /* all runs of own pages */
+} Flushed;
 
 /*
  * Own pages of anonymous memory: drop what is to be replaced, no more.  When
  * all of it is gone, who wants it waits because it is missing, and what stays
  * need not be protected any longer.
  */
-static bool flush_anon(Window *w)
+static Flushed flush_anon(Window *w)
 {
     DedupRegion *r = w->r;
     DedupEngine *e = r->engine;
@@ -297,7 +307,7 @@ static bool flush_anon(Window *w)
     long dropped;
 
     if (!e->has_madvise_vector || !dedup_freeze_readers(e->uffd, addr, len)) {
-        return false;
+        return FLUSHED_NONE;
     }
     for (unsigned i = 0; i < w->nruns; i++) {
         if (w->runs[i].own) {
@@ -307,35 +317,37 @@ static bool flush_anon(Window *w)
         }
     }
     if (!n) {
-        return false;
+        return FLUSHED_NONE;
     }
     n -= DEDUP_FAIL(DROP) ? n / 2 : 0;
     dropped = syscall(SYS_process_madvise, e->self_pidfd, iov, n,
-                      MADV_DONTNEED, 0);
+                      MADV_DONTNEED_LOCKED, 0);
     if (dropped < 0) {
-        /* nothing was dropped; an older kernel never does */
+        /* an older kernel never does it; a part of the first run may be gone */
         e->has_madvise_vector = errno == ENOMEM || errno == EINTR;
-        return false;
     }
-    if ((size_t)dropped == wanted && n == w->nruns) {
+    if (dropped < 0 || (size_t)dropped != wanted) {
+        return FLUSHED_SOME;
+    }
+    if (n == w->nruns) {
         dedup_freeze_unprotect(e->uffd, addr, len);
     }
-    return true;
+    return FLUSHED_ALL;
 }
 
 /*
- * Take the pages of all runs out of the page table with one TLB flush.  True:
- * the own ones are gone, and come back by being replaced or refilled.
+ * Take the pages of all runs out of the page table with one TLB flush.  Of
+ * anonymous memory, they come back by being replaced or refilled.
  */
-static bool flush_runs(Window *w)
+static Flushed flush_runs(Window *w)
 {
     if (w->nruns < 2) {
-        return false; /* its mmap() flushes as well */
+        return FLUSHED_NONE; /* its mmap() flushes as well */
     }
     if (w->r->memory == DEDUP_MEMORY_SHARED) {
         flush_shared(w);
     }
-    return w->r->memory == DEDUP_MEMORY_ANON && flush_anon(w);
+    return w->r->memory == DEDUP_MEMORY_ANON ? flush_anon(w) : FLUSHED_NONE;
 }
 
 static bool map_segment(Window *w, const Run *run)
@@ -378,7 +390,8 @@ static bool drop_zero(Window *w, const Run *run)
         return dedup_punch(r, run->page, run->n);
     }
     return madvise(dedup_region_addr(r, run->page),
-                   (size_t)run->n << DEDUP_PAGE_SHIFT, MADV_DONTNEED) == 0;
+                   (size_t)run->n << DEDUP_PAGE_SHIFT,
+                   MADV_DONTNEED_LOCKED) == 0;
 }
 
 /*
@@ -386,14 +399,14 @@ static bool drop_zero(Window *w, const Run *run)
  * pages of shared memory are in their file; all else is in the segment, which
  * has the same bytes.
  */
-static void put_back(Window *w, Run *run, bool dropped)
+static void put_back(Window *w, Run *run, Flushed flushed)
 {
     bool in_file = w->r->memory == DEDUP_MEMORY_SHARED && run->own;
     const uint8_t *content = run->segment && !in_file ?
         dedup_segment_page(run->segment, run->index) : NULL;
 
     run->refilled = dedup_fill_hole(w->r, run->page, run->n, content);
-    if (run->refilled || !dropped || !run->own) {
+    if (run->refilled || !content || !flushed || !run->own) {
         return;
     }
     for (uint32_t i = 0; i < run->n; i++) {
@@ -405,13 +418,14 @@ static void put_back(Window *w, Run *run, bool dropped)
 
 static void replace(Window *w, unsigned *limits)
 {
-    bool dropped = flush_runs(w);
+    Flushed flushed = flush_runs(w);
 
     for (unsigned i = 0; i < w->nruns; i++) {
         Run *run = &w->runs[i];
 
         if (!run->segment) {
-            run->mapped = (dropped && run->own) || drop_zero(w, run);
+            run->mapped = (flushed == FLUSHED_ALL && run->own) ||
+                          drop_zero(w, run);
         } else {
             if (DEDUP_MUTANT(PUNCH_FIRST) &&
                 w->r->memory == DEDUP_MEMORY_SHARED) {
@@ -421,7 +435,7 @@ static void replace(Window *w, unsigned *limits)
             run->mapped = map_segment(w, run);
         }
         if (!run->mapped) {
-            put_back(w, run, dropped);
+            put_back(w, run, flushed);
             *limits |= DEDUP_LIMIT_MAPS;
         }
     }

@@ -5,11 +5,15 @@
  */
 
 #include "qemu/osdep.h"
+#include <sys/resource.h>
 #include "qapi/error.h"
+#include "qemu/module.h"
+#include "qemu/units.h"
 #include "dedup-qtest.h"
+#include "tpm-emu.h"
 
 #define SCANNER "-object dedup-scanner,id=ds0,run=off "
-#define MEM1_SIZE (32 * 1024 * 1024)
+#define MEM1_SIZE (32 * MiB)
 
 /* What info dedup says about a block: one text for each reason. */
 static void check_text(QTestState *qts, const char *id, const char *reason)
@@ -127,14 +131,19 @@ static QTestState *start_with_slots(void)
 }
 
 /* Add a backend, given as JSON without the ID and the size. */
-static void add_backend(QTestState *qts, const char *json)
+static void add_backend_sized(QTestState *qts, const char *json, int64_t size)
 {
     g_autofree char *all = NULL;
 
     all = g_strdup_printf("{ 'execute': 'object-add', 'arguments': {"
-                          " 'id': 'mem1', 'size': %d, %s } }", MEM1_SIZE,
+                          " 'id': 'mem1', 'size': %" PRId64 ", %s } }", size,
                           json);
     qtest_qmp_assert_success(qts, "%p", qobject_from_json(all, &error_abort));
+}
+
+static void add_backend(QTestState *qts, const char *json)
+{
+    add_backend_sized(qts, json, MEM1_SIZE);
 }
 
 static void add_dimm(QTestState *qts)
@@ -325,14 +334,137 @@ static void test_lease_denied(void)
     g_setenv("QTEST_QEMU_BINARY", binary, true);
 }
 
+/* A TPM brings a page along, for its physical presence interface. */
 static void test_device_memory(void)
 {
-    g_test_skip("needs a device that brings memory along: VFIO, TPM");
+    g_autofree char *dir = NULL;
+    SocketAddress addr = { .type = SOCKET_ADDRESS_TYPE_UNIX };
+    TPMTestState tpm = { .addr = &addr, .tpm_version = TPM_VERSION_2_0 };
+    QTestState *qts;
+    GThread *thread;
+
+    if (dedup_skip()) {
+        return;
+    }
+    if (!qtest_has_device("tpm-crb")) {
+        g_test_skip("QEMU is built without TPM support");
+        return;
+    }
+    dir = dedup_tmpdir("/tmp");
+    addr.u.q_unix.path = g_strdup_printf("%s/tpm", dir);
+    g_mutex_init(&tpm.data_mutex);
+    g_cond_init(&tpm.data_cond);
+    thread = g_thread_new("tpm", tpm_emu_ctrl_thread, &tpm);
+    tpm_emu_test_wait_cond(&tpm);
+
+    qts = qtest_initf(DEDUP_MACHINE SCANNER "-chardev socket,id=c0,path=%s "
+                      "-tpmdev emulator,id=t0,chardev=c0 "
+                      "-device tpm-crb,tpmdev=t0", addr.u.q_unix.path);
+    check_reason(qts, "tpm-ppi", "device-memory");
+    dedup_wait_block(qts, "pc.ram", "eligible");
+    qtest_quit(qts);
+
+    g_thread_join(thread);
+    g_cond_clear(&tpm.data_cond);
+    g_mutex_clear(&tpm.data_mutex);
+    unlink(addr.u.q_unix.path);
+    g_free(addr.u.q_unix.path);
+    rmdir(dir);
 }
 
+/* What the property says counts, whatever the file is on. */
 static void test_pmem(void)
 {
+#ifdef CONFIG_LIBPMEM
+    g_autoptr(DedupFile) file = NULL;
+    g_autofree char *json = NULL, *pmem = NULL;
+
+    if (dedup_skip()) {
+        return;
+    }
+    file = dedup_file_new("/dev/shm");
+    json = file_json(file, "false");
+    pmem = g_strconcat(json, ", 'pmem': true", NULL);
+    check_dimm(pmem, "pmem");
+#else
     g_test_skip("QEMU is built without libpmem");
+#endif
+}
+
+/* The other end of a migration maps the file. */
+static void test_exported(void)
+{
+    g_autoptr(DedupFile) file = NULL;
+    QTestState *qts;
+
+    if (dedup_skip()) {
+        return;
+    }
+    file = dedup_file_new("/dev/shm");
+    qts = qtest_initf("-machine pc,memory-backend=ram0 -nodefaults "
+                      "-display none -m 64M %s " SCANNER, file->backend);
+    dedup_wait_block(qts, "ram0", "eligible");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-capabilities',"
+                             " 'arguments': { 'capabilities': [ {"
+                             " 'capability': 'x-ignore-shared',"
+                             " 'state': true } ] } }");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate', 'arguments': {"
+                             " 'uri': 'exec:cat > /dev/null' } }");
+    qtest_qmp_eventwait(qts, "STOP");
+    check_reason(qts, "ram0", "exported");
+    qtest_quit(qts);
+}
+
+/* How much address space QEMU may have; RLIM_INFINITY: as much as before */
+static void limit_address_space(QTestState *qts, rlim_t bytes)
+{
+    struct rlimit limit;
+
+    g_assert_cmpint(prlimit(qtest_pid(qts), RLIMIT_AS, NULL, &limit), ==, 0);
+    limit.rlim_cur = MIN(bytes, limit.rlim_max);
+    g_assert_cmpint(prlimit(qtest_pid(qts), RLIMIT_AS, &limit, NULL), ==, 0);
+}
+
+static uint64_t address_space_size(QTestState *qts)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/statm",
+                                            qtest_pid(qts));
+    g_autofree char *text = NULL;
+    g_autoptr(GError) err = NULL;
+    uint64_t pages;
+
+    g_file_get_contents(path, &text, NULL, &err);
+    g_assert_no_error(err);
+    pages = g_ascii_strtoull(text, NULL, 10);
+    return pages * DEDUP_PAGE;
+}
+
+/*
+ * To keep track of 128 GiB takes arrays of 192 MiB, of which the host need
+ * not have a byte: only address space may be short.
+ */
+static void test_out_of_memory(void)
+{
+    QTestState *qts;
+
+    if (dedup_skip()) {
+        return;
+    }
+    qts = qtest_init("-machine pc -nodefaults -display none "
+                     "-m 64M,slots=4,maxmem=256G " SCANNER);
+    dedup_wait_block(qts, "pc.ram", "eligible");
+    add_backend_sized(qts, "'qom-type': 'memory-backend-memfd',"
+                      " 'reserve': false", 128 * GiB);
+    limit_address_space(qts, address_space_size(qts) + 64 * MiB);
+    add_dimm(qts);
+    check_reason(qts, "mem1", "out-of-memory");
+    g_assert_cmpint(dedup_figure(qts, "pages-total"), ==, 16384);
+    /* Tried again and again */
+    limit_address_space(qts, RLIM_INFINITY);
+    dedup_wait_block(qts, "mem1", "eligible");
+    g_assert_cmpint(dedup_figure(qts, "pages-total"), ==,
+                    16384 + 128 * GiB / DEDUP_PAGE);
+    qtest_quit(qts);
 }
 
 /* Devices that use a backend otherwise than as RAM */
@@ -373,6 +505,8 @@ static void test_device_backend(void)
 
 int main(int argc, char **argv)
 {
+    /* The TPM emulator's channels are QOM objects. */
+    module_call_init(MODULE_INIT_QOM);
     g_test_init(&argc, &argv, NULL);
 
     qtest_add_func("/dedup/ram/main-memory", test_main_memory);
@@ -390,5 +524,7 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/ram/reason/device-backend", test_device_backend);
     qtest_add_func("/dedup/ram/reason/device-memory", test_device_memory);
     qtest_add_func("/dedup/ram/reason/pmem", test_pmem);
+    qtest_add_func("/dedup/ram/reason/exported", test_exported);
+    qtest_add_func("/dedup/ram/reason/out-of-memory", test_out_of_memory);
     return g_test_run();
 }

@@ -36,13 +36,14 @@ const char *dedup_block_reason_text(DedupBlockReason reason)
 {
     switch (reason) {
     case DEDUP_BLOCK_REASON_NOT_BACKEND:
-        return "not RAM but video memory, firmware or the like";
+        return "not RAM but video memory, firmware or the like; nothing to "
+               "change";
     case DEDUP_BLOCK_REASON_DEVICE_MEMORY:
-        return "memory that a device brought along";
+        return "memory that a device brought along; nothing to change";
     case DEDUP_BLOCK_REASON_RESIZEABLE:
-        return "its size may change";
+        return "its size varies; nothing to change";
     case DEDUP_BLOCK_REASON_READ_ONLY:
-        return "the guest cannot write it";
+        return "the guest cannot write it; nothing to change";
     case DEDUP_BLOCK_REASON_NOT_MAPPED:
         return "no device uses it yet; add a pc-dimm";
     case DEDUP_BLOCK_REASON_DEVICE_BACKEND:
@@ -66,9 +67,12 @@ const char *dedup_block_reason_text(DedupBlockReason reason)
         return "QEMU must own the file to notice who opens it; change its "
                "owner, or use memfd";
     case DEDUP_BLOCK_REASON_EXPORTED:
-        return "shared with another process or device";
+        return "another process or device must find all of it in its place: "
+               "remove what ram-exported names, or wait until the VM runs "
+               "here again";
     case DEDUP_BLOCK_REASON_OUT_OF_MEMORY:
-        return "no memory to keep track of it";
+        return "no memory to keep track of it; free some, or raise the limit "
+               "of address space (RLIMIT_AS)";
     case DEDUP_BLOCK_REASON__MAX:
         break;
     }

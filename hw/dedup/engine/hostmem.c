@@ -4,10 +4,11 @@
  *
  * Files of /proc are opened once and read from their start each time.  A
  * memory cgroup is kept as one directory descriptor for it and each of its
- * nearest ancestors, since any of them may carry the limit that binds.  Everything here is a text file of the kernel's: numbers
- * are parsed with g_ascii_strtoull(), and what is not there counts as "no
- * limit known".  What is there and cannot be read (no descriptor, no memory,
- * a security module) counts as "no room": it may be a limit.
+ * nearest ancestors, since any of them may carry the limit that binds.
+ * Everything here is a text file of the kernel's: numbers are parsed with
+ * g_ascii_strtoull(), and what is not there counts as "no limit known".  What
+ * is there and cannot be read (no descriptor, no memory, a security module)
+ * counts as "no room": it may be a limit.
  */
 
 #include <errno.h>
@@ -25,7 +26,7 @@ struct DedupHostMem {
     int max_maps_fd;
     bool v2;
     unsigned nlevels;
-    int level_fd[DEDUP_CGROUP_LEVELS];      /* the cgroup, then its ancestors */
+    int level_fd[DEDUP_CGROUP_LEVELS]; /* the cgroup, then its ancestors */
     uint64_t level_id[DEDUP_CGROUP_LEVELS];
 };
 

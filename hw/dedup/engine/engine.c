@@ -356,7 +356,13 @@ static void complete(DedupEngine *e)
 /* What the state is called while scanning. */
 static DedupState scan_state(DedupEngine *e)
 {
-    if (e->stats.limits | e->pass_limits) {
+    unsigned limits;
+
+    /* what ran short shows with the state, not at the end of the pass */
+    g_mutex_lock(&e->stats_lock);
+    limits = e->stats.limits |= e->pass_limits;
+    g_mutex_unlock(&e->stats_lock);
+    if (limits) {
         return DEDUP_STATE_LIMITED;
     }
     /* a page is merged in its second pass at the earliest */

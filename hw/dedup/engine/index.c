@@ -222,6 +222,11 @@ static unsigned lines_of(const DedupIndex *index, uint64_t hash,
     return n;
 }
 
+bool dedup_index_collides(uint64_t a, uint64_t b)
+{
+    return shard_of(a) == shard_of(b) && tag_of(a) == tag_of(b);
+}
+
 uint64_t dedup_index_raw(uint64_t hash, const DedupHint *hint)
 {
     return entry_encode(hash, hint);

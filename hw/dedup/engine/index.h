@@ -87,6 +87,9 @@ bool dedup_index_replace(DedupIndex *index, uint64_t hash,
 bool dedup_index_remove(DedupIndex *index, uint64_t hash,
                         const DedupHint *old);
 
+/* Are the hints of two different hashes taken for one another? */
+bool dedup_index_collides(uint64_t a, uint64_t b);
+
 /* The entry that stands for a hint: what dedup_index_replace() wants. */
 uint64_t dedup_index_raw(uint64_t hash, const DedupHint *hint);
 

@@ -197,8 +197,7 @@ struct DedupEngine {
 
     /* Live sums, atomic. */
     int64_t own_present;      /* pages with memory of their own, about */
-    uint64_t discarded[2];    /* at most so many are gone: in this pass and
-                                 the one before, which may have missed it */
+    uint64_t discarded[2];    /* at most so many went: in this pass, the last */
     uint64_t merged;
     uint64_t broken;
     uint64_t zero;
@@ -376,13 +375,17 @@ size_t dedup_scan_size(void);
 /* Scan about @budget pages; returns true at the end of a full pass. */
 bool dedup_scan_batch(DedupEngine *e, uint32_t budget);
 
-/*
- * Another own page has the same content: publish both.  False: it has not,
- * any more, so that the hint is stale.
- */
-bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
-                        DedupRegion *r2, uint32_t page2, uint64_t hash,
-                        const DedupHint *hint);
+/* What a hint to another own page was worth. */
+typedef enum DedupPair {
+    DEDUP_PAIR_STALE,         /* the page has other contents by now */
+    DEDUP_PAIR_EQUAL,
+    DEDUP_PAIR_COLLIDES,      /* other contents, which the hint is right for */
+} DedupPair;
+
+/* Publish two own pages if they are equal. */
+DedupPair dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
+                             DedupRegion *r2, uint32_t page2, uint64_t hash,
+                             const DedupHint *hint);
 /* Is the content in a segment being built?  Then wait for it. */
 bool dedup_publish_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
                            uint64_t hash);

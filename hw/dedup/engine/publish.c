@@ -208,14 +208,33 @@ bool dedup_publish_pending(DedupEngine *e, DedupRegion *r, uint32_t page,
     return false;
 }
 
-bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
-                        DedupRegion *r2, uint32_t page2, uint64_t hash,
-                        const DedupHint *hint)
+/* Copies the page to @copy if the other one is equal; remap lock held. */
+static DedupPair copy_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
+                           DedupRegion *r2, uint32_t page2, uint64_t hash,
+                           uint8_t *copy)
+{
+    const uint8_t *other = dedup_region_addr(r2, page2);
+
+    if (!readable(r, page) || !readable(r2, page2)) {
+        return DEDUP_PAIR_STALE;
+    }
+    dedup_page_copy(copy, dedup_region_addr(r, page));
+    if (dedup_page_equal(copy, other)) {
+        return dedup_page_hash(copy, e->salt) == hash ? DEDUP_PAIR_EQUAL
+                                                      : DEDUP_PAIR_STALE;
+    }
+    return dedup_index_collides(hash, dedup_page_hash(other, e->salt)) ?
+           DEDUP_PAIR_COLLIDES : DEDUP_PAIR_STALE;
+}
+
+DedupPair dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
+                             DedupRegion *r2, uint32_t page2, uint64_t hash,
+                             const DedupHint *hint)
 {
     DedupBatch *b = &e->batch[DEDUP_BATCH_WITHIN];
     uint8_t *copy = e->proof_buffer; /* free: no proof is under way */
     bool ready = batch_ready(e, b);
-    bool same = false;
+    DedupPair pair;
     uint32_t entry;
 
     dedup_lock(e);
@@ -228,25 +247,17 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
             .where = s->gid,
             .page = dedup_entry_page(entry),
         };
+        bool same = dedup_page_hash(dedup_segment_page(s, published.page),
+                                    e->salt) == hash && !s->leaving;
 
-        same = dedup_page_hash(dedup_segment_page(s, published.page),
-                               e->salt) == hash && !s->leaving;
         dedup_unlock(e);
-        return same && dedup_index_replace(e->index, hash, hint, &published);
+        return same && dedup_index_replace(e->index, hash, hint, &published) ?
+               DEDUP_PAIR_EQUAL : DEDUP_PAIR_STALE;
     }
-    if (readable(r, page) && readable(r2, page2)) {
-        if (ready) {
-            dedup_page_copy(copy, dedup_region_addr(r, page));
-            same = dedup_page_equal(copy, dedup_region_addr(r2, page2)) &&
-                   dedup_page_hash(copy, e->salt) == hash;
-        } else {
-            /* no room now: leave the hint as it is if it is right */
-            same = dedup_page_equal(dedup_region_addr(r, page),
-                                    dedup_region_addr(r2, page2));
-        }
-    }
+    pair = copy_pair(e, r, page, r2, page2, hash, copy);
     dedup_unlock(e);
-    if (same && ready && claim(e, r, page, hash, hint)) {
+    /* without room now the hint stays as it is */
+    if (pair == DEDUP_PAIR_EQUAL && ready && claim(e, r, page, hash, hint)) {
         int index = append(e, b, r, page, hash, copy);
 
         if (index >= 0) {
@@ -254,7 +265,7 @@ bool dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
             add_pending(b, r, page, index);
         }
     }
-    return same;
+    return pair;
 }
 
 /* Copy what is to be proven; false: the page is not what was hashed. */

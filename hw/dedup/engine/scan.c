@@ -185,36 +185,36 @@ static void ask_remotes(DedupEngine *e, Chunk *c)
     }
 }
 
-/* Our own hint: who else of us has this page?  False: nobody any more. */
-static bool try_own(DedupEngine *e, Chunk *c, const Seen *s,
-                    const DedupHint *hint)
+/* Our own hint: who else of us has this page? */
+static DedupPair try_own(DedupEngine *e, Chunk *c, const Seen *s,
+                         const DedupHint *hint)
 {
     DedupRegion *r2;
     uint32_t page2;
     bool found;
 
     if (hint->kind == DEDUP_HINT_CLAIMED) {
-        return false; /* what we claimed came to nothing */
+        return DEDUP_PAIR_STALE; /* what we claimed came to nothing */
     }
     if (hint->page == c->r->base + s->page) {
-        return true; /* most often: nobody else has it */
+        return DEDUP_PAIR_EQUAL; /* most often: nobody else has it */
     }
     dedup_lock(e);
     found = dedup_region_find(e, hint->page, &r2, &page2);
     dedup_unlock(e);
-    return found && dedup_publish_pair(e, c->r, s->page, r2, page2, s->hash,
-                                       hint);
+    return found ? dedup_publish_pair(e, c->r, s->page, r2, page2, s->hash,
+                                      hint) : DEDUP_PAIR_STALE;
 }
 
-/* A hint that names a member.  False: it is stale. */
-static bool try_member(DedupEngine *e, Chunk *c, const Seen *s,
-                       const DedupHint *hint)
+/* A hint that names a member: what is it worth? */
+static DedupPair try_member(DedupEngine *e, Chunk *c, const Seen *s,
+                            const DedupHint *hint)
 {
     if (hint->where == dedup_group_self(e->group)) {
         return try_own(e, c, s, hint);
     }
     if (!dedup_group_alive(e->group, hint->where)) {
-        return false;
+        return DEDUP_PAIR_STALE;
     }
     if (hint->kind == DEDUP_HINT_CANDIDATE) {
         c->remotes[c->nremotes++] = (DedupRemote) {
@@ -225,7 +225,7 @@ static bool try_member(DedupEngine *e, Chunk *c, const Seen *s,
         }
     }
     /* claimed: it is published by the time of the next pass */
-    return true;
+    return DEDUP_PAIR_EQUAL;
 }
 
 /* The index compares only a part of the hash; this is all of it. */
@@ -274,10 +274,15 @@ static void decide(DedupEngine *e, Chunk *c, const Seen *s)
         if (hits[i].kind == DEDUP_HINT_PUBLISHED) {
             continue;
         }
-        if (try_member(e, c, s, &hits[i])) {
+        switch (try_member(e, c, s, &hits[i])) {
+        case DEDUP_PAIR_EQUAL:
             return;
+        case DEDUP_PAIR_STALE:
+            stale = &hits[i];
+            break;
+        case DEDUP_PAIR_COLLIDES:
+            break; /* it stays beside ours */
         }
-        stale = &hits[i];
     }
     if (stale) {
         dedup_index_replace(e->index, s->hash, stale, &mine);

@@ -2,116 +2,17 @@
 /*
  * Tests of the index: what it holds, what it loses, what it costs, and what
  * it does when processes work on it at once, die in the middle, or fill it
- * with garbage.
+ * with garbage.  What it takes memory for, and what makes room in it again:
+ * test-dedup-index-room.c.
  */
 
-#include <errno.h>
-#include <fcntl.h>
-#include <glib.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "index.h"
-#include "page.h"
-
-#define HEADER_SIZE DEDUP_PAGE_SIZE
-
-/* Less of everything where every access is checked. */
-#ifdef CONFIG_FX_SANITIZED
-#define SCALE 8
-#else
-#define SCALE 1
-#endif
-
-typedef struct Fixture {
-    int fd;
-    void *header;
-    void *table;
-    DedupIndex *index;
-} Fixture;
-
-static void setup(Fixture *f, gconstpointer data)
-{
-    size_t size = HEADER_SIZE + dedup_index_table_size();
-
-    g_assert_cmpuint(dedup_index_header_size(), <=, HEADER_SIZE);
-    f->fd = memfd_create("test-index", MFD_CLOEXEC);
-    g_assert_cmpint(f->fd, >=, 0);
-    g_assert_cmpint(ftruncate(f->fd, size), ==, 0);
-    f->header = mmap(NULL, HEADER_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
-                     f->fd, 0);
-    f->table = mmap(NULL, dedup_index_table_size(), PROT_READ | PROT_WRITE,
-                    MAP_SHARED | MAP_NORESERVE, f->fd, HEADER_SIZE);
-    g_assert_true(f->header != MAP_FAILED && f->table != MAP_FAILED);
-    f->index = dedup_index_new(f->header, f->table, f->fd, HEADER_SIZE);
-}
-
-static void teardown(Fixture *f, gconstpointer data)
-{
-    dedup_index_free(f->index);
-    munmap(f->table, dedup_index_table_size());
-    munmap(f->header, HEADER_SIZE);
-    close(f->fd);
-}
-
-static uint64_t file_bytes(const Fixture *f)
-{
-    struct stat st;
-
-    g_assert_cmpint(fstat(f->fd, &st), ==, 0);
-    return (uint64_t)st.st_blocks * 512;
-}
-
-/* Number @i of a sequence of hashes: splitmix64. */
-static uint64_t hash_of(uint64_t i)
-{
-    uint64_t z = (i + 1) * 0x9e3779b97f4a7c15ull;
-
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
-static DedupHint candidate(uint32_t member, uint32_t page)
-{
-    return (DedupHint) {
-        .kind = DEDUP_HINT_CANDIDATE, .where = member, .page = page
-    };
-}
-
-static DedupHint published(uint32_t gid, uint32_t page)
-{
-    return (DedupHint) {
-        .kind = DEDUP_HINT_PUBLISHED, .where = gid, .page = page
-    };
-}
-
-static bool same(const DedupHint *a, const DedupHint *b)
-{
-    return a->kind == b->kind && a->where == b->where && a->page == b->page;
-}
-
-static bool find(DedupIndex *index, uint64_t hash, const DedupHint *hint,
-                 DedupHint *found)
-{
-    DedupHint hits[DEDUP_INDEX_HITS];
-    unsigned n = dedup_index_lookup(index, hash, hits);
-
-    for (unsigned i = 0; i < n; i++) {
-        if (same(&hits[i], hint)) {
-            if (found) {
-                *found = hits[i];
-            }
-            return true;
-        }
-    }
-    return false;
-}
+#include "index-util.h"
 
 static void test_empty(Fixture *f, gconstpointer data)
 {
@@ -507,45 +408,19 @@ static void test_garbage_header(Fixture *f, gconstpointer data)
     g_assert_cmpuint(count_found(f, 1), >, PER_CHILD / 100 * 95);
 }
 
-/* Without memory for the table an insert says so, and nothing crashes. */
-static void test_no_memory(Fixture *f, gconstpointer data)
-{
-    DedupHint hint = candidate(0, 0), hits[DEDUP_INDEX_HITS];
-    /* fallocate() fails on a descriptor that cannot be written to. */
-    g_autofree char *path = g_strdup_printf("/proc/self/fd/%d", f->fd);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    DedupIndex *index;
-
-    g_assert_cmpint(fd, >=, 0);
-    index = dedup_index_new(f->header, f->table, fd, HEADER_SIZE);
-    g_assert_false(dedup_index_insert(index, hash_of(0), &hint));
-    g_assert_cmpuint(dedup_index_lookup(index, hash_of(0), hits), ==, 0);
-    /* Pages that another process allocated cannot be relied on either. */
-    g_assert_true(dedup_index_insert(f->index, hash_of(0), &hint));
-    g_assert_cmpuint(dedup_index_lookup(index, hash_of(0), hits), ==, 0);
-    dedup_index_free(index);
-    close(fd);
-}
-
-static void add(const char *name, void (*fn)(Fixture *, gconstpointer))
-{
-    g_test_add(name, Fixture, NULL, setup, fn, teardown);
-}
-
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
-    add("/index/empty", test_empty);
-    add("/index/replace-remove", test_replace_remove);
-    add("/index/order", test_order);
-    add("/index/full-lines", test_full_lines);
-    add("/index/fill", test_fill);
-    add("/index/limit", test_limit);
-    add("/index/churn", test_churn);
-    add("/index/processes", test_processes);
-    add("/index/kill", test_kill);
-    add("/index/garbage-table", test_garbage_table);
-    add("/index/garbage-header", test_garbage_header);
-    add("/index/no-memory", test_no_memory);
+    index_add("/index/empty", test_empty);
+    index_add("/index/replace-remove", test_replace_remove);
+    index_add("/index/order", test_order);
+    index_add("/index/full-lines", test_full_lines);
+    index_add("/index/fill", test_fill);
+    index_add("/index/limit", test_limit);
+    index_add("/index/churn", test_churn);
+    index_add("/index/processes", test_processes);
+    index_add("/index/kill", test_kill);
+    index_add("/index/garbage-table", test_garbage_table);
+    index_add("/index/garbage-header", test_garbage_header);
     return g_test_run();
 }

@@ -49,7 +49,7 @@ bool dedup_line_displace(const DedupIndex *index, unsigned shard,
         uint64_t e = word(&line[i]);
         uint64_t a = first_line(entry_tag(e), lines);
         uint64_t b = second_line(entry_tag(e), lines);
-        uint64_t *to = line_at(index, shard, a == at ? b : a);
+        uint64_t *to = line_for(index, shard, a == at ? b : a);
 
         if (to && to != line && line_add(to, e) &&
             change_word(&line[i], e, entry)) {
@@ -74,13 +74,13 @@ static bool rehash_store(const DedupIndex *index, unsigned shard,
                          uint64_t entry, uint64_t line, uint64_t other,
                          uint64_t lines)
 {
-    uint64_t *a = line_at(index, shard, line);
+    uint64_t *a = line_for(index, shard, line);
     uint64_t *b;
 
     if (a && line_add(a, entry)) {
         return true;
     }
-    b = line_at(index, shard, other);
+    b = line_for(index, shard, other);
     if (b && line_add(b, entry)) {
         return true;
     }
@@ -112,6 +112,9 @@ static void rehash(const DedupIndex *index, unsigned shard,
     for (uint64_t at = old_lines; at-- > 0;) {
         uint64_t *line = line_at(index, shard, at);
 
+        if (!line) {
+            at -= at % PAGE_LINES; /* nor is there on the rest of its page */
+        }
         if (at % PAGE_LINES == 0 && word(&s->pages) != pages) {
             return;
         }
@@ -158,7 +161,8 @@ bool dedup_shard_grow(const DedupIndex *index, unsigned shard, uint64_t pages)
         want = pages + pages / 4;
     }
     want = MIN(want, word(&index->limit));
-    if (want <= pages || !allocate(index, base + pages, want - pages)) {
+    if (want <= pages ||
+        !dedup_table_allocate(index, base + pages, want - pages)) {
         return shard_pages(index, shard) > pages;
     }
     if (__atomic_compare_exchange_n(&s->pages, &pages, want, false,

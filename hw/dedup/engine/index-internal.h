@@ -1,14 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The layout of the index, and how its lines are read and written: what
- * index.c (the hints) and index-grow.c (the size of a shard) share.  The
- * terms are explained in index.c.
+ * index.c (the hints), index-grow.c (the size of a shard) and index-pages.c
+ * (its memory) share.  The terms are explained in index.c.
  */
 
 #ifndef DEDUP_INDEX_INTERNAL_H
 #define DEDUP_INDEX_INTERNAL_H
 
-#include <fcntl.h>
 #include <glib.h>
 
 #include "index.h"
@@ -112,30 +111,59 @@ static inline uint64_t shard_pages(const DedupIndex *index, unsigned shard)
     return MIN(word(&index->header->shard[shard].pages), SHARD_PAGES);
 }
 
-static inline bool allocate(const DedupIndex *index, uint64_t page,
-                            uint64_t n)
+/* Pages of the table are numbered from the first one of the first shard. */
+static inline uint64_t page_of(unsigned shard, uint64_t line)
 {
-    uint64_t at = index->offset + page * DEDUP_PAGE_SIZE;
-
-    return fallocate(index->fd, 0, at, n * DEDUP_PAGE_SIZE) == 0;
+    return (uint64_t)shard * SHARD_PAGES + line / PAGE_LINES;
 }
 
-/* Line @line of @shard, or NULL if there is no memory for it. */
+static inline bool is_backed(const DedupIndex *index, uint64_t page)
+{
+    return word(&index->backed[page / 64]) & 1ull << page % 64;
+}
+
+/* index-pages.c */
+
+/*
+ * Are there entries on a page that is not known to be backed?  Takes no
+ * memory for it.
+ */
+bool dedup_table_look(const DedupIndex *index, uint64_t page);
+/* Give memory to @n pages from @page on. */
+bool dedup_table_allocate(const DedupIndex *index, uint64_t page,
+                          uint64_t n);
+/* Make sure that a page that is not known to be backed is. */
+bool dedup_table_take(const DedupIndex *index, uint64_t page);
+
+static inline uint64_t *line_address(const DedupIndex *index, unsigned shard,
+                                     uint64_t line)
+{
+    return index->table + ((uint64_t)shard * SHARD_PAGES * PAGE_LINES + line) *
+                          LINE_ENTRIES;
+}
+
+/* Line @line of @shard, or NULL: there is nothing on all of its page. */
 static inline uint64_t *line_at(const DedupIndex *index, unsigned shard,
                                 uint64_t line)
 {
-    uint64_t page = (uint64_t)shard * SHARD_PAGES + line / PAGE_LINES;
-    uint64_t *bits = &index->backed[page / 64];
-    uint64_t bit = 1ull << page % 64;
+    uint64_t page = page_of(shard, line);
 
-    if (!(word(bits) & bit)) {
-        if (!allocate(index, page, 1)) {
-            return NULL;
-        }
-        __atomic_fetch_or(bits, bit, __ATOMIC_RELAXED);
+    if (!is_backed(index, page) && !dedup_table_look(index, page)) {
+        return NULL;
     }
-    return index->table + ((uint64_t)shard * SHARD_PAGES * PAGE_LINES + line) *
-                          LINE_ENTRIES;
+    return line_address(index, shard, line);
+}
+
+/* The same for storing; NULL: there is no memory for it. */
+static inline uint64_t *line_for(const DedupIndex *index, unsigned shard,
+                                 uint64_t line)
+{
+    uint64_t page = page_of(shard, line);
+
+    if (!is_backed(index, page) && !dedup_table_take(index, page)) {
+        return NULL;
+    }
+    return line_address(index, shard, line);
 }
 
 /* Free entries of a line, and whether @entry is there already. */

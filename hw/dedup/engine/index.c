@@ -33,8 +33,9 @@
  *     counting; an enemy writes to it).  Each rehash counts anew; before a
  *     shard grows, and when an insert finds no room, it is sampled.
  *   - Garbage in the header: the number of pages is clamped to the size of
- *     the mapping, and table pages are allocated with fallocate() by whoever
- *     touches them first, so a lack of memory is an error and no SIGBUS.
+ *     the mapping.  Table pages are allocated with fallocate() by whoever
+ *     stores to them first, so a lack of memory is an error and no SIGBUS;
+ *     a lookup allocates none (index-pages.c).
  *
  * Threads: any, of any process.  All shared words are accessed with atomics.
  */
@@ -150,8 +151,8 @@ bool dedup_index_insert(DedupIndex *index, uint64_t hash,
         lines = pages * PAGE_LINES;
         at = first_line(tag, lines);
         bt = second_line(tag, lines);
-        a = line_at(index, shard, at);
-        b = line_at(index, shard, bt);
+        a = line_for(index, shard, at);
+        b = line_for(index, shard, bt);
         if (!a || !b) {
             return false;
         }
@@ -200,7 +201,7 @@ void dedup_index_prefetch(const DedupIndex *index, uint64_t hash)
                        second_line(tag_of(hash), lines) * LINE_ENTRIES);
 }
 
-/* The lines of @hash: 0, 1 or 2. */
+/* The lines of @hash where anything may be: 0, 1 or 2. */
 static unsigned lines_of(const DedupIndex *index, uint64_t hash,
                          uint64_t *line[2])
 {

@@ -48,8 +48,9 @@ size_t dedup_index_table_size(void);
 
 /*
  * A view of the index in a mapped shared file.  @fd and @table_offset are
- * used to allocate table pages before they are touched (I9).  A new file is
- * all zero: that is an empty index.
+ * used to allocate table pages before they are stored to, and to see which
+ * need not be looked at (I9).  A new file is all zero: that is an empty
+ * index.
  */
 DedupIndex *dedup_index_new(DedupIndexHeader *header, void *table, int fd,
                             uint64_t table_offset);

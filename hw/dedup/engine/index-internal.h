@@ -42,17 +42,22 @@ struct DedupIndexHeader {
     Shard shard[SHARDS];
 };
 
+/*
+ * Pages of the table that this process knows to have memory: a bit each.  Set
+ * late or twice costs a system call, nothing else.
+ */
+typedef struct Backed {
+    uint64_t pages;             /* bits that are set */
+    uint64_t bits[SHARDS * SHARD_PAGES / 64];
+} Backed;
+
 struct DedupIndex {
     DedupIndexHeader *header;
     uint64_t *table;
     int fd;
     uint64_t offset;
     uint64_t limit;             /* pages that a shard may grow to */
-    /*
-     * One bit per page of the table: this process knows that it is
-     * allocated.  Set late or twice costs a system call, nothing else.
-     */
-    uint64_t *backed;
+    Backed *backed;
 };
 
 static inline uint64_t word(const uint64_t *p)
@@ -119,7 +124,7 @@ static inline uint64_t page_of(unsigned shard, uint64_t line)
 
 static inline bool is_backed(const DedupIndex *index, uint64_t page)
 {
-    return word(&index->backed[page / 64]) & 1ull << page % 64;
+    return word(&index->backed->bits[page / 64]) & 1ull << page % 64;
 }
 
 /* index-pages.c */
@@ -129,10 +134,13 @@ static inline bool is_backed(const DedupIndex *index, uint64_t page)
  * memory for it.
  */
 bool dedup_table_look(const DedupIndex *index, uint64_t page);
-/* Give memory to @n pages from @page on. */
+/* Give memory to @n pages from @page on: those that a shard grows by. */
 bool dedup_table_allocate(const DedupIndex *index, uint64_t page,
                           uint64_t n);
-/* Make sure that a page that is not known to be backed is. */
+/*
+ * Make sure that a page that is not known to be backed is.  False: there is
+ * no memory for it, or we took as much as the limit lets us.
+ */
 bool dedup_table_take(const DedupIndex *index, uint64_t page);
 
 static inline uint64_t *line_address(const DedupIndex *index, unsigned shard,
@@ -154,7 +162,7 @@ static inline uint64_t *line_at(const DedupIndex *index, unsigned shard,
     return line_address(index, shard, line);
 }
 
-/* The same for storing; NULL: there is no memory for it. */
+/* The same for storing; NULL: there is and will be no memory for it. */
 static inline uint64_t *line_for(const DedupIndex *index, unsigned shard,
                                  uint64_t line)
 {

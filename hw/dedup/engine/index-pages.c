@@ -16,6 +16,10 @@
  * share with the open file; and where somebody has allocated pages without
  * touching them, it walks over all of these to the next one that was.
  *
+ * Whoever stores takes memory for no more pages than the limit lets it grow
+ * to, twice: the wrong number in the header is where it stores to, not how
+ * much that may cost.
+ *
  * Threads: any, of any process.
  */
 
@@ -31,8 +35,12 @@ static uint64_t page_offset(const DedupIndex *index, uint64_t page)
 
 static void set_backed(const DedupIndex *index, uint64_t page)
 {
-    __atomic_fetch_or(&index->backed[page / 64], 1ull << page % 64,
-                      __ATOMIC_RELAXED);
+    uint64_t bit = 1ull << page % 64;
+
+    if (!(__atomic_fetch_or(&index->backed->bits[page / 64], bit,
+                            __ATOMIC_RELAXED) & bit)) {
+        __atomic_fetch_add(&index->backed->pages, 1, __ATOMIC_RELAXED);
+    }
 }
 
 bool dedup_table_look(const DedupIndex *index, uint64_t page)
@@ -50,15 +58,23 @@ bool dedup_table_look(const DedupIndex *index, uint64_t page)
 
 bool dedup_table_allocate(const DedupIndex *index, uint64_t page, uint64_t n)
 {
-    return fallocate(index->fd, 0, page_offset(index, page),
-                     n * DEDUP_PAGE_SIZE) == 0;
+    if (fallocate(index->fd, 0, page_offset(index, page),
+                  n * DEDUP_PAGE_SIZE) < 0) {
+        return false;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        set_backed(index, page + i);
+    }
+    return true;
 }
 
 bool dedup_table_take(const DedupIndex *index, uint64_t page)
 {
-    if (!dedup_table_allocate(index, page, 1)) {
-        return false;
+    /* twice: others may know a higher limit, and grew by it */
+    uint64_t most = 2 * SHARDS * word(&index->limit);
+
+    if (word(&index->backed->pages) >= most) {
+        return dedup_table_look(index, page);
     }
-    set_backed(index, page);
-    return true;
+    return dedup_table_allocate(index, page, 1);
 }

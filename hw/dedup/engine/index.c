@@ -35,7 +35,8 @@
  *   - Garbage in the header: the number of pages is clamped to the size of
  *     the mapping.  Table pages are allocated with fallocate() by whoever
  *     stores to them first, so a lack of memory is an error and no SIGBUS;
- *     a lookup allocates none (index-pages.c).
+ *     a lookup allocates none, and storing no more than the limit allows
+ *     (index-pages.c).
  *
  * Threads: any, of any process.  All shared words are accessed with atomics.
  */
@@ -65,7 +66,7 @@ DedupIndex *dedup_index_new(DedupIndexHeader *header, void *table, int fd,
     index->fd = fd;
     index->offset = table_offset;
     index->limit = SHARD_PAGES;
-    index->backed = g_new0(uint64_t, SHARDS * SHARD_PAGES / 64);
+    index->backed = g_new0(Backed, 1);
     return index;
 }
 
@@ -82,7 +83,7 @@ void dedup_index_set_limit(DedupIndex *index, uint64_t entries)
     uint64_t pages = entries / SHARDS * LOAD_DEN / LOAD_NUM / PAGE_ENTRIES;
 
     /* For shards that are fuller than the others. */
-    pages += pages / 8 + 1;
+    pages += entries ? pages / 8 + 1 : 0;
     __atomic_store_n(&index->limit, MIN(pages, SHARD_PAGES),
                      __ATOMIC_RELAXED);
 }

@@ -61,6 +61,11 @@ void dedup_index_free(DedupIndex *index);
  * takes the place of a candidate.  Hints of pages that were rewritten since
  * stay until then, so without a limit the table of a busy group grows to its
  * maximum: set it to some multiple of the group's pages.
+ *
+ * This is also what bounds the memory that this process takes for the table
+ * if the header is wrong: about three times what @entries need.  0: it takes
+ * no more at all, and inserts only where there is memory already.  It holds
+ * for this process, from the next call on; what the table has, it keeps.
  */
 void dedup_index_set_limit(DedupIndex *index, uint64_t entries);
 
@@ -77,7 +82,7 @@ unsigned dedup_index_lookup(const DedupIndex *index, uint64_t hash,
 /*
  * Adds a hint, growing the table if need be.  When both lines of a hash are
  * full a candidate is replaced.  Returns false if there was no room at all
- * (all entries published and the table cannot grow).
+ * (all entries published and the table cannot grow), or no memory.
  */
 bool dedup_index_insert(DedupIndex *index, uint64_t hash,
                         const DedupHint *hint);

@@ -62,8 +62,11 @@ static void tick(DedupEngine *e)
             all &= info.full_scans != e->tick_scans[m];
         }
     }
-    /* hints of what was there once fill the index; it need not grow on */
-    dedup_index_set_limit(e->index, pages * 2);
+    /*
+     * Hints of what was there once fill the index; it need not grow on.  0
+     * would stop it where no slot can be read yet.
+     */
+    dedup_index_set_limit(e->index, MAX(pages * 2, 1));
     all |= now - e->tick_us > TICK_MAX_US;
     if (all) {
         e->tick_us = now;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The layout of the index, and how its lines are read and written: what
- * index.c (the hints), index-grow.c (the size of a shard) and index-pages.c
- * (its memory) share.  The terms are explained in index.c.
+ * index.c (the hints), index-grow.c (the size of a shard), index-pages.c (its
+ * memory) and index-sweep.c share.  The terms are explained in index.c.
  */
 
 #ifndef DEDUP_INDEX_INTERNAL_H
@@ -116,6 +116,17 @@ static inline uint64_t shard_pages(const DedupIndex *index, unsigned shard)
     return MIN(word(&index->header->shard[shard].pages), SHARD_PAGES);
 }
 
+/* An entry less. */
+static inline void shard_uncount(const DedupIndex *index, unsigned shard)
+{
+    uint64_t *count = &index->header->shard[shard].count;
+
+    /* Never below 0: that would read as a full shard. */
+    if ((int64_t)__atomic_sub_fetch(count, 1, __ATOMIC_RELAXED) < 0) {
+        __atomic_store_n(count, 0, __ATOMIC_RELAXED);
+    }
+}
+
 /* Pages of the table are numbered from the first one of the first shard. */
 static inline uint64_t page_of(unsigned shard, uint64_t line)
 {
@@ -198,6 +209,11 @@ static inline bool line_add(uint64_t *line, uint64_t entry)
     }
     return false;
 }
+
+/* index.c */
+
+/* The hint that an entry stands for, with whatever numbers it has. */
+void dedup_entry_decode(uint64_t entry, DedupHint *hint);
 
 /* index-grow.c */
 

@@ -106,7 +106,7 @@ static uint64_t entry_encode(uint64_t hash, const DedupHint *hint)
            where;
 }
 
-static void entry_decode(uint64_t entry, DedupHint *hint)
+void dedup_entry_decode(uint64_t entry, DedupHint *hint)
 {
     unsigned bits = page_bits(entry_kind(entry));
     uint64_t where = entry & WHERE_MASK;
@@ -271,7 +271,7 @@ unsigned dedup_index_lookup(const DedupIndex *index, uint64_t hash,
         n = MIN(n + 1, DEDUP_INDEX_HITS);
     }
     for (unsigned i = 0; i < n; i++) {
-        entry_decode(best[i], &hits[i]);
+        dedup_entry_decode(best[i], &hits[i]);
     }
     return n;
 }
@@ -301,15 +301,10 @@ bool dedup_index_replace(DedupIndex *index, uint64_t hash,
 bool dedup_index_remove(DedupIndex *index, uint64_t hash,
                         const DedupHint *old)
 {
-    Shard *s = &index->header->shard[shard_of(hash)];
-
     if (!change(index, hash, old->raw, 0)) {
         return false;
     }
-    /* Never below 0: that would read as a full shard. */
-    if ((int64_t)__atomic_sub_fetch(&s->count, 1, __ATOMIC_RELAXED) < 0) {
-        __atomic_store_n(&s->count, 0, __ATOMIC_RELAXED);
-    }
+    shard_uncount(index, shard_of(hash));
     return true;
 }
 

@@ -96,6 +96,18 @@ bool dedup_index_remove(DedupIndex *index, uint64_t hash,
 /* Are the hints of two different hashes taken for one another? */
 bool dedup_index_collides(uint64_t a, uint64_t b);
 
+/*
+ * Looks at the next @pages pages of the table, around and around, and removes
+ * the hints that @is_stale says are.  @cursor: where the sweep is; 0 at first.
+ * Returns how many were removed.  Takes no memory, and @is_stale is called
+ * for 512 hints a page at most, whatever the header says.
+ */
+unsigned dedup_index_sweep(DedupIndex *index, uint64_t *cursor,
+                           unsigned pages,
+                           bool (*is_stale)(void *opaque,
+                                            const DedupHint *hint),
+                           void *opaque);
+
 /* The entry that stands for a hint: what dedup_index_replace() wants. */
 uint64_t dedup_index_raw(uint64_t hash, const DedupHint *hint);
 

@@ -185,6 +185,7 @@ struct DedupEngine {
     uint8_t *proof_buffer;    /* DEDUP_PROOF_PAGES pages */
     uint64_t announced_growths;
     unsigned announce_left;   /* segments to announce again since then */
+    uint64_t sweep_cursor;    /* where the sweep of the index is */
     int64_t maps_other;       /* maps of the process that are not ours */
     int64_t figures_us;       /* when the costly figures were last taken */
     int64_t figures_pause_us; /* and how long not again */

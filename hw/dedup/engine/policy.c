@@ -16,7 +16,9 @@
  * Runs after the figures of the pass, which say how others use a segment.
  *
  * A hint may get lost when the index grows.  So whoever published a segment
- * announces its pages again after that.
+ * announces its pages again after that.  And hints stay behind when a member
+ * dies, or a segment goes whose publisher did: the index is swept of them, a
+ * slice at a time.
  *
  * Also here: what a window may spend of the process's maps.
  */
@@ -32,6 +34,13 @@
 #define LEAVE_MOST 32
 /* Announce the pages of at most this many segments again at a time. */
 #define ANNOUNCE_MOST 64
+/*
+ * Sweep this share of the index at a time, but not less than SWEEP_LEAST
+ * pages of it, and not more than SWEEP_MOST: half a million hints.
+ */
+#define SWEEP_SHARE 32
+#define SWEEP_LEAST 16
+#define SWEEP_MOST 1024
 
 /* Pages that the segment costs; its slab and its maps are about one. */
 static uint64_t cost_in_pages(const DedupSegment *s)
@@ -255,6 +264,60 @@ static void announce_again(DedupEngine *e)
     }
 }
 
+typedef struct Sweep {
+    DedupEngine *e;
+    GHashTable *lengths;      /* gid -> pages, of segments that exist */
+} Sweep;
+
+/*
+ * Does the hint lead nowhere?  The numbers in it may be an enemy's.
+ *
+ * Only that something exists is remembered during a sweep.  That it does not
+ * is found out anew for each hint, after that was read: a segment is in the
+ * group's table before a hint names it (publish.c), so a live one is never
+ * taken for one that is gone.  That costs a system call for each hint that
+ * goes, once in its life.
+ */
+static bool is_stale(void *opaque, const DedupHint *hint)
+{
+    Sweep *s = opaque;
+    DedupGroup *g = s->e->group;
+    gpointer gid = GUINT_TO_POINTER(hint->where);
+    unsigned member, npages;
+
+    if (hint->kind != DEDUP_HINT_PUBLISHED) {
+        /* what of our own hints is right, the scan finds out */
+        return hint->where != dedup_group_self(g) &&
+               !dedup_group_alive(g, hint->where);
+    }
+    npages = GPOINTER_TO_UINT(g_hash_table_lookup(s->lengths, gid));
+    if (!npages) {
+        if (!dedup_group_segment_lookup(g, hint->where, &member, &npages)) {
+            return true;
+        }
+        g_hash_table_insert(s->lengths, gid, GUINT_TO_POINTER(npages));
+    }
+    return hint->page >= npages;
+}
+
+/* The lock is given up now and then, others want it for the figures. */
+static void sweep(DedupEngine *e)
+{
+    uint64_t pages = dedup_index_bytes(e->index) / DEDUP_PAGE_SIZE;
+    unsigned left = CLAMP(pages / SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST);
+    Sweep s = { .e = e, .lengths = g_hash_table_new(NULL, NULL) };
+
+    while (left && dedup_may_scan(e)) {
+        unsigned n = MIN(left, SWEEP_LEAST);
+
+        g_mutex_lock(&e->group_lock);
+        dedup_index_sweep(e->index, &e->sweep_cursor, n, is_stale, &s);
+        g_mutex_unlock(&e->group_lock);
+        left -= n;
+    }
+    g_hash_table_destroy(s.lengths);
+}
+
 void dedup_policy_pass_end(DedupEngine *e)
 {
     g_mutex_lock(&e->group_lock);
@@ -266,6 +329,7 @@ void dedup_policy_pass_end(DedupEngine *e)
         leave_segments(e);
     }
     drop_unused(e);
+    sweep(e);
     announce_again(e);
 }
 

@@ -432,7 +432,14 @@ static void forget_batch(DedupEngine *e, DedupBatch *b)
     g_hash_table_remove_all(b->pending_hash);
 }
 
-/* Seal what is in the batch and give it a name, or NULL. */
+/*
+ * Seal what is in the batch and give it a name, or NULL.
+ *
+ * The name is in the group's table before any hint has it, and stays there
+ * until nobody uses the segment any more.  So who reads a hint, then looks
+ * for its segment and finds none, may remove the hint (policy.c sweeps the
+ * index of such): it is stale, never too young.
+ */
 static DedupSegment *seal_batch(DedupEngine *e, DedupBatch *b)
 {
     g_autoptr(GError) error = NULL;

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "internal.h"
 
 #define MIB (1u << 20)
 
@@ -260,6 +261,47 @@ static void test_half_way(gconstpointer data)
     run_in_cgroup(half_way_in_cgroup, GPOINTER_TO_INT(data));
 }
 
+static bool is_idle(void *opaque)
+{
+    DedupStats stats;
+
+    fx_stats(opaque, &stats);
+    return stats.state == DEDUP_STATE_IDLE;
+}
+
+/* Unique pages fill the index, which takes memory: not without room. */
+static void index_in_cgroup(void *opaque)
+{
+    InCgroup *in = opaque;
+    FxRam *ram = fx_ram_new(in->kind, PUBLISH_PAGES);
+    FxEngine *fe;
+    DedupStats stats;
+
+    g_assert_true(fx_cgroup_enter(in->cg));
+    fe = fx_engine_new(NULL);
+    store_seeds(ram, 1, PUBLISH_PAGES);
+    g_assert_true(fx_cgroup_limit(in->cg, fx_cgroup_usage(in->cg) +
+                                  24 * MIB));
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_until(is_limited, fe, "not limited");
+    fx_wait_scans(fe, 2);
+    fx_stats(fe, &stats);
+    g_assert_cmpuint(stats.limits, ==, DEDUP_LIMIT_MEMORY);
+    g_assert_cmpuint(dedup_index_bytes(fe->e->index), ==, 0);
+    g_assert_true(fx_cgroup_limit(in->cg, fx_cgroup_usage(in->cg) +
+                                  200 * MIB));
+    fx_wait_until(is_idle, fe, "not idle");
+    g_assert_cmpuint(dedup_index_bytes(fe->e->index), >=,
+                     PUBLISH_PAGES * sizeof(uint64_t));
+    fx_engine_free(fe);
+}
+
+static void test_index(gconstpointer data)
+{
+    run_in_cgroup(index_in_cgroup, GPOINTER_TO_INT(data));
+}
+
 /* A group that cannot be joined is joined when its directory was mended. */
 static void test_join_again(void)
 {
@@ -309,6 +351,7 @@ int main(int argc, char **argv)
     fx_init(&argc, &argv);
     add_tests("descriptors", test_descriptors);
     add_tests("publish", test_publish);
+    add_tests("index", test_index);
     add_tests("refused", test_refused);
     add_tests("half-way", test_half_way);
     g_test_add_func("/failures/join-again", test_join_again);

@@ -254,6 +254,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->failed_gids = g_hash_table_new(NULL, NULL);
     e->tick_scans = g_new0(uint64_t, DEDUP_MAX_MEMBERS);
     e->generation = 1;
+    e->index_limit = 1ULL << DEDUP_MEMBER_PAGE_BITS; /* until the first tick */
     e->tick_us = g_get_monotonic_time();
     e->proof_buffer = buffer;
     dedup_scan_init(e);

@@ -227,7 +227,8 @@ void dedup_hostmem_free(DedupHostMem *m)
     g_free(m);
 }
 
-uint64_t dedup_hostmem_available(DedupHostMem *m)
+/* A number of /proc/meminfo, in bytes; UINT64_MAX if unknown. */
+static uint64_t meminfo(DedupHostMem *m, const char *name)
 {
     char buf[4096];
     uint64_t kib;
@@ -237,7 +238,17 @@ uint64_t dedup_hostmem_available(DedupHostMem *m)
         return UINT64_MAX;
     }
     buf[len] = '\0';
-    return find_number(buf, "MemAvailable", &kib) ? kib * 1024 : UINT64_MAX;
+    return find_number(buf, name, &kib) ? kib * 1024 : UINT64_MAX;
+}
+
+uint64_t dedup_hostmem_available(DedupHostMem *m)
+{
+    return meminfo(m, "MemAvailable");
+}
+
+uint64_t dedup_hostmem_total(DedupHostMem *m)
+{
+    return meminfo(m, "MemTotal");
 }
 
 /* Room below one cgroup's limit; UINT64_MAX if it has none. */

@@ -22,6 +22,8 @@ void dedup_hostmem_free(DedupHostMem *m);
 
 /* MemAvailable of /proc/meminfo in bytes; UINT64_MAX if unknown. */
 uint64_t dedup_hostmem_available(DedupHostMem *m);
+/* MemTotal, likewise. */
+uint64_t dedup_hostmem_total(DedupHostMem *m);
 
 /* Cgroups that a member names to the others: its own and four above it. */
 #define DEDUP_CGROUP_LEVELS 5

@@ -180,9 +180,11 @@ struct DedupEngine {
     uint64_t pass_found;      /* pages merged or dropped in this pass */
     unsigned idle_passes;     /* full passes in a row that found nothing */
     unsigned pass_limits;
-    unsigned last_limits;
     DedupBatch batch[DEDUP_BATCHES];
     uint8_t *proof_buffer;    /* DEDUP_PROOF_PAGES pages */
+    uint64_t index_limit;     /* entries, as of the last tick */
+    int64_t index_room_us;    /* when its room was last looked at */
+    bool index_short;         /* there is none: it does not grow */
     uint64_t announced_growths;
     unsigned announce_left;   /* segments to announce again since then */
     uint64_t sweep_cursor;    /* where the sweep of the index is */
@@ -419,6 +421,9 @@ DedupSegment *dedup_publish_segment(DedupEngine *e, DedupRegion *r,
 
 /* Leave segments that cost more than they save (I8); announce again. */
 void dedup_policy_pass_end(DedupEngine *e);
+
+/* May the index grow?  Looks now and then. */
+void dedup_policy_index_room(DedupEngine *e);
 
 /*
  * Which of a window's actions may be done with the maps that are left: takes

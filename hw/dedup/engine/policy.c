@@ -26,6 +26,11 @@
 #include "internal.h"
 
 #define LEAN_TICKS 3
+/* Guests' RAM on a host is at most this many times the host's. */
+#define RAM_MAX 4
+/* How often to look whether the index may grow, and what it must leave. */
+#define INDEX_ROOM_US (100 * G_TIME_SPAN_MILLISECOND)
+#define INDEX_ROOM (32ULL << 20)
 /* A member that hangs must not keep the others from leaving: 5 minutes. */
 #define TICK_MAX_US (300 * G_TIME_SPAN_SECOND)
 /* Forget after this many ticks that a segment was left or not to be had. */
@@ -73,9 +78,15 @@ static void tick(DedupEngine *e)
     }
     /*
      * Hints of what was there once fill the index; it need not grow on.  0
-     * would stop it where no slot can be read yet.
+     * would stop it where no slot can be read yet; more than the host can
+     * have is a lie.
      */
-    dedup_index_set_limit(e->index, MAX(pages * 2, 1));
+    pages = MIN(pages, RAM_MAX * (dedup_hostmem_total(e->hostmem) >>
+                                  DEDUP_PAGE_SHIFT));
+    e->index_limit = MAX(pages * 2, 1);
+    if (!e->index_short) {
+        dedup_index_set_limit(e->index, e->index_limit);
+    }
     all |= now - e->tick_us > TICK_MAX_US;
     if (all) {
         e->tick_us = now;
@@ -306,16 +317,42 @@ static void sweep(DedupEngine *e)
     uint64_t pages = dedup_index_bytes(e->index) / DEDUP_PAGE_SIZE;
     unsigned left = CLAMP(pages / SWEEP_SHARE, SWEEP_LEAST, SWEEP_MOST);
     Sweep s = { .e = e, .lengths = g_hash_table_new(NULL, NULL) };
+    unsigned removed = 0;
 
     while (left && dedup_may_scan(e)) {
         unsigned n = MIN(left, SWEEP_LEAST);
 
         g_mutex_lock(&e->group_lock);
-        dedup_index_sweep(e->index, &e->sweep_cursor, n, is_stale, &s);
+        removed += dedup_index_sweep(e->index, &e->sweep_cursor, n, is_stale,
+                                     &s);
         g_mutex_unlock(&e->group_lock);
         left -= n;
     }
     g_hash_table_destroy(s.lengths);
+    if (removed && (e->stats.limits & DEDUP_LIMIT_INDEX)) {
+        /* what found no room may find it now */
+        e->announce_left = e->segments->len;
+    }
+}
+
+/*
+ * The index takes memory that is charged to us, and past the cgroup's limit
+ * that is no error but somebody's end.  So it does not grow without room.
+ */
+void dedup_policy_index_room(DedupEngine *e)
+{
+    int64_t now = g_get_monotonic_time();
+    bool is_short;
+
+    if (now - e->index_room_us < INDEX_ROOM_US) {
+        return;
+    }
+    e->index_room_us = now;
+    is_short = dedup_restore_room(e) < INDEX_ROOM;
+    if (is_short != e->index_short) {
+        e->index_short = is_short;
+        dedup_index_set_limit(e->index, is_short ? 0 : e->index_limit);
+    }
 }
 
 void dedup_policy_pass_end(DedupEngine *e)

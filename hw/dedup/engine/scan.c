@@ -287,7 +287,8 @@ static void decide(DedupEngine *e, Chunk *c, const Seen *s)
     if (stale) {
         dedup_index_replace(e->index, s->hash, stale, &mine);
     } else if (!dedup_index_insert(e->index, s->hash, &mine)) {
-        e->pass_limits |= DEDUP_LIMIT_INDEX;
+        e->pass_limits |= e->index_short ? DEDUP_LIMIT_MEMORY
+                                         : DEDUP_LIMIT_INDEX;
     }
 }
 
@@ -441,6 +442,7 @@ bool dedup_scan_batch(DedupEngine *e, uint32_t budget)
                    r->npages - c->first);
         /* a batch smaller than a chunk is honoured, by the page */
         c->n = MIN(c->n, MAX(left / LOOK_SHARE, 1));
+        dedup_policy_index_room(e);
         scan_chunk(e, c);
         e->pass_page += c->n;
         left -= c->n + (int64_t)c->nseen * (LOOK_SHARE - 1);

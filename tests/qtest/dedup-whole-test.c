@@ -152,6 +152,15 @@ static void test_vhost_user(gconstpointer data)
     qtest_quit(qts);
 }
 
+/* This one is not told that it has no chardev before it sends something. */
+static void test_no_chardev(void)
+{
+    g_autofree char *err = NULL;
+
+    err = dedup_run_failing("", "-device vhost-user-gpu-pci");
+    g_test_message("%s", err);
+}
+
 #define VHOST_USER_GET_FEATURES 1
 #define VHOST_USER_GET_PROTOCOL_FEATURES 15
 #define VHOST_USER_VERSION 1
@@ -377,6 +386,9 @@ int main(int argc, char **argv)
         if (qtest_has_device(device->driver)) {
             qtest_add_data_func(path, device, test_vhost_user);
         }
+    }
+    if (qtest_has_device("vhost-user-gpu-pci")) {
+        qtest_add_func("dedup/whole/no-chardev", test_no_chardev);
     }
     qtest_add_func("dedup/whole/vhost-user-stays", test_vhost_user_stays);
     qtest_add_func("dedup/whole/proxy", test_proxy);

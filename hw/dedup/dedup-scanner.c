@@ -72,11 +72,10 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
 
     /*
      * Merging needs memory that may be taken away, and so does what is
-     * merged: VFIO and others must not pin it.  Required before the first
-     * page is merged, until after the last was restored.
+     * merged: VFIO and others must not pin it.  Required before the engine
+     * may merge the first page, until after the last was restored.
      */
-    if (!ds->discard_required &&
-        ((run && !reasons) || !dedup_engine_lean(ds->engine))) {
+    if (run && !reasons && !ds->discard_required) {
         if (ram_block_discard_require(true) == 0) {
             ds->discard_required = true;
         } else {
@@ -84,8 +83,12 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
         }
     }
 
-    /* The group is the engine's own affair: it may try again. */
-    blocked = reasons & ~BIT(DEDUP_BLOCKED_REASON_GROUP);
+    /*
+     * Also when run is off: the engine notices that in its own time, and
+     * might merge a page when it is not required any more.  When it has been
+     * blocked it does not.
+     */
+    blocked = !run || reasons;
     hard = dedup_blockers_hard(ds);
     if (blocked != ds->blocked || hard != ds->hard) {
         trace_dedup_scanner_block(reasons, blocked, hard);
@@ -96,8 +99,7 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
     ds->reasons = reasons;
     dedup_ram_update(ds);
 
-    if (ds->discard_required && (!run || reasons) &&
-        dedup_engine_lean(ds->engine)) {
+    if (ds->discard_required && blocked && dedup_engine_lean(ds->engine)) {
         ram_block_discard_require(false);
         ds->discard_required = false;
     }

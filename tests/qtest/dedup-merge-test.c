@@ -123,6 +123,33 @@ static void test_kinds(void)
     check_kind(private);
 }
 
+/*
+ * When qom-set has returned nothing is merged any more, not even what the
+ * scanner was about to: VFIO may come now if nothing was merged before.
+ */
+static void test_off_at_once(void)
+{
+    QTestState *qts;
+    int64_t merged;
+    int i;
+
+    if (dedup_skip()) {
+        return;
+    }
+    qts = start(NULL, SCANNER);
+    for (i = 0; i < 40; i++) {
+        dedup_fill(qts, FIRST, i, PAGES);
+        dedup_fill(qts, SECOND, i, PAGES);
+        dedup_set_bool(qts, "/objects/ds0", "run", true);
+        g_usleep(i * 200);
+        dedup_set_bool(qts, "/objects/ds0", "run", false);
+        merged = dedup_figure(qts, "pages-merged");
+        dedup_wait_state(qts, "stopped");
+        g_assert_cmpint(dedup_figure(qts, "pages-merged"), <=, merged);
+    }
+    qtest_quit(qts);
+}
+
 /* Pages of zeros are dropped, read as zeros, and may be written. */
 static void test_zero_pages(void)
 {
@@ -457,6 +484,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
 
     qtest_add_func("/dedup/merge/kinds", test_kinds);
+    qtest_add_func("/dedup/merge/off-at-once", test_off_at_once);
     qtest_add_func("/dedup/merge/zero-pages", test_zero_pages);
     qtest_add_func("/dedup/merge/lease", test_lease);
     qtest_add_func("/dedup/merge/unplug", test_unplug);

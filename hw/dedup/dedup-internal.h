@@ -105,13 +105,13 @@ typedef struct DedupRam {
  * @whole: the destination maps the RAM's file: nothing that is ignored by
  *     the migration stream may be merged; until the VM runs again
  * @snapshot: a background snapshot tracks writes
- * @zero_copy: pages are sent from where they are
+ * @uncounted: pages are sent from where they are, and no counter tells of it
  */
 typedef struct DedupMigration {
     bool left;
     bool whole;
     bool snapshot;
-    bool zero_copy;
+    bool uncounted;
     NotifierWithReturn notifier[MIG_MODE__MAX];
     VMChangeStateEntry *vm_state;
 } DedupMigration;

@@ -5,8 +5,9 @@
  *
  *   precopy            Merging changes no contents: it goes on until the VM
  *                      stops in order to leave.
- *   zero-copy send     The kernel reads pages whenever it likes, uncounted,
- *                      so none is replaced meanwhile (see ram-guard.c).
+ *   zero-copy send,    The kernel or the disk reads pages whenever it likes,
+ *   direct I/O         uncounted, so none is replaced meanwhile (see
+ *                      ram-guard.c).
  *   left               From then on nothing is merged until this VM runs
  *                      again, be it that migration failed or that somebody
  *                      continues it: its RAM's file may be mapped by the
@@ -38,6 +39,12 @@
 #include "dedup-internal.h"
 #include "trace.h"
 
+/* Does the kernel send pages from where they are? */
+static bool reads_uncounted(void)
+{
+    return migrate_zero_copy_send() || migrate_direct_io();
+}
+
 static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
 {
     DedupScanner *ds = dedup_scanner_get();
@@ -47,7 +54,7 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
     trace_dedup_migration_event(e->type, runstate_get());
     switch (e->type) {
     case MIG_EVENT_PRECOPY_SETUP:
-        m->zero_copy = migrate_zero_copy_send();
+        m->uncounted = reads_uncounted();
         if (migrate_background_snapshot()) {
             m->snapshot = true;
             dedup_scanner_recheck(ds);
@@ -62,7 +69,7 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
         }
         break;
     case MIG_EVENT_PRECOPY_DONE:
-        m->zero_copy = false;
+        m->uncounted = false;
         if (m->snapshot) {
             m->snapshot = false;
         } else {
@@ -71,7 +78,7 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
         }
         break;
     case MIG_EVENT_PRECOPY_FAILED:
-        m->zero_copy = false;
+        m->uncounted = false;
         m->snapshot = false;
         m->whole = false;
         m->left = false;
@@ -104,7 +111,7 @@ static void vm_state_changed(void *opaque, bool running, RunState state)
 
 bool dedup_migration_blocks(DedupScanner *ds)
 {
-    return ds->migration.left || ds->migration.zero_copy ||
+    return ds->migration.left || ds->migration.uncounted ||
            migration_in_incoming_postcopy() ||
            runstate_check(RUN_STATE_INMIGRATE) ||
            runstate_check(RUN_STATE_FINISH_MIGRATE) ||
@@ -120,7 +127,7 @@ void dedup_migration_start(DedupScanner *ds)
     /* We may come when it is under way. */
     m->snapshot = migration_in_bg_snapshot();
     m->whole = !m->snapshot && migration_is_running();
-    m->zero_copy = m->whole && migrate_zero_copy_send();
+    m->uncounted = m->whole && reads_uncounted();
     for (mode = 0; mode < MIG_MODE__MAX; mode++) {
         migration_add_notifier_mode(&m->notifier[mode], mig_event, mode);
     }

@@ -22,8 +22,8 @@
  *   vCPU's;
  * - vfio, vdpa, iommufd, nvme://, blkio, RDMA: pin for good, and disable
  *   discards (ram_block_discard_disable()), which excludes replacing;
- * - incoming migration from a file with direct I/O: nothing is replaced
- *   before the VM has arrived.
+ * - migration with zero-copy or to and from a file with direct I/O: nothing
+ *   is replaced until it has ended.
  *
  * The counters are kept for every block from its birth, whether somebody
  * replaces RAM or not: counters that start with I/O in flight would be wrong

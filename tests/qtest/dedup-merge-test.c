@@ -305,6 +305,50 @@ static void test_ignore_shared(void)
     qtest_quit(qts);
 }
 
+/* direct-io: the disk reads guest RAM, and nobody counts it. */
+static void test_direct_io(void)
+{
+    g_autofree char *dir = NULL, *path = NULL, *uri = NULL;
+    QTestState *qts;
+    int fd;
+
+    if (dedup_skip()) {
+        return;
+    }
+    dir = dedup_tmpdir("/tmp");
+    path = g_strdup_printf("%s/state", dir);
+    fd = open(path, O_RDWR | O_CREAT | O_DIRECT | O_CLOEXEC, 0600);
+    if (fd < 0) {
+        g_test_skip("no direct I/O in /tmp");
+        dedup_remove_tree(dir);
+        return;
+    }
+    close(fd);
+    uri = g_strdup_printf("file:%s", path);
+    qts = start(NULL, SCANNER);
+    fill_and_merge(qts);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-capabilities',"
+                             " 'arguments': { 'capabilities': ["
+                             " { 'capability': 'mapped-ram', 'state': true },"
+                             " { 'capability': 'multifd', 'state': true }"
+                             " ] } }");
+    /* It does not end by itself. */
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-parameters',"
+                             " 'arguments': { 'direct-io': true,"
+                             " 'max-bandwidth': 1024 } }");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate', 'arguments': {"
+                             " 'uri': %s } }", uri);
+    dedup_assert_blocked(qts, "migration", "");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate_cancel' }");
+    dedup_fill(qts, FIRST, 2, PAGES);
+    dedup_fill(qts, SECOND, 2, PAGES);
+    dedup_wait_at_least(qts, "pages-merged", 2 * PAGES);
+    dedup_verify(qts, FIRST, 2, PAGES);
+    dedup_verify(qts, SECOND, 2, PAGES);
+    qtest_quit(qts);
+    dedup_remove_tree(dir);
+}
+
 /* One page in two is unique: each merged page is a mapping of its own. */
 static void test_limited(void)
 {
@@ -489,6 +533,7 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/merge/lease", test_lease);
     qtest_add_func("/dedup/merge/unplug", test_unplug);
     qtest_add_func("/dedup/merge/ignore-shared", test_ignore_shared);
+    qtest_add_func("/dedup/merge/direct-io", test_direct_io);
     qtest_add_func("/dedup/merge/limited", test_limited);
     qtest_add_func("/dedup/merge/group", test_group);
     qtest_add_func("/dedup/merge/dump", test_dump);

@@ -114,6 +114,11 @@ static bool block_is_named(const DedupBlock *block)
     return fstat(block->rb->fd, &st) == 0 && st.st_nlink > 0;
 }
 
+bool dedup_block_needs_lease(const DedupBlock *block)
+{
+    return (block->rb->flags & RAM_NAMED_FILE) && block_is_shared(block);
+}
+
 static int find_pc_dimm(Object *obj, void *opaque)
 {
     HostMemoryBackend *backend = opaque;
@@ -228,7 +233,7 @@ bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
      * worker sees who breaks it, and then it is never taken again, lest a
      * tool that looks every minute has us restore all of it every minute.
      */
-    if ((rb->flags & RAM_NAMED_FILE) && block_is_shared(block)) {
+    if (dedup_block_needs_lease(block)) {
         block->named = block_is_named(block);
         err = block_is_foreign_memfd(block) ? -EAGAIN
                                             : dedup_lease_take(ds, block);

@@ -197,6 +197,8 @@ bool dedup_migration_blocks(DedupScanner *ds);
 /* block-reasons.c: is the block eligible; if not, why not */
 bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
                           DedupBlockReason *reason);
+/* Might others open its file? */
+bool dedup_block_needs_lease(const DedupBlock *block);
 /* What the engine is told about it */
 void dedup_block_info(DedupBlock *block, DedupRegionInfo *info);
 const char *dedup_block_id(const DedupBlock *block);

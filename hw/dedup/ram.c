@@ -39,19 +39,17 @@ static DedupBlock *find_block(DedupRam *ram, const RAMBlock *rb)
     return NULL;
 }
 
+/* Lock held. */
 static void enter_engine(DedupScanner *ds, DedupBlock *block)
 {
     g_autoptr(GError) gerr = NULL;
     DedupRegionInfo info;
-    DedupRegion *region;
 
     dedup_block_info(block, &info);
-    region = dedup_region_add(ds->engine, &info, &gerr);
-    trace_dedup_block_enter(info.id, info.size, info.flags, !!region);
-    QEMU_LOCK_GUARD(&ds->ram.lock);
-    block->region = region;
+    block->region = dedup_region_add(ds->engine, &info, &gerr);
     block->flags = info.flags;
-    if (!region) {
+    trace_dedup_block_enter(info.id, info.size, info.flags, !!block->region);
+    if (!block->region) {
         block->eligible = false;
         block->reason = DEDUP_BLOCK_REASON_OUT_OF_MEMORY;
         /* The worker gives the lease back. */
@@ -75,10 +73,15 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
 {
     DedupRam *ram = &ds->ram;
     DedupBlockReason reason = 0;
-    bool eligible, enter, kick = false;
+    bool eligible, kick = false;
 
     eligible = dedup_block_eligible(ds, block, &reason);
     WITH_QEMU_LOCK_GUARD(&ram->lock) {
+        /* The worker may have noticed it since we looked. */
+        if (eligible && block->opened) {
+            eligible = false;
+            reason = DEDUP_BLOCK_REASON_OPENED_ELSEWHERE;
+        }
         if (block->eligible && !eligible) {
             trace_dedup_block_leave(dedup_block_id(block),
                                     DedupBlockReason_str(reason));
@@ -95,11 +98,16 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
             block->retry_ms = 0;
             kick = true;
         }
-        enter = eligible && !block->region && !block->busy;
-    }
-    if (enter) {
-        enter_engine(ds, block);
-        kick = block->leaving;
+        /*
+         * Under the lock: a worker that is asked for the lease must find the
+         * region.  If it has given the lease back since we looked, it has us
+         * look again.
+         */
+        if (eligible && !block->region && !block->busy &&
+            (block->leased || !dedup_block_needs_lease(block))) {
+            enter_engine(ds, block);
+            kick = block->leaving;
+        }
     }
     if (kick) {
         dedup_worker_kick(ds);

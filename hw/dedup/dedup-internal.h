@@ -175,6 +175,9 @@ void dedup_scanner_update(DedupScanner *ds, bool run);
 /* The same for the property's present value. */
 void dedup_scanner_recheck(DedupScanner *ds);
 
+/* Say what the scanner's thread has to say, if the bottom half did not yet. */
+void dedup_scanner_send_events(DedupScanner *ds);
+
 /* The engine was told to merge again while it was unmerging: say so. */
 void dedup_scanner_cancel_unmerge(DedupScanner *ds);
 

@@ -169,6 +169,8 @@ void qmp_dedup_unmerge(const char *id, bool has_force, bool force,
         qapi_event_send_dedup_unmerge_completed(id, 0, NULL);
         return;
     }
+    /* Or the end of the one before would be taken for the end of this one. */
+    dedup_scanner_send_events(ds);
     if (!dedup_engine_restore(ds->engine, true, has_force && force, &gerr)) {
         error_setg(errp, "%s", gerr->message);
         if (g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_MEMORY)) {

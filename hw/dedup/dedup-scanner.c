@@ -130,7 +130,7 @@ static void unmerge_ended(DedupScanner *ds, uint64_t pages_left,
         object_get_canonical_path_component(OBJECT(ds)), pages_left, error);
 }
 
-static void send_events(DedupScanner *ds)
+void dedup_scanner_send_events(DedupScanner *ds)
 {
     DedupEvent *ev = &ds->event;
     g_autofree char *error = NULL;
@@ -154,7 +154,7 @@ void dedup_scanner_cancel_unmerge(DedupScanner *ds)
     DedupStats stats;
 
     /* Its end may have been said, and wait for the bottom half. */
-    send_events(ds);
+    dedup_scanner_send_events(ds);
     if (ds->unmerging) {
         dedup_engine_get_stats(ds->engine, &stats, false);
         unmerge_ended(ds, stats.pages_merged,
@@ -167,7 +167,7 @@ static void update_bh(void *opaque)
     DedupScanner *ds = opaque;
 
     dedup_scanner_recheck(ds);
-    send_events(ds);
+    dedup_scanner_send_events(ds);
 }
 
 /* The scanner's thread */

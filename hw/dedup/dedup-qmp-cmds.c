@@ -153,7 +153,6 @@ DedupInfoList *qmp_query_dedup_stats(Error **errp)
 void qmp_dedup_unmerge(const char *id, bool has_force, bool force,
                        Error **errp)
 {
-    ERRP_GUARD();
     DedupScanner *ds = dedup_scanner_get();
     g_autoptr(GError) gerr = NULL;
 
@@ -172,10 +171,10 @@ void qmp_dedup_unmerge(const char *id, bool has_force, bool force,
     /* Or the end of the one before would be taken for the end of this one. */
     dedup_scanner_send_events(ds);
     if (!dedup_engine_restore(ds->engine, true, has_force && force, &gerr)) {
-        error_setg(errp, "%s", gerr->message);
-        if (g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_MEMORY)) {
-            error_append_hint(errp, "Use force to try it all the same.\n");
-        }
+        /* Hints do not reach QMP. */
+        error_setg(errp, "%s%s", gerr->message,
+                   g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_MEMORY)
+                   ? "; use force to try it all the same" : "");
         return;
     }
     ds->unmerging = true;

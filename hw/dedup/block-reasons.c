@@ -212,9 +212,11 @@ bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
     if (!host_memory_backend_is_mapped(backend)) {
         /*
          * A DIMM that was unplugged: nobody can reach the memory, so it may
-         * stay merged until the backend goes or a device takes it.
+         * stay merged until the backend goes or a device takes it.  But if
+         * the file has a name its contents are wanted when the backend goes,
+         * and must be there without delay.
          */
-        if (!block->region) {
+        if (!block->eligible || block->named) {
             *reason = DEDUP_BLOCK_REASON_NOT_MAPPED;
             return false;
         }

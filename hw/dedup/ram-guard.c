@@ -75,7 +75,7 @@ struct RamGuardUser {
 static QTAILQ_HEAD(, RamGuardUser) whole_users =
     QTAILQ_HEAD_INITIALIZER(whole_users);
 
-/* How many whole_begin callbacks are running.  BQL. */
+/* How many callbacks are running that may release it.  BQL. */
 static unsigned whole_busy;
 
 bool ram_guard_register(const RamGuardOps *ops, void *opaque)
@@ -304,6 +304,19 @@ bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb, const char *name,
     if (!ok) {
         error_prepend(errp, "%s needs guest RAM that is not merged: ", name);
         ram_guard_whole_put(user);
+    }
+    return ok;
+}
+
+bool ram_guard_prepare_remove(RAMBlock *rb, Error **errp)
+{
+    bool ok = true;
+
+    assert(bql_locked());
+    if (guard) {
+        whole_busy++;
+        ok = guard->ops->prepare_remove(guard->opaque, rb, errp);
+        whole_busy--;
     }
     return ok;
 }

@@ -162,8 +162,9 @@ static void ram_removed(RAMBlockNotifier *n, void *host, size_t size,
     qemu_mutex_unlock(&ram->lock);
 
     /*
-     * A file with a name lives on, and somebody may want to read it.  The
-     * lease ends when the file is closed.
+     * guard_prepare_remove() has seen to it that a file with a name has no
+     * region any more; in case that was not called.  The lease ends when the
+     * file is closed.
      */
     if (region && !dedup_region_remove(region, block->named, &gerr)) {
         error_report("dedup-scanner: the file of memory '%s' is not "
@@ -229,11 +230,63 @@ static void guard_whole_end(void *opaque, RAMBlock *rb)
     qemu_bh_schedule(ds->update_bh);
 }
 
+/*
+ * Wait for the worker.  It does not need the BQL, but the vCPUs do, and it
+ * may last.  As in run_on_cpu(), the caller has to expect changes.  BQL and
+ * lock held.
+ */
+static void wait_worker(DedupRam *ram)
+{
+    bql_unlock();
+    qemu_cond_wait(&ram->changed, &ram->lock);
+    /* BQL first: so says the order of locks. */
+    qemu_mutex_unlock(&ram->lock);
+    bql_lock();
+    qemu_mutex_lock(&ram->lock);
+}
+
+static void set_restore_error(Error **errp, DedupBlock *block)
+{
+    error_setg(errp, "memory '%s' cannot be restored: %s",
+               dedup_block_id(block), block->error->message);
+}
+
+/*
+ * A file with a name lives on, and somebody may want to read it: the worker
+ * restores it since no device uses the block.  The others need not be
+ * restored, but if the worker is at it, it cannot be interrupted.
+ */
+static bool guard_prepare_remove(void *opaque, RAMBlock *rb, Error **errp)
+{
+    DedupScanner *ds = opaque;
+    DedupBlock *block;
+    bool ok;
+
+    if (!ds->started) {
+        return true;
+    }
+    dedup_scanner_recheck(ds);
+    QEMU_LOCK_GUARD(&ds->ram.lock);
+    for (;;) {
+        block = find_block(&ds->ram, rb);
+        ok = !block || !block->region || !block->named;
+        if (!block || (ok ? !block->busy : !!block->error)) {
+            break;
+        }
+        wait_worker(&ds->ram);
+    }
+    if (!ok) {
+        set_restore_error(errp, block);
+    }
+    return ok;
+}
+
 static const RamGuardOps guard_ops = {
     .discard_begin = guard_discard_begin,
     .discard_end = guard_discard_end,
     .whole_begin = guard_whole_begin,
     .whole_end = guard_whole_end,
+    .prepare_remove = guard_prepare_remove,
 };
 
 /*
@@ -268,20 +321,10 @@ bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
     assert(bql_locked());
     qemu_mutex_lock(&ram->lock);
     while (!(whole = is_whole(ram, needed, &failed)) && !failed) {
-        /*
-         * The worker does not need the BQL, but the vCPUs do, and it may
-         * last.  As in run_on_cpu(), the caller has to expect changes.
-         */
-        bql_unlock();
-        qemu_cond_wait(&ram->changed, &ram->lock);
-        /* BQL first: so says the order of locks. */
-        qemu_mutex_unlock(&ram->lock);
-        bql_lock();
-        qemu_mutex_lock(&ram->lock);
+        wait_worker(ram);
     }
     if (!whole) {
-        error_setg(errp, "memory '%s' cannot be restored: %s",
-                   dedup_block_id(failed), failed->error->message);
+        set_restore_error(errp, failed);
     }
     qemu_mutex_unlock(&ram->lock);
     return whole;

@@ -292,11 +292,24 @@ static void replacer_end(void *opaque, RAMBlock *rb)
     g_string_append_printf(r->log, "end %s;", block_name(r, rb));
 }
 
+static bool replacer_prepare_remove(void *opaque, RAMBlock *rb, Error **errp)
+{
+    Replacer *r = opaque;
+
+    g_assert(ram_guard_whole_busy());
+    g_string_append_printf(r->log, "remove %s;", block_name(r, rb));
+    if (r->refuse) {
+        error_setg(errp, "5 pages do not fit");
+    }
+    return !r->refuse;
+}
+
 static const RamGuardOps replacer_ops = {
     .discard_begin = replacer_discard_begin,
     .discard_end = replacer_discard_end,
     .whole_begin = replacer_begin,
     .whole_end = replacer_end,
+    .prepare_remove = replacer_prepare_remove,
 };
 
 static void assert_log(Replacer *r, const char *expected)
@@ -507,6 +520,26 @@ static void test_whole_before(void)
     g_string_free(r.log, true);
 }
 
+static void test_remove(void)
+{
+    Replacer r = { .log = g_string_new(NULL), .one = block_new(CHUNK) };
+    Error *err = NULL;
+
+    g_assert_true(ram_guard_prepare_remove(r.one, &error_abort));
+    g_assert_true(ram_guard_register(&replacer_ops, &r));
+    g_assert_true(ram_guard_prepare_remove(r.one, &error_abort));
+    assert_log(&r, "remove one;");
+    r.refuse = true;
+    g_assert_false(ram_guard_prepare_remove(r.one, &err));
+    g_assert_cmpstr(error_get_pretty(err), ==, "5 pages do not fit");
+    error_free(err);
+    assert_log(&r, "remove one;");
+    g_assert_false(ram_guard_whole_busy());
+    ram_guard_unregister();
+    block_free(r.one);
+    g_string_free(r.log, true);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -524,5 +557,6 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-guard/whole", test_whole);
     g_test_add_func("/ram-guard/whole/refused", test_whole_refused);
     g_test_add_func("/ram-guard/whole/before", test_whole_before);
+    g_test_add_func("/ram-guard/remove", test_remove);
     return g_test_run();
 }

@@ -61,6 +61,11 @@ typedef struct RamGuardDiscard {
  *   called when the only @whole_begin failed.  Called with the BQL held.
  *   RAM that is still needed by a get of the other kind stays whole:
  *   see ram_guard_is_whole().
+ *
+ * @prepare_remove: @rb, which nobody uses any more, is about to be removed;
+ *   do now what would last long then.  Called with the BQL held; may release
+ *   and take it while it waits.  Returns false with @errp set if the contents
+ *   of a file that outlives @rb cannot be had.
  */
 typedef struct RamGuardOps {
     bool (*discard_begin)(void *opaque, RAMBlock *rb, ram_addr_t start,
@@ -68,6 +73,7 @@ typedef struct RamGuardOps {
     void (*discard_end)(void *opaque);
     bool (*whole_begin)(void *opaque, RAMBlock *rb, Error **errp);
     void (*whole_end)(void *opaque, RAMBlock *rb);
+    bool (*prepare_remove)(void *opaque, RAMBlock *rb, Error **errp);
 } RamGuardOps;
 
 #ifdef CONFIG_LINUX
@@ -88,11 +94,12 @@ bool ram_guard_register(const RamGuardOps *ops, void *opaque);
  * ram_guard_unregister - undo ram_guard_register()
  *
  * BQL held.  When it returns no callback is running, nor will be.  Must not
- * be called while @whole_begin runs, see ram_guard_whole_busy().
+ * be called while @whole_begin or @prepare_remove runs, see
+ * ram_guard_whole_busy().
  */
 void ram_guard_unregister(void);
 
-/* Is a @whole_begin callback waiting?  BQL held. */
+/* Is a callback waiting without the BQL?  BQL held. */
 bool ram_guard_whole_busy(void);
 
 /* Set up and free what a block carries for this file. */
@@ -205,6 +212,18 @@ bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb, const char *name,
 void ram_guard_whole_put(RamGuardUser **user);
 
 /**
+ * ram_guard_prepare_remove - the block is about to be removed
+ * @rb: the block; nobody uses it any more
+ * @errp: set on failure: not enough memory for the copies
+ *
+ * BQL held.  It may be released and taken again inside.
+ *
+ * Returns: false when the file behind the block cannot be made whole: then
+ * the block must stay, or its contents are lost to who reads the file.
+ */
+bool ram_guard_prepare_remove(RAMBlock *rb, Error **errp);
+
+/**
  * ram_guard_is_whole - must this block stay whole?
  * @rb: a block; NULL asks for all RAM
  *
@@ -273,6 +292,11 @@ static inline bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb,
 
 static inline void ram_guard_whole_put(RamGuardUser **user)
 {
+}
+
+static inline bool ram_guard_prepare_remove(RAMBlock *rb, Error **errp)
+{
+    return true;
 }
 
 #endif /* CONFIG_LINUX */

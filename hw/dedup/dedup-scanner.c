@@ -27,7 +27,6 @@
 #include "hw/dedup/ram-guard.h"
 #include "qapi/error.h"
 #include "qapi/qapi-events-dedup.h"
-#include "qemu/error-report.h"
 #include "qemu/lockable.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
@@ -353,7 +352,7 @@ static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
     the_scanner = ds;
 }
 
-static bool dedup_scanner_can_be_deleted(UserCreatable *uc)
+static bool dedup_scanner_prepare_delete(UserCreatable *uc, Error **errp)
 {
     DedupScanner *ds = DEDUP_SCANNER(uc);
     const char *id = object_get_canonical_path_component(OBJECT(ds));
@@ -362,8 +361,8 @@ static bool dedup_scanner_can_be_deleted(UserCreatable *uc)
         return true;
     }
     if (ram_guard_whole_busy()) {
-        error_report("dedup-scanner '%s' is restoring memory for somebody "
-                     "else", id);
+        error_setg(errp, "dedup-scanner '%s' is restoring memory for "
+                   "somebody else; try again later", id);
         return false;
     }
     /* Nothing may be merged between the look and the end. */
@@ -372,8 +371,8 @@ static bool dedup_scanner_can_be_deleted(UserCreatable *uc)
         return true;
     }
     dedup_engine_block(ds->engine, ds->blocked, ds->hard);
-    error_report("pages are merged by dedup-scanner '%s'; run dedup-unmerge "
-                 "first", id);
+    error_setg(errp, "pages are merged by dedup-scanner '%s'; run "
+               "dedup-unmerge first", id);
     return false;
 }
 
@@ -454,6 +453,6 @@ static void dedup_scanner_class_init(ObjectClass *oc, void *data)
     UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
 
     ucc->complete = dedup_scanner_complete;
-    ucc->can_be_deleted = dedup_scanner_can_be_deleted;
+    ucc->prepare_delete = dedup_scanner_prepare_delete;
     dedup_scanner_add_properties(oc);
 }

@@ -84,7 +84,7 @@ static void check_kind(const char *backend)
     g_assert_cmpint(dedup_figure(qts, "pages-merged"), >=, 2 * PAGES - 2);
     desc = dedup_error(qts, "{ 'execute': 'object-del', 'arguments': {"
                        " 'id': 'ds0' } }");
-    g_assert_nonnull(strstr(desc, "in use"));
+    g_assert_nonnull(strstr(desc, "run dedup-unmerge first"));
     unmerge(qts);
     dedup_wait_state(qts, "stopped");
     g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);

@@ -20,6 +20,9 @@
  * - MemoryRegionCache, address_space_rw(), memory_region_get_ram_ptr(),
  *   read(2) into guest RAM: stores through page tables, which wait like a
  *   vCPU's;
+ * - mappings that last as long as a device runs and that are written in the
+ *   same way: vhost's rings, by the kernel's copy_to_user(), and the lists of
+ *   an AHCI port; ram_guard_not_dma() takes them back;
  * - vfio, vdpa, iommufd, nvme://, blkio, RDMA: pin for good, and disable
  *   discards (ram_block_discard_disable()), which excludes replacing;
  * - migration with zero-copy or to and from a file with direct I/O: nothing
@@ -191,6 +194,30 @@ void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
                          bool is_write)
 {
     counters_change(rb, start, length, is_write, counter_lower);
+}
+
+static void host_counters_change(void *ptr, ram_addr_t length, bool is_write,
+                                 void (*change)(uint16_t *))
+{
+    RAMBlock *rb;
+    ram_addr_t offset;
+
+    RCU_READ_LOCK_GUARD();
+    /* Not in RAM: a bounce buffer, or the map failed. */
+    rb = ptr ? qemu_ram_block_from_host(ptr, false, &offset) : NULL;
+    if (rb) {
+        counters_change(rb, offset, length, is_write, change);
+    }
+}
+
+void ram_guard_not_dma(void *ptr, ram_addr_t length, bool is_write)
+{
+    host_counters_change(ptr, length, is_write, counter_lower);
+}
+
+void ram_guard_dma_again(void *ptr, ram_addr_t length, bool is_write)
+{
+    host_counters_change(ptr, length, is_write, counter_raise);
 }
 
 bool ram_guard_discard_begin(RamGuardDiscard *d, RAMBlock *rb,

@@ -1,12 +1,14 @@
 /*
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Memory that a device has mapped for writing is left alone
+ * Memory that a device transfers data to is left alone
  *
- * An AHCI port keeps the areas where it posts its replies mapped for as long
- * as it runs: a DMA mapping that the test can hold as long as it likes.
- * Equal pages around it must stay as they are; the same pages elsewhere are
- * merged.  Once the port is stopped they are merged, too.
+ * A disk that takes its time: the guest's buffer stays mapped for DMA until
+ * the read has ended.  Equal pages there must stay as they are; the same
+ * pages elsewhere are merged.  Then they are merged, too.
+ *
+ * The areas where an AHCI port finds its commands and posts its replies are
+ * mapped for as long as the port runs, but not for DMA: they are merged.
  */
 
 #include "qemu/osdep.h"
@@ -33,57 +35,98 @@ static int pages_in_file(int fd, uint64_t start)
     return n;
 }
 
-static void test_ahci(void)
-{
-    g_autofree AHCIQState *ahci = NULL;
-    uint64_t chunk;
-    int fd, port;
+#define BUFFER (8 * 1024 * 1024)
 
-    if (dedup_skip()) {
-        return;
-    }
-    ahci = g_new0(AHCIQState, 1);
+static AHCIQState *start(const char *disk, int *fd)
+{
+    AHCIQState *ahci = g_new0(AHCIQState, 1);
+
     ahci->parent = qtest_pc_boot("-m 64M -machine q35,memory-backend=ram0 "
         "-object memory-backend-memfd,id=ram0,size=64M,share=on "
-        "-object dedup-scanner,id=ds0,run=off," DEDUP_FAST);
+        "-object dedup-scanner,id=ds0,run=off," DEDUP_FAST " %s", disk);
     ahci->dev = get_ahci_device(ahci->parent->qts, &ahci->fingerprint);
     ahci_pci_enable(ahci);
     ahci_hba_enable(ahci);
-    fd = dedup_open_memfd(ahci->parent->qts);
+    *fd = dedup_open_memfd(ahci->parent->qts);
+    return ahci;
+}
 
-    /* All ports were started; what they write to lies close together. */
-    chunk = QEMU_ALIGN_DOWN(ahci->port[0].fb, CHUNK);
-    g_assert_cmphex(QEMU_ALIGN_DOWN(ahci->port[0].clb, CHUNK), ==, chunk);
+static void stop(AHCIQState *ahci, int fd)
+{
+    close(fd);
+    /* Lists of what was allocated may be overwritten: forget it. */
+    free_ahci_device(ahci->dev);
+    qtest_shutdown(ahci->parent);
+}
+
+/* Equal pages at two places */
+static void fill(AHCIQState *ahci, int fd, uint64_t chunk)
+{
     qtest_memset(ahci->parent->qts, chunk, BYTE, CHUNK);
     qtest_memset(ahci->parent->qts, ELSEWHERE, BYTE, CHUNK);
     g_assert_cmpint(pages_in_file(fd, chunk), ==, CHUNK_PAGES);
     g_assert_cmpint(pages_in_file(fd, ELSEWHERE), ==, CHUNK_PAGES);
-
     dedup_set_bool(ahci->parent->qts, "/objects/ds0", "run", true);
+}
+
+static void test_read(void)
+{
+    g_autofree AHCIQState *ahci = NULL;
+    AHCICommand *cmd;
+    unsigned port;
+    int fd;
+
+    if (dedup_skip()) {
+        return;
+    }
+    ahci = start("-blockdev null-aio,node-name=disk,latency-ns=5000000000 "
+                 "-device ide-hd,drive=disk,bus=ide.0", &fd);
+    port = ahci_port_select(ahci);
+    ahci_port_clear(ahci, port);
+    cmd = ahci_command_create(CMD_READ_DMA);
+    ahci_command_adjust(cmd, 0, BUFFER, CHUNK, CHUNK);
+    ahci_command_commit(ahci, cmd, port);
+    ahci_command_issue_async(ahci, cmd);
+
+    fill(ahci, fd, BUFFER);
     dedup_wait_at_least(ahci->parent->qts, "pages-merged", CHUNK_PAGES);
     dedup_wait_at_least(ahci->parent->qts, "pages-pinned", CHUNK_PAGES);
-    g_assert_cmpint(pages_in_file(fd, chunk), ==, CHUNK_PAGES);
+    g_assert_cmpint(pages_in_file(fd, BUFFER), ==, CHUNK_PAGES);
     g_assert_cmpint(pages_in_file(fd, ELSEWHERE), ==, 0);
 
-    for (port = 0; port < 32; port++) {
-        if (ahci->port[port].fb) {
-            ahci_px_clr(ahci, port, AHCI_PX_CMD,
-                        AHCI_PX_CMD_ST | AHCI_PX_CMD_FRE);
-        }
+    /* The disk wrote nothing: the pages are still equal. */
+    ahci_command_wait(ahci, cmd);
+    ahci_command_free(cmd);
+    dedup_wait_at_least(ahci->parent->qts, "pages-merged", 2 * CHUNK_PAGES);
+    g_assert_cmpint(pages_in_file(fd, BUFFER), ==, 0);
+    g_assert_cmpint(dedup_figure(ahci->parent->qts, "pages-pinned"), ==, 0);
+    stop(ahci, fd);
+}
+
+static void test_port(void)
+{
+    g_autofree AHCIQState *ahci = NULL;
+    uint64_t chunk;
+    int fd;
+
+    if (dedup_skip()) {
+        return;
     }
+    ahci = start("", &fd);
+    /* All ports were started; what they write to lies close together. */
+    chunk = QEMU_ALIGN_DOWN(ahci->port[0].fb, CHUNK);
+    g_assert_cmphex(QEMU_ALIGN_DOWN(ahci->port[0].clb, CHUNK), ==, chunk);
+    fill(ahci, fd, chunk);
     dedup_wait_at_least(ahci->parent->qts, "pages-merged", 2 * CHUNK_PAGES);
     g_assert_cmpint(pages_in_file(fd, chunk), ==, 0);
     g_assert_cmpint(dedup_figure(ahci->parent->qts, "pages-pinned"), ==, 0);
-
-    close(fd);
-    /* The lists of what was allocated were overwritten: forget it. */
-    free_ahci_device(ahci->dev);
-    qtest_shutdown(ahci->parent);
+    stop(ahci, fd);
 }
 
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
-    qtest_add_func("dedup/dma/ahci", test_ahci);
+    qtest_add_func("dedup/dma/read", test_read);
+    qtest_add_func("dedup/dma/port", test_port);
     return g_test_run();
 }

@@ -20,6 +20,7 @@
 #include "hw/boards.h"
 #include "hw/dedup/ram-guard.h"
 #include "hw/mem/pc-dimm.h"
+#include "qemu/madvise.h"
 #include "system/hostmem.h"
 #include "system/qtest.h"
 #include "dedup-internal.h"
@@ -275,5 +276,21 @@ void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
     }
     if (rb->flags & RAM_NORESERVE) {
         info->flags |= DEDUP_REGION_NORESERVE;
+    }
+}
+
+/*
+ * Not in dedup_region_remove(): what the backend's owner wants by now is only
+ * known under the BQL.
+ */
+void dedup_block_to_ksm(DedupBlock *block)
+{
+    RAMBlock *rb = block->rb;
+
+    if (block->from_ksm) {
+        block->from_ksm = false;
+        if (MEMORY_BACKEND(memory_region_owner(rb->mr))->merge) {
+            qemu_madvise(rb->host, rb->used_length, QEMU_MADV_MERGEABLE);
+        }
     }
 }

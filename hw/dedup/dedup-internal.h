@@ -49,6 +49,7 @@
  * @leaving: the worker is to remove the region, with contents; lock
  * @busy: the worker is removing it right now, and @region is NULL; lock
  * @leased: the worker watches a lease on rb->fd; lock
+ * @from_ksm: the engine took it from KSM, and it was not given back yet
  * @named: the file outlives the block
  * @error: why the last attempts of the worker to remove it failed; lock
  * @tries: how many did so far; lock
@@ -65,6 +66,7 @@ typedef struct DedupBlock {
     bool leaving;
     bool busy;
     bool leased;
+    bool from_ksm;
     bool named;
     GError *error;
     unsigned tries;
@@ -204,6 +206,8 @@ bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
 bool dedup_block_needs_lease(const DedupBlock *block);
 /* What the engine is told about it */
 void dedup_block_info(DedupBlock *block, DedupRegionInfo *info);
+/* The engine has left it: may KSM have it? */
+void dedup_block_to_ksm(DedupBlock *block);
 const char *dedup_block_id(const DedupBlock *block);
 const char *dedup_block_reason_text(DedupBlockReason reason);
 

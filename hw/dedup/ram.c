@@ -48,6 +48,7 @@ static void enter_engine(DedupScanner *ds, DedupBlock *block)
     dedup_block_info(block, &info);
     block->region = dedup_region_add(ds->engine, &info, &gerr);
     block->flags = info.flags;
+    block->from_ksm = block->from_ksm || block->region;
     trace_dedup_block_enter(info.id, info.size, info.flags, !!block->region);
     if (!block->region) {
         block->eligible = false;
@@ -107,6 +108,9 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
             (block->leased || !dedup_block_needs_lease(block))) {
             enter_engine(ds, block);
             kick = block->leaving;
+        }
+        if (!block->region && !block->busy) {
+            dedup_block_to_ksm(block);
         }
     }
     if (kick) {
@@ -377,6 +381,7 @@ void dedup_ram_stop(DedupScanner *ds, bool lean)
             if (block->region) {
                 dedup_region_remove(block->region, false, NULL);
             }
+            dedup_block_to_ksm(block);
             if (block->leased) {
                 fcntl(block->rb->fd, F_SETLEASE, F_UNLCK);
             }

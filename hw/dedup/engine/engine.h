@@ -124,7 +124,7 @@ typedef enum DedupMemory {
  * @DEDUP_REGION_DONTDUMP: MADV_DONTDUMP
  * @DEDUP_REGION_HUGEPAGE: MADV_HUGEPAGE
  * @DEDUP_REGION_MERGEABLE: MADV_MERGEABLE was set: taken from KSM while the
- *     region is ours, given back by dedup_region_remove()
+ *     region is ours; its owner gives it back after dedup_region_remove()
  * @DEDUP_REGION_NORESERVE: mapped with MAP_NORESERVE
  */
 typedef enum DedupRegionFlags {

@@ -149,14 +149,12 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
 {
     DedupEngine *e = r->engine;
     size_t size = (size_t)r->npages << DEDUP_PAGE_SHIFT;
-    bool to_ksm = keep_contents && (r->flags & DEDUP_REGION_MERGEABLE);
-    void *host = r->host;
 
     dedup_lock(e);
     r->closing = true; /* or the scanner merges behind the restore's back */
     dedup_unlock(e);
     if (keep_contents &&
-        !dedup_engine_restore_range(e, host, size, error)) {
+        !dedup_engine_restore_range(e, r->host, size, error)) {
         dedup_lock(e);
         r->closing = false;
         dedup_unlock(e);
@@ -171,10 +169,6 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
     __atomic_fetch_add(&e->discarded[0], r->npages, __ATOMIC_RELAXED);
     g_ptr_array_add(e->dead, r);
     dedup_unlock(e);
-    /* the scanner may have freed it by now */
-    if (to_ksm) {
-        madvise(host, size, MADV_MERGEABLE);
-    }
     return true;
 }
 

@@ -151,7 +151,7 @@ struct DedupScanner {
     QemuThread thread;
     QemuSemaphore thread_ready;
     int thread_id;              /* atomic, 0 while there is none */
-    bool discard_required;
+    bool discard_required;      /* atomic */
     bool blocked;
     bool hard;
     bool unmerging;             /* asked for, and its end not yet said */

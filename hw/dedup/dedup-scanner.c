@@ -76,7 +76,7 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
      */
     if (run && !reasons && !ds->discard_required) {
         if (ram_block_discard_require(true) == 0) {
-            ds->discard_required = true;
+            qatomic_set(&ds->discard_required, true);
         } else {
             reasons |= BIT(DEDUP_BLOCKED_REASON_DISCARD_DISABLED);
         }
@@ -100,7 +100,7 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
 
     if (ds->discard_required && blocked && dedup_engine_lean(ds->engine)) {
         ram_block_discard_require(false);
-        ds->discard_required = false;
+        qatomic_set(&ds->discard_required, false);
     }
 }
 

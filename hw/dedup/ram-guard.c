@@ -257,14 +257,27 @@ void ram_guard_hold(RamGuardDiscard *d)
     ram_guard_discard_begin(d, NULL, 0, 0);
 }
 
+static bool needs_discards(void)
+{
+    RamGuard *g;
+
+    RCU_READ_LOCK_GUARD();
+    g = qatomic_rcu_read(&guard);
+    return g && g->ops->needs_discards(g->opaque);
+}
+
 void ram_guard_explain_busy(void)
 {
-    RCU_READ_LOCK_GUARD();
-    if (qatomic_rcu_read(&guard)) {
+    if (needs_discards()) {
         error_report("dedup-scanner needs memory discards: to use a device "
-                     "that cannot bear them, set the scanner's property "
-                     "'run' to off and run dedup-unmerge first");
+                     "that cannot bear them, run dedup-unmerge and wait for "
+                     "its end first");
     }
+}
+
+const char *ram_guard_busy_hint(void)
+{
+    return needs_discards() ? ", run dedup-unmerge first" : "";
 }
 
 void ram_guard_discard_end(RamGuardDiscard *d)

@@ -285,12 +285,21 @@ static bool guard_prepare_remove(void *opaque, RAMBlock *rb, Error **errp)
     return ok;
 }
 
+/* On any thread. */
+static bool guard_needs_discards(void *opaque)
+{
+    DedupScanner *ds = opaque;
+
+    return qatomic_read(&ds->discard_required);
+}
+
 static const RamGuardOps guard_ops = {
     .discard_begin = guard_discard_begin,
     .discard_end = guard_discard_end,
     .whole_begin = guard_whole_begin,
     .whole_end = guard_whole_end,
     .prepare_remove = guard_prepare_remove,
+    .needs_discards = guard_needs_discards,
 };
 
 /*

@@ -277,6 +277,7 @@ static void test_dma_order(void)
 typedef struct Replacer {
     GString *log;
     bool refuse;
+    bool needs_discards;
     RAMBlock *one;
 } Replacer;
 
@@ -336,12 +337,20 @@ static bool replacer_prepare_remove(void *opaque, RAMBlock *rb, Error **errp)
     return !r->refuse;
 }
 
+static bool replacer_needs_discards(void *opaque)
+{
+    Replacer *r = opaque;
+
+    return r->needs_discards;
+}
+
 static const RamGuardOps replacer_ops = {
     .discard_begin = replacer_discard_begin,
     .discard_end = replacer_discard_end,
     .whole_begin = replacer_begin,
     .whole_end = replacer_end,
     .prepare_remove = replacer_prepare_remove,
+    .needs_discards = replacer_needs_discards,
 };
 
 static void assert_log(Replacer *r, const char *expected)
@@ -391,14 +400,22 @@ static void test_busy(void)
 
     if (g_test_subprocess()) {
         ram_guard_explain_busy();
-        g_printerr("registered\n");
         ram_guard_register(&replacer_ops, &r);
+        ram_guard_explain_busy();
+        g_printerr("merging\n");
+        r.needs_discards = true;
         ram_guard_explain_busy();
         exit(0);
     }
+    g_assert_cmpstr(ram_guard_busy_hint(), ==, "");
+    ram_guard_register(&replacer_ops, &r);
+    g_assert_cmpstr(ram_guard_busy_hint(), ==, "");
+    r.needs_discards = true;
+    g_assert_nonnull(strstr(ram_guard_busy_hint(), "dedup-unmerge"));
+    ram_guard_unregister();
     g_test_trap_subprocess(NULL, 0, 0);
     g_test_trap_assert_passed();
-    g_test_trap_assert_stderr("registered*dedup-scanner*dedup-unmerge*");
+    g_test_trap_assert_stderr("merging*dedup-scanner*dedup-unmerge*");
     g_string_free(r.log, true);
 }
 

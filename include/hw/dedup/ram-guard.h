@@ -66,6 +66,8 @@ typedef struct RamGuardDiscard {
  *   do now what would last long then.  Called with the BQL held; may release
  *   and take it while it waits.  Returns false with @errp set if the contents
  *   of a file that outlives @rb cannot be had.
+ *
+ * @needs_discards: is this why discards cannot be disabled now?  Any thread.
  */
 typedef struct RamGuardOps {
     bool (*discard_begin)(void *opaque, RAMBlock *rb, ram_addr_t start,
@@ -74,6 +76,7 @@ typedef struct RamGuardOps {
     bool (*whole_begin)(void *opaque, RAMBlock *rb, Error **errp);
     void (*whole_end)(void *opaque, RAMBlock *rb);
     bool (*prepare_remove)(void *opaque, RAMBlock *rb, Error **errp);
+    bool (*needs_discards)(void *opaque);
 } RamGuardOps;
 
 #ifdef CONFIG_LINUX
@@ -197,10 +200,17 @@ void ram_guard_hold(RamGuardDiscard *d);
 /**
  * ram_guard_explain_busy - say why discards of memory cannot be disabled
  *
- * For those who got -EBUSY: if somebody replaces RAM, names it and what to do
- * about it, by error_report().
+ * For those who got -EBUSY: if it is because somebody replaces RAM, names it
+ * and what to do about it, by error_report().
  */
 void ram_guard_explain_busy(void);
+
+/**
+ * ram_guard_busy_hint - the same for the end of an error message
+ *
+ * Returns: a text that begins with a comma, or "".
+ */
+const char *ram_guard_busy_hint(void);
 
 /**
  * ram_guard_discard_end - the memory is gone, or will not go
@@ -313,6 +323,11 @@ static inline void ram_guard_hold(RamGuardDiscard *d)
 
 static inline void ram_guard_explain_busy(void)
 {
+}
+
+static inline const char *ram_guard_busy_hint(void)
+{
+    return "";
 }
 
 static inline bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb,

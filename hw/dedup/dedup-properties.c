@@ -171,9 +171,10 @@ static void set_number(Object *obj, Visitor *v, const char *name,
     DedupScanner *ds = DEDUP_SCANNER(obj);
     DedupNumber *number = opaque;
     DedupParams params;
-    uint64_t value;
+    int64_t value;
 
-    if (!visit_type_uint64(v, name, &value, errp)) {
+    /* A wider type than needed: who is out of range is told the range. */
+    if (!visit_type_int64(v, name, &value, errp)) {
         return;
     }
     if (value < number->min || value > number->max) {

@@ -143,6 +143,8 @@ static void test_properties(void)
         { "sleep-millisecs", 0, 99999, "between 0 and 60000" },
         { "max-maps", 1, 0, "between 1 and 90" },
         { "max-maps", 90, 91, "between 1 and 90" },
+        { "max-maps", 90, -1, "between 1 and 90" },
+        { "max-maps", 90, 1LL << 40, "between 1 and 90" },
     };
     QTestState *qts;
     QDict *resp;
@@ -258,6 +260,9 @@ static void test_errors(void)
     } cases[] = {
         { "max-maps=91", "property 'max-maps' must be between 1 and 90", "" },
         { "max-maps=0", "property 'max-maps' must be between 1 and 90", "" },
+        { "max-maps=-1", "property 'max-maps' must be between 1 and 90", "" },
+        { "pages-to-scan=4294967296",
+          "property 'pages-to-scan' must be between 1 and 2147483648", "" },
         { "pages-to-scan=0",
           "property 'pages-to-scan' must be between 1 and 2147483648", "" },
         { "sleep-millisecs=60001",

@@ -131,6 +131,22 @@ bool dedup_blockers_hard(DedupScanner *ds)
     return ds->migration.snapshot || migration_in_incoming_postcopy();
 }
 
+/* The engine says what to do, unless it was the host that said no. */
+static char *group_detail(DedupScanner *ds)
+{
+    g_autofree char *text = dedup_engine_group_error(ds->engine);
+    bool denied;
+
+    if (!text) {
+        return g_strdup(ds->group_dir);
+    }
+    denied = strstr(text, g_strerror(EACCES)) ||
+             strstr(text, g_strerror(EPERM));
+    return g_strdup_printf("%s%s", text,
+                           denied ? "; give that user the right to use it; a "
+                           "security module may deny it, too" : "");
+}
+
 /* What to change.  To be freed. */
 static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
 {
@@ -143,10 +159,7 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
                                "vm.unprivileged_userfaultfd to 1",
                                ds->userfaultfd_error);
     case DEDUP_BLOCKED_REASON_GROUP:
-        text = dedup_engine_group_error(ds->engine);
-        return g_strdup_printf("%s; the directory must belong to the user "
-                               "that runs QEMU, and no security module may "
-                               "deny its use", text ? text : ds->group_dir);
+        return group_detail(ds);
     case DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE:
         return g_strdup("only x86-64 hosts with pages of 4 KiB can be "
                         "served");

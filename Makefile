@@ -83,4 +83,4 @@ install: deps
 	    scripts/build-qemu --install
 
 clean:
-	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/engine* $(B)/test-logs
+	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* $(B)/test-logs

@@ -120,7 +120,7 @@ bool dedup_block_needs_lease(const DedupBlock *block)
     return (block->rb->flags & RAM_NAMED_FILE) && block_is_shared(block);
 }
 
-static int find_pc_dimm(Object *obj, void *opaque)
+static int is_dimm_of(Object *obj, void *opaque)
 {
     HostMemoryBackend *backend = opaque;
 
@@ -136,6 +136,8 @@ static int find_pc_dimm(Object *obj, void *opaque)
  */
 static bool backend_is_ram(HostMemoryBackend *backend)
 {
+    /* Where devices are that somebody added; a DIMM is never elsewhere. */
+    static const char *const containers[] = { "peripheral", "peripheral-anon" };
     MachineState *ms = current_machine;
     int i;
 
@@ -149,7 +151,13 @@ static bool backend_is_ram(HostMemoryBackend *backend)
             }
         }
     }
-    return object_child_foreach_recursive(OBJECT(ms), find_pc_dimm, backend);
+    for (i = 0; i < ARRAY_SIZE(containers); i++) {
+        if (object_child_foreach(machine_get_container(containers[i]),
+                                 is_dimm_of, backend)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static bool migration_keeps_whole(DedupScanner *ds, DedupBlock *block)

@@ -41,6 +41,7 @@
 /**
  * struct DedupBlock - a RAM block, from ram_block_added to ram_block_removed
  * @rb: the block; valid until ram_block_removed has returned
+ * @id: dedup_block_id() as of the last look, for the worker's traces; lock
  * @eligible: as of the last look
  * @reason: why not
  * @opened: somebody opened the file while it was leased to us; for good; lock
@@ -58,6 +59,7 @@
  */
 typedef struct DedupBlock {
     RAMBlock *rb;
+    char *id;
     bool eligible;
     DedupBlockReason reason;
     bool opened;

@@ -71,7 +71,7 @@ int dedup_lease_take(DedupScanner *ds, DedupBlock *block)
         return -errno;
     }
     block->leased = true;
-    trace_dedup_lease_take(fd);
+    trace_dedup_lease_take(dedup_block_id(block));
     return 0;
 }
 
@@ -84,7 +84,7 @@ static void lease_release(DedupBlock *block)
             warn_report("dedup-scanner: cannot release the lease on a RAM "
                         "file: %s", strerror(errno));
         }
-        trace_dedup_lease_release(block->rb->fd);
+        trace_dedup_lease_release(block->id);
     }
 }
 
@@ -107,7 +107,7 @@ static DedupBlock *worker_next(DedupRam *ram, int *timeout)
     *timeout = -1;
     QTAILQ_FOREACH(block, &ram->blocks, next) {
         if (lease_is_breaking(block) && !block->opened) {
-            trace_dedup_lease_break(block->rb->fd);
+            trace_dedup_lease_break(block->id);
             block->opened = true;
             block->leaving = true;
         }
@@ -160,7 +160,7 @@ static void worker_restore(DedupScanner *ds, DedupBlock *block)
         ok = dedup_region_remove(region, true, &error);
         qemu_mutex_lock(&ram->lock);
         block->busy = false;
-        trace_dedup_block_restore(block->rb->fd, ok);
+        trace_dedup_block_restore(block->id, ok);
     }
     g_clear_error(&block->error);
     if (ok) {

@@ -39,6 +39,13 @@ static DedupBlock *find_block(DedupRam *ram, const RAMBlock *rb)
     return NULL;
 }
 
+static void block_free(DedupBlock *block)
+{
+    g_clear_error(&block->error);
+    g_free(block->id);
+    g_free(block);
+}
+
 /* Lock held. */
 static void enter_engine(DedupScanner *ds, DedupBlock *block)
 {
@@ -78,6 +85,8 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
 
     eligible = dedup_block_eligible(ds, block, &reason);
     WITH_QEMU_LOCK_GUARD(&ram->lock) {
+        g_free(block->id);
+        block->id = g_strdup(dedup_block_id(block));
         /* The worker may have noticed it since we looked. */
         if (eligible && block->opened) {
             eligible = false;
@@ -137,6 +146,7 @@ static void ram_added(RAMBlockNotifier *n, void *host, size_t size,
 
     block->rb = qemu_ram_block_from_host(host, false, &offset);
     assert(block->rb && offset == 0);
+    block->id = g_strdup(dedup_block_id(block));
     block->reason = DEDUP_BLOCK_REASON_NOT_MAPPED;
     WITH_QEMU_LOCK_GUARD(&ds->ram.lock) {
         QTAILQ_INSERT_TAIL(&ds->ram.blocks, block, next);
@@ -175,8 +185,7 @@ static void ram_removed(RAMBlockNotifier *n, void *host, size_t size,
                      "complete: %s", dedup_block_id(block), gerr->message);
         dedup_region_remove(region, false, NULL);
     }
-    g_clear_error(&block->error);
-    g_free(block);
+    block_free(block);
 }
 
 static void memory_commit(MemoryListener *listener)
@@ -395,8 +404,7 @@ void dedup_ram_stop(DedupScanner *ds, bool lean)
                 fcntl(block->rb->fd, F_SETLEASE, F_UNLCK);
             }
         }
-        g_clear_error(&block->error);
-        g_free(block);
+        block_free(block);
     }
 }
 

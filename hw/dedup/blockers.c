@@ -85,7 +85,8 @@ uint32_t dedup_blockers(DedupScanner *ds)
     if (!host_is_supported()) {
         r |= BIT(DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE);
     }
-    if (ds->userfaultfd_error) {
+    if (ds->userfaultfd_error ||
+        (ds->engine && dedup_engine_lost_userfaultfd(ds->engine))) {
         r |= BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
     }
     if (!current_machine->mem_merge) {
@@ -157,7 +158,8 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
         return g_strdup_printf("%s; give QEMU access to /dev/userfaultfd or "
                                "CAP_SYS_PTRACE, or set the sysctl "
                                "vm.unprivileged_userfaultfd to 1",
-                               ds->userfaultfd_error);
+                               ds->userfaultfd_error ? ds->userfaultfd_error :
+                               "the userfaultfd was lost");
     case DEDUP_BLOCKED_REASON_GROUP:
         return group_detail(ds);
     case DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE:

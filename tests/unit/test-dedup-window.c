@@ -126,10 +126,12 @@ static void test_userfaultfd(gconstpointer data)
     fx_add(fe, ram);
     fx_engine_start(fe);
     fx_wait_state(fe, DEDUP_STATE_BLOCKED);
+    g_assert_true(dedup_engine_lost_userfaultfd(fe->e));
     for (uint32_t i = 0; i < PAGES; i += 3) {
         fx_page(ram, i, i % 20 + 1);
     }
     fx_wait_until(is_merged, ram, "not merged");
+    g_assert_false(dedup_engine_lost_userfaultfd(fe->e));
     fx_wait_settled(fe);
     stop(fe);
     assert_ledger(ram);

@@ -515,6 +515,16 @@ char *dedup_engine_group_error(DedupEngine *e)
     return text;
 }
 
+bool dedup_engine_lost_userfaultfd(DedupEngine *e)
+{
+    bool lost;
+
+    dedup_lock(e);
+    lost = e->uffd < 0;
+    dedup_unlock(e);
+    return lost;
+}
+
 void dedup_engine_get_params(DedupEngine *e, DedupParams *params)
 {
     g_mutex_lock(&e->control);

@@ -262,6 +262,12 @@ void dedup_engine_free(DedupEngine *engine);
  */
 char *dedup_engine_group_error(DedupEngine *engine);
 
+/**
+ * dedup_engine_lost_userfaultfd() - had it to be closed, and no other one is
+ * granted?  Then nothing is merged until one is; the engine tries again.
+ */
+bool dedup_engine_lost_userfaultfd(DedupEngine *engine);
+
 /** dedup_engine_get_params() - the parameters in force */
 void dedup_engine_get_params(DedupEngine *engine, DedupParams *params);
 

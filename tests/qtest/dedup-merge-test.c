@@ -285,13 +285,7 @@ static void test_ignore_shared(void)
     file = dedup_file_new("/dev/shm");
     qts = start(file->backend, SCANNER);
     fill_and_merge(qts);
-    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-capabilities',"
-                             " 'arguments': { 'capabilities': [ {"
-                             " 'capability': 'x-ignore-shared',"
-                             " 'state': true } ] } }");
-    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate', 'arguments': {"
-                             " 'uri': 'exec:cat > /dev/null' } }");
-    qtest_qmp_eventwait(qts, "STOP");
+    dedup_migrate_ignoring_shared(qts);
     dedup_wait_block(qts, "ram0", "exported");
     g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
     /* The destination would open it now: no lease is in its way. */

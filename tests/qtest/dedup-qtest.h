@@ -302,6 +302,18 @@ static inline char *dedup_tmpdir(const char *parent)
     return dir;
 }
 
+/* Migrate to nowhere, until the VM has stopped; shared RAM is not sent. */
+static inline void dedup_migrate_ignoring_shared(QTestState *qts)
+{
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-capabilities',"
+                             " 'arguments': { 'capabilities': [ {"
+                             " 'capability': 'x-ignore-shared',"
+                             " 'state': true } ] } }");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate', 'arguments': {"
+                             " 'uri': 'exec:cat > /dev/null' } }");
+    qtest_qmp_eventwait(qts, "STOP");
+}
+
 /* A file for RAM in a directory of its own, and a memory backend on it. */
 typedef struct DedupFile {
     char *dir;

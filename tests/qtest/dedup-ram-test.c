@@ -404,13 +404,7 @@ static void test_exported(void)
     qts = qtest_initf("-machine pc,memory-backend=ram0 -nodefaults "
                       "-display none -m 64M %s " SCANNER, file->backend);
     dedup_wait_block(qts, "ram0", "eligible");
-    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-capabilities',"
-                             " 'arguments': { 'capabilities': [ {"
-                             " 'capability': 'x-ignore-shared',"
-                             " 'state': true } ] } }");
-    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate', 'arguments': {"
-                             " 'uri': 'exec:cat > /dev/null' } }");
-    qtest_qmp_eventwait(qts, "STOP");
+    dedup_migrate_ignoring_shared(qts);
     check_reason(qts, "ram0", "exported");
     qtest_quit(qts);
 }

@@ -71,18 +71,24 @@ static void end(FxEngine *fe, FxRam *ram)
 }
 
 /* Nobody looks at the pages meanwhile, as that would be the end. */
-static void test_holes(gconstpointer data)
+static FxEngine *merge_failing(FxRam *ram, bool (*fails)(int what))
 {
-    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
     FxEngine *fe = fx_engine_new(NULL);
 
-    dedup_fail_hook = leaves_holes;
+    dedup_fail_hook = fails;
     fx_add(fe, ram);
     fx_engine_start(fe);
     fx_wait_scans(fe, 4);
-    fx_wait_settled(fe);
     stop(fe);
     assert_ledger(ram);
+    return fe;
+}
+
+static void test_holes(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    FxEngine *fe = merge_failing(ram, leaves_holes);
+
     /* broken pages, merged again or found to be zero */
     for (uint32_t i = 0; i < PAGES; i += 3) {
         fx_page(ram, i, i % 5);
@@ -98,15 +104,8 @@ static void test_holes(gconstpointer data)
 static void test_no_memory(gconstpointer data)
 {
     FxRam *ram = ram_new(GPOINTER_TO_INT(data));
-    FxEngine *fe = fx_engine_new(NULL);
 
-    dedup_fail_hook = leaves_holes_and_no_memory;
-    fx_add(fe, ram);
-    fx_engine_start(fe);
-    fx_wait_scans(fe, 4);
-    stop(fe);
-    assert_ledger(ram);
-    end(fe, ram);
+    end(merge_failing(ram, leaves_holes_and_no_memory), ram);
 }
 
 static bool is_merged(void *opaque)

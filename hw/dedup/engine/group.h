@@ -47,7 +47,7 @@ typedef struct DedupMemberInfo {
     uint64_t overhead_bytes;  /* private metadata and maps */
     uint64_t reserved_bytes;  /* about to be used by a restore */
     uint64_t owed_bytes;      /* its RAM may still grow by this */
-    uint64_t cgroups[DEDUP_CGROUP_LEVELS]; /* see hostmem.h */
+    uint64_t cgroups[DEDUP_CGROUP_IDS]; /* see hostmem.h */
 } DedupMemberInfo;
 
 /* How one member uses one segment. */

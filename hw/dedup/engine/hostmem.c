@@ -289,9 +289,9 @@ static uint64_t level_room(DedupHostMem *m, int fd)
 }
 
 void dedup_hostmem_cgroup_ids(const DedupHostMem *m,
-                              uint64_t ids[DEDUP_CGROUP_LEVELS])
+                              uint64_t ids[DEDUP_CGROUP_IDS])
 {
-    for (unsigned i = 0; i < DEDUP_CGROUP_LEVELS; i++) {
+    for (unsigned i = 0; i < DEDUP_CGROUP_IDS; i++) {
         ids[i] = i < m->nlevels ? m->level_id[i] : 0;
     }
 }

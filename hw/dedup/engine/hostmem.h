@@ -25,8 +25,10 @@ uint64_t dedup_hostmem_available(DedupHostMem *m);
 /* MemTotal, likewise. */
 uint64_t dedup_hostmem_total(DedupHostMem *m);
 
-/* Cgroups that a member names to the others: its own and four above it. */
-#define DEDUP_CGROUP_LEVELS 5
+/* Cgroups that are looked at: our own and those above it. */
+#define DEDUP_CGROUP_LEVELS 16
+/* Those that a member names to the others: its own and four above it. */
+#define DEDUP_CGROUP_IDS 5
 
 /* A memory cgroup with a limit: this process's or one above it. */
 typedef struct DedupCgroupRoom {
@@ -36,7 +38,7 @@ typedef struct DedupCgroupRoom {
 
 /* The inodes of our cgroup and of those above it; 0 behind the last. */
 void dedup_hostmem_cgroup_ids(const DedupHostMem *m,
-                              uint64_t ids[DEDUP_CGROUP_LEVELS]);
+                              uint64_t ids[DEDUP_CGROUP_IDS]);
 
 /*
  * The room in each of them that has a limit, counting page cache that can be

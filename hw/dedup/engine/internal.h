@@ -422,6 +422,9 @@ DedupSegment *dedup_publish_segment(DedupEngine *e, DedupRegion *r,
 /* Leave segments that cost more than they save (I8); announce again. */
 void dedup_policy_pass_end(DedupEngine *e);
 
+/* Let go of segments that nothing refers to. */
+void dedup_policy_drop_unused(DedupEngine *e);
+
 /* May the index grow?  Looks now and then. */
 void dedup_policy_index_room(DedupEngine *e);
 

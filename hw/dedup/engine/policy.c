@@ -118,8 +118,7 @@ static void withdraw(DedupEngine *e, const DedupSegment *s)
     }
 }
 
-/* Let go of segments that nothing refers to. */
-static void drop_unused(DedupEngine *e)
+void dedup_policy_drop_unused(DedupEngine *e)
 {
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
@@ -153,6 +152,7 @@ static void drop_unused(DedupEngine *e)
 static bool find_lean(DedupEngine *e)
 {
     unsigned left = 0;
+    bool again = false;
     bool room = dedup_restore_room(e) >=
                 LEAVE_MOST * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE;
 
@@ -164,7 +164,7 @@ static bool find_lean(DedupEngine *e)
         }
         if (s->leaving) {
             /* again: some of its pages were pinned, or we were blocked */
-            left += s->refs > 0;
+            again |= s->refs > 0;
             continue;
         }
         if ((uint64_t)__atomic_load_n(&s->mapped, __ATOMIC_RELAXED) +
@@ -179,7 +179,7 @@ static bool find_lean(DedupEngine *e)
             left++;
         }
     }
-    return left && room;
+    return (left || again) && room;
 }
 
 static bool is_leaving(DedupEngine *e, uint32_t entry)
@@ -365,7 +365,7 @@ void dedup_policy_pass_end(DedupEngine *e)
     if (find_lean(e)) {
         leave_segments(e);
     }
-    drop_unused(e);
+    dedup_policy_drop_unused(e);
     sweep(e);
     announce_again(e);
 }

@@ -411,7 +411,8 @@ static void announce(DedupEngine *e, DedupBatch *b,
 
         if (!dedup_index_replace(e->index, a->hash, &old, &published) &&
             !dedup_index_insert(e->index, a->hash, &published)) {
-            e->pass_limits |= DEDUP_LIMIT_INDEX;
+            e->pass_limits |= e->index_short ? DEDUP_LIMIT_MEMORY
+                                             : DEDUP_LIMIT_INDEX;
         }
     }
     g_array_set_size(b->announce, 0);

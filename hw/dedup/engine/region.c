@@ -321,6 +321,28 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
     return true;
 }
 
+/*
+ * Pages that have contents, or will be taken for own ones that have (by the
+ * ledger, until the next pass).
+ */
+static uint32_t count_content(DedupRegion *r, uint32_t first, uint32_t n)
+{
+    uint8_t flags[DEDUP_CHUNK_PAGES];
+    uint32_t count = 0;
+
+    for (uint32_t end = first + n, k; first < end; first += k) {
+        bool known;
+
+        k = MIN(end - first, DEDUP_CHUNK_PAGES);
+        known = dedup_presence(r, first, k, flags);
+        for (uint32_t i = 0; i < k; i++) {
+            count += !known || r->where[first + i] != DEDUP_OWN ||
+                     (flags[i] & DEDUP_PRESENT);
+        }
+    }
+    return count;
+}
+
 bool dedup_engine_discard_begin(DedupEngine *e, void *host, uint64_t size)
 {
     bool ok = true;
@@ -331,9 +353,10 @@ bool dedup_engine_discard_begin(DedupEngine *e, void *host, uint64_t size)
         uint32_t first, n;
 
         if (intersect(r, host, size, &first, &n)) {
+            /* the guest may want it again: that is owed to it */
+            __atomic_fetch_add(&e->discarded[0], count_content(r, first, n),
+                               __ATOMIC_RELAXED);
             ok &= discard_locked(r, first, n);
-            /* the guest may want all of it again: that is owed to it */
-            __atomic_fetch_add(&e->discarded[0], n, __ATOMIC_RELAXED);
         }
     }
     if (!ok) {

@@ -285,9 +285,12 @@ bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
         return false;
     }
     if (r->memory == DEDUP_MEMORY_SHARED) {
-        /* without @content it is what the file has there */
+        /*
+         * Without @content it is what the file has there.  If the hole stays
+         * after all, the file has the only copy: that makes the pages own.
+         */
         return (!content || write_back(r, page, n, content)) &&
-               map_back(r, page, n);
+               (map_back(r, page, n) || has_hole(r, page, n));
     }
     /* one page more: or the kernel takes the hole itself for it, empty */
     staging = staging_new(r, page, len + DEDUP_PAGE_SIZE);

@@ -40,7 +40,7 @@ static uint64_t claim(const DedupMemberInfo *info, DedupClaim kind)
 
 static bool is_in(const DedupMemberInfo *info, uint64_t cgroup)
 {
-    for (unsigned i = 0; i < DEDUP_CGROUP_LEVELS; i++) {
+    for (unsigned i = 0; i < DEDUP_CGROUP_IDS; i++) {
         if (info->cgroups[i] == cgroup) {
             return true;
         }

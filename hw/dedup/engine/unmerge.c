@@ -62,7 +62,12 @@ bool dedup_restore_begin(DedupEngine *e, bool force, GError **error)
     reserve(e, needed);
     available = dedup_restore_room(e);
     if (!force && needed > available) {
-        reserve(e, before); /* of a request that is under way */
+        /* a request that is under way keeps what it reserved */
+        g_mutex_lock(&e->control);
+        __atomic_store_n(&e->reserved_bytes, e->restoring ? before : 0,
+                         __ATOMIC_RELAXED);
+        g_mutex_unlock(&e->control);
+        dedup_stats_publish(e);
         set_memory_error(error, needed, available);
         return false;
     }
@@ -111,6 +116,9 @@ static void restore_end(DedupEngine *e, uint64_t left, GError *error)
     }
     g_mutex_unlock(&e->control);
     if (ours) {
+        if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
+            dedup_policy_drop_unused(e); /* no pass will come by */
+        }
         dedup_update_state(e);
         if (e->callbacks.restored) {
             e->callbacks.restored(e->opaque, left, error);

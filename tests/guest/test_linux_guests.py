@@ -97,8 +97,10 @@ def test_three_guests():
         dedup.unmerge(vm)
         check_work(vm)
     work_on(guests, 2)
+    # All segments are gone: what is shared has to be found anew, by all.
     for vm in guests:
         dedup.run(vm, True)
+    for vm in guests:
         dedup.wait_merged(vm, 3000)
 
     tap.note('SIGKILL of one, another joins')

@@ -127,6 +127,16 @@ static void merge_with_reader(FxEngine **fe, FxRam *ram)
     g_assert_true(g_atomic_int_get(&reader.holds));
 }
 
+static FxEngine *merge_and_stop(FxRam *ram)
+{
+    FxEngine *fe;
+
+    merge_with_reader(&fe, ram);
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    return fe;
+}
+
 static void end(FxEngine *fe, FxRam *ram)
 {
     fx_engine_free(fe);
@@ -147,10 +157,8 @@ static void test_reader(gconstpointer data)
     if (!ram) {
         return;
     }
-    merge_with_reader(&fe, ram);
     /* or the page is restored, and the reader sees what was written, too */
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    fe = merge_and_stop(ram);
     fx_page(ram, READER_PAGE, 99);
     fx_assert_bytes(ram);
     reader_looks(SEED(READER_PAGE));
@@ -219,9 +227,7 @@ static void test_zero_over_stale(void)
     FxRam *ram = ram_new(FX_MEMFD);
     FxEngine *fe;
 
-    merge_with_reader(&fe, ram);
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    fe = merge_and_stop(ram);
     reader_looks(SEED(READER_PAGE));
     fx_page(ram, READER_PAGE, 0);
     count_reader(-1);
@@ -296,9 +302,7 @@ static void test_failed_restore(gconstpointer data)
     if (!ram) {
         return;
     }
-    merge_with_reader(&fe, ram);
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    fe = merge_and_stop(ram);
     g_atomic_int_set(&failing, GPOINTER_TO_INT(data));
     dedup_fail_hook = fails;
     g_assert_false(dedup_engine_restore_range(fe->e,

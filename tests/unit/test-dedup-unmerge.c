@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "internal.h"
 #include "freeze.h"
 #include "mutant.h"
 
@@ -375,6 +376,55 @@ static void test_fork(gconstpointer data)
     end(fe, ram);
 }
 
+static bool note_claim(void *opaque, const DedupHint *hint)
+{
+    *(unsigned *)opaque += hint->kind == DEDUP_HINT_CLAIMED;
+    return false;
+}
+
+static unsigned claims(FxEngine *fe)
+{
+    uint64_t cursor = 0;
+    unsigned n = 0;
+
+    if (__atomic_load_n(&fe->e->joined, __ATOMIC_ACQUIRE)) {
+        dedup_index_sweep(fe->e->index, &cursor, UINT32_MAX, note_claim, &n);
+    }
+    return n;
+}
+
+static bool has_claims(void *opaque)
+{
+    return claims(opaque) > 0;
+}
+
+/* What is claimed when the scan is stopped is not published: no claim stays. */
+static void test_claims(void)
+{
+    FxRam *ram = fx_ram_new(FX_MEMFD, 1024);
+    FxEngine *fe = fx_engine_new(NULL);
+    DedupParams params;
+
+    for (uint32_t i = 0; i < 1024; i++) {
+        fx_page(ram, i, i / 2 + 1);
+    }
+    dedup_engine_get_params(fe->e, &params);
+    params.pages_to_scan = 32;
+    params.sleep_millisecs = 10;
+    dedup_engine_set_params(fe->e, &params);
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_until(has_claims, fe, "nothing is claimed");
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    g_assert_cmpuint(claims(fe), ==, 0);
+    fx_set_run(fe, true);
+    fx_wait_settled(fe);
+    g_assert_true(fx_is_merged(ram, 1023));
+    fx_unmerge(fe);
+    end(fe, ram);
+}
+
 static void add_tests(const char *name, GTestDataFunc test)
 {
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
@@ -397,5 +447,6 @@ int main(int argc, char **argv)
     add_tests("foreign-uffd", test_foreign_uffd);
     add_tests("regions", test_regions);
     add_tests("fork", test_fork);
+    g_test_add_func("/unmerge/claims", test_claims);
     return g_test_run();
 }

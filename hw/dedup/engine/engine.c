@@ -457,11 +457,11 @@ void dedup_engine_run(DedupEngine *e)
         if (task == TASK_STOP) {
             break;
         }
-        enter_state(e, state);
         if (task != TASK_SCAN) {
             /* what waits for a segment would wait for long */
             dedup_publish_abandon(e);
         }
+        enter_state(e, state);
         if (!dedup_publish_waiting(e)) {
             dedup_regions_reap(e);
         }

@@ -224,6 +224,40 @@ static void test_none(void)
     host_end(&h);
 }
 
+/* Moved to another cgroup, as libvirt and Kata do after the start. */
+static void test_moved(void)
+{
+    uint64_t ids[DEDUP_CGROUP_IDS];
+    Host h;
+
+    host_begin(&h);
+    put_v2(&h, "cg/early", "max\n", 600 * MIB, 0);
+    put_v2(&h, "cg/slice/vm1", "max\n", 600 * MIB, 0);
+    put_v2(&h, "cg/slice", "1073741824\n", 600 * MIB, 0);
+    host_start(&h, "0::/early\n", MOUNT_V2);
+    g_assert_cmpuint(room(&h, NULL), ==, NO_LIMIT);
+    put(&h, "self/cgroup", "0::/slice/vm1\n");
+    g_assert_cmpuint(room(&h, "cg/slice"), ==, 424 * MIB);
+    dedup_hostmem_cgroup_ids(h.mem, ids);
+    g_assert_cmpuint(ids[2], !=, 0);       /* vm1, slice, the mount point */
+    g_assert_cmpuint(ids[3], ==, 0);
+    /* and back */
+    put(&h, "self/cgroup", "0::/early\n");
+    g_assert_cmpuint(room(&h, NULL), ==, NO_LIMIT);
+    /* the cgroup is gone, the one above it counts */
+    put(&h, "self/cgroup", "0::/slice/gone\n");
+    g_assert_cmpuint(room(&h, "cg/slice"), ==, 424 * MIB);
+    dedup_hostmem_free(h.mem);
+
+    put_v1(&h, "cg1/early", "9223372036854771712\n", 600 * MIB, 0);
+    put_v1(&h, "cg1/vm1", "1073741824\n", 600 * MIB, 0);
+    host_start(&h, "5:cpu,cpuacct:/x\n4:memory:/early\n", MOUNT_V1);
+    g_assert_cmpuint(room(&h, NULL), ==, NO_LIMIT);
+    put(&h, "self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/vm1\n");
+    g_assert_cmpuint(room(&h, "cg1/vm1"), ==, 424 * MIB);
+    host_end(&h);
+}
+
 /* Out of descriptors a limit cannot be read: that is not "no limit". */
 static void test_no_descriptors(void)
 {
@@ -244,6 +278,15 @@ static void test_no_descriptors(void)
     g_assert_cmpuint(n, >=, 1);
     g_assert_cmpuint(rooms[0].bytes, ==, 0);
     g_assert_cmpuint(room(&h, "cg/vm1"), ==, 424 * MIB);
+    /* moved at that moment */
+    put(&h, "self/cgroup", "0::/vm2\n");
+    put_v2(&h, "cg/vm2", "max\n", 600 * MIB, 0);
+    g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &none), ==, 0);
+    n = dedup_hostmem_cgroup_rooms(h.mem, rooms);
+    g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &old), ==, 0);
+    g_assert_cmpuint(n, >=, 1);
+    g_assert_cmpuint(rooms[n - 1].bytes, ==, 0);
+    g_assert_cmpuint(room(&h, NULL), ==, NO_LIMIT);
     host_end(&h);
 }
 
@@ -314,6 +357,7 @@ int main(int argc, char **argv)
     g_test_add_func("/hostmem/v1", test_v1);
     g_test_add_func("/hostmem/hybrid", test_hybrid);
     g_test_add_func("/hostmem/none", test_none);
+    g_test_add_func("/hostmem/moved", test_moved);
     g_test_add_func("/hostmem/no-descriptors", test_no_descriptors);
     test_pair_add("/hostmem/members", test_members);
     g_test_add_func("/hostmem/owed", test_owed);

@@ -4,7 +4,12 @@
  *
  * Files of /proc are opened once and read from their start each time.  A
  * memory cgroup is kept as one directory descriptor for it and each of its
- * nearest ancestors, since any of them may carry the limit that binds.
+ * nearest ancestors, since any of them may carry the limit that binds.  The
+ * process may be moved to another cgroup at any time (libvirt, Kata and
+ * cgrulesengd do so after QEMU has started), so /proc/self/cgroup is read
+ * again at each look; the descriptors are opened anew if it says something
+ * else.  They are opened below the hierarchy's mount point, which is kept
+ * open: its path may lead nowhere after chroot().
  * Everything here is a text file of the kernel's: numbers are parsed with
  * g_ascii_strtoull(), and what is not there counts as "no limit known".  What
  * is there and cannot be read (no descriptor, no memory, a security module)
@@ -24,7 +29,14 @@ struct DedupHostMem {
     int meminfo_fd;
     int maps_fd;
     int max_maps_fd;
+    int cgroup_fd;            /* /proc/self/cgroup */
+    int point_fd;             /* where the hierarchy is mounted; or -1 */
+    char *root;               /* which part of it is mounted there */
     bool v2;
+
+    GMutex lock;              /* of what follows */
+    char *cgroups;            /* what cgroup_fd said when they were opened */
+    bool unknown;             /* one could not be opened: try again */
     unsigned nlevels;
     int level_fd[DEDUP_CGROUP_LEVELS]; /* the cgroup, then its ancestors */
     uint64_t level_id[DEDUP_CGROUP_LEVELS];
@@ -134,44 +146,86 @@ static char *cgroup_mount(const char *text, bool v2, char **root)
     return NULL;
 }
 
-static bool cgroup_open(DedupHostMem *m, const char *cgroups,
+/* Find where the hierarchy with the memory controller is mounted. */
+static bool cgroup_find(DedupHostMem *m, const char *cgroups,
                         const char *mounts, bool v2)
 {
     g_autofree char *path = cgroup_path(cgroups, v2);
     g_autofree char *root = NULL;
     g_autofree char *point = cgroup_mount(mounts, v2, &root);
-    g_autofree char *full = NULL;
-    const char *below = path;
-    size_t len;
 
     if (!path || !point) {
         return false;
     }
-    len = strlen(root);
-    if (strcmp(root, "/") != 0 && g_str_has_prefix(path, root) &&
-        (!path[len] || path[len] == '/')) {
-        below = path + len; /* a container sees its own part */
-    }
-    full = g_strconcat(point, below, NULL);
+    m->point_fd = open(point, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    m->root = g_steal_pointer(&root);
     m->v2 = v2;
-    while (m->nlevels < DEDUP_CGROUP_LEVELS && strlen(full) >= strlen(point)) {
+    return m->point_fd >= 0;
+}
+
+static void close_levels(DedupHostMem *m)
+{
+    while (m->nlevels) {
+        close(m->level_fd[--m->nlevels]);
+    }
+}
+
+/* Open the cgroup that @cgroups names, and those above it.  Lock held. */
+static void open_levels(DedupHostMem *m, const char *cgroups)
+{
+    g_autofree char *path = cgroup_path(cgroups, m->v2);
+    g_autofree char *below = NULL;
+    size_t len = strlen(m->root);
+    bool is_part = path && strcmp(m->root, "/") != 0 &&
+                   g_str_has_prefix(path, m->root) &&
+                   (!path[len] || path[len] == '/');
+    char *slash;
+
+    close_levels(m);
+    m->unknown = false;
+    if (!path) {
+        return;
+    }
+    /* a container sees its own part */
+    below = g_strconcat(".", is_part ? path + len : path, NULL);
+    do {
         struct stat st;
-        int fd = open(full, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        char *slash;
+        int fd = openat(m->point_fd, below, O_PATH | O_DIRECTORY | O_CLOEXEC);
 
         if (fd >= 0 && fstat(fd, &st) == 0) {
             m->level_id[m->nlevels] = st.st_ino;
             m->level_fd[m->nlevels++] = fd;
         } else if (fd >= 0) {
             close(fd);
+        } else {
+            m->unknown |= !is_absent(errno);
         }
-        slash = strrchr(full, '/');
-        if (!slash || slash == full) {
-            break;
+        slash = strrchr(below, '/');
+        if (slash) {
+            *slash = '\0';
         }
-        *slash = '\0';
+    } while (slash && m->nlevels < DEDUP_CGROUP_LEVELS - 1);
+}
+
+/* Are we where we were at the last look?  Lock held. */
+static void refresh_levels(DedupHostMem *m)
+{
+    char buf[16384];
+    ssize_t len;
+
+    if (m->point_fd < 0) {
+        return;
     }
-    return m->nlevels > 0;
+    len = pread(m->cgroup_fd, buf, sizeof(buf) - 1, 0);
+    if (len < 0) {
+        return; /* where we were is the best guess */
+    }
+    buf[len] = '\0';
+    if (m->unknown || g_strcmp0(buf, m->cgroups) != 0) {
+        open_levels(m, buf);
+        g_free(m->cgroups);
+        m->cgroups = g_strdup(buf);
+    }
 }
 
 static int proc_open(const char *proc, const char *name)
@@ -195,15 +249,19 @@ DedupHostMem *dedup_hostmem_new(const char *proc)
     g_autofree char *cgroups = proc_read(proc, "self/cgroup");
     g_autofree char *mounts = proc_read(proc, "self/mountinfo");
 
+    g_mutex_init(&m->lock);
+    m->point_fd = -1;
+    m->cgroup_fd = proc_open(proc, "self/cgroup");
     m->meminfo_fd = proc_open(proc, "meminfo");
     m->maps_fd = proc_open(proc, "self/maps");
     m->max_maps_fd = proc_open(proc, "sys/vm/max_map_count");
     if (cgroups && mounts) {
         /* a hybrid host has both; then version 1 has the controller */
-        if (!cgroup_open(m, cgroups, mounts, false)) {
-            cgroup_open(m, cgroups, mounts, true);
+        if (!cgroup_find(m, cgroups, mounts, false)) {
+            cgroup_find(m, cgroups, mounts, true);
         }
     }
+    refresh_levels(m); /* while there are descriptors */
     return m;
 }
 
@@ -221,9 +279,16 @@ void dedup_hostmem_free(DedupHostMem *m)
     if (m->max_maps_fd >= 0) {
         close(m->max_maps_fd);
     }
-    for (unsigned i = 0; i < m->nlevels; i++) {
-        close(m->level_fd[i]);
+    if (m->cgroup_fd >= 0) {
+        close(m->cgroup_fd);
     }
+    close_levels(m);
+    if (m->point_fd >= 0) {
+        close(m->point_fd);
+    }
+    g_free(m->cgroups);
+    g_free(m->root);
+    g_mutex_clear(&m->lock);
     g_free(m);
 }
 
@@ -288,18 +353,23 @@ static uint64_t level_room(DedupHostMem *m, int fd)
     return limit > usage ? limit - usage : 0;
 }
 
-void dedup_hostmem_cgroup_ids(const DedupHostMem *m,
+void dedup_hostmem_cgroup_ids(DedupHostMem *m,
                               uint64_t ids[DEDUP_CGROUP_IDS])
 {
+    g_mutex_lock(&m->lock);
+    refresh_levels(m);
     for (unsigned i = 0; i < DEDUP_CGROUP_IDS; i++) {
         ids[i] = i < m->nlevels ? m->level_id[i] : 0;
     }
+    g_mutex_unlock(&m->lock);
 }
 
 unsigned dedup_hostmem_cgroup_rooms(DedupHostMem *m, DedupCgroupRoom *rooms)
 {
     unsigned n = 0;
 
+    g_mutex_lock(&m->lock);
+    refresh_levels(m);
     for (unsigned i = 0; i < m->nlevels; i++) {
         uint64_t bytes = level_room(m, m->level_fd[i]);
 
@@ -307,6 +377,10 @@ unsigned dedup_hostmem_cgroup_rooms(DedupHostMem *m, DedupCgroupRoom *rooms)
             rooms[n++] = (DedupCgroupRoom) { m->level_id[i], bytes };
         }
     }
+    if (m->unknown) {
+        rooms[n++] = (DedupCgroupRoom) { 0, 0 };
+    }
+    g_mutex_unlock(&m->lock);
     return n;
 }
 

@@ -4,7 +4,9 @@
  *
  * All files are opened when the object is made, since the process may lose
  * its root directory and its user id later.  Memory cgroups of version 1 and
- * 2 are read.  Functions may be called from any thread.
+ * 2 are read, and nothing of them is remembered: the process may be moved to
+ * another one, and limits may come and change, at any time.  Functions may be
+ * called from any thread.
  */
 
 #ifndef DEDUP_HOSTMEM_H
@@ -37,7 +39,7 @@ typedef struct DedupCgroupRoom {
 } DedupCgroupRoom;
 
 /* The inodes of our cgroup and of those above it; 0 behind the last. */
-void dedup_hostmem_cgroup_ids(const DedupHostMem *m,
+void dedup_hostmem_cgroup_ids(DedupHostMem *m,
                               uint64_t ids[DEDUP_CGROUP_IDS]);
 
 /*

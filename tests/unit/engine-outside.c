@@ -60,10 +60,12 @@ typedef struct Vma {
     uint64_t end;
     uint64_t offset;
     uint64_t inode;
+    bool zeroes;              /* of the segment of zeros */
 } Vma;
 
 static bool parse_vma(const char *line, Vma *v)
 {
+    v->zeroes = strstr(line, "/memfd:dedup-zeroes");
     return sscanf(line, "%" SCNx64 "-%" SCNx64 " %*4s %" SCNx64
                   " %*x:%*x %" SCNu64, &v->start, &v->end, &v->offset,
                   &v->inode) == 4;
@@ -88,10 +90,13 @@ static uint64_t own_inode(const FxRam *ram)
     return st.st_ino;
 }
 
-/* Mappings of something else than the RAM's own file are segments. */
+/*
+ * Mappings of something else than the RAM's own file are segments.  The one
+ * of zeros stands for a hole.
+ */
 static bool is_segment(const FxRam *ram, const Vma *v, uint64_t own)
 {
-    return v->inode && v->inode != own;
+    return v->inode && v->inode != own && !v->zeroes;
 }
 
 static void view_maps(const FxRam *ram, FxView *view)
@@ -204,6 +209,7 @@ void fx_resident(const FxRam *ram, uint8_t *resident)
 void fx_segments(FxSegments *s)
 {
     DIR *dir = opendir("/proc/self/fd");
+    char link[64] = "";
     struct dirent *d;
 
     g_assert_nonnull(dir);
@@ -215,7 +221,12 @@ void fx_segments(FxSegments *s)
         struct stat st;
 
         /* by name: the scanner may close the fd at this moment */
-        if (seals >= 0 && (seals & ALL_SEALS) == ALL_SEALS &&
+        if (seals < 0 ||
+            readlinkat(dirfd(dir), d->d_name, link, sizeof(link) - 1) < 0 ||
+            strstr(link, "dedup-zeroes")) {
+            continue;
+        }
+        if ((seals & ALL_SEALS) == ALL_SEALS &&
             fstatat(dirfd(dir), d->d_name, &st, 0) == 0) {
             s->files++;
             s->pages += (uint64_t)st.st_blocks * 512 / FX_PAGE;

@@ -61,6 +61,10 @@ static const Case cases[] = {
       "/punch/reader/huge-tmpfs", "foreign bytes" },
     { DEDUP_MUTANT_NO_FETCH_PROOF, "test-dedup-fetch",
       "/fetch/hostile", "given without proof" },
+    { DEDUP_MUTANT_NO_GATE, "test-dedup-room",
+      "/room/remove/anon", "killed" },
+    { DEDUP_MUTANT_PUNCH_ZEROES, "test-dedup-room",
+      "/room/tmpfs/guest", "SIGBUS" },
 };
 
 static char *program_dir;

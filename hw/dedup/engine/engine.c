@@ -389,8 +389,8 @@ static Task next_task(DedupEngine *e, DedupState *state)
         task = hard ? TASK_REST : TASK_RESTORE;
         if (e->restore_fresh) {
             e->restore_fresh = false;
-            e->restore_region = 0;
-            e->restore_page = 0;
+            e->restore_at = 0;
+            e->restore_lacks = 0;
             e->restore_last = 0;
             e->restore_moved_us = g_get_monotonic_time();
         }
@@ -537,7 +537,7 @@ void dedup_engine_set_params(DedupEngine *e, const DedupParams *params)
     g_mutex_lock(&e->control);
     if (params->run && !e->params.run) {
         e->restoring = false;
-        __atomic_store_n(&e->reserved_bytes, 0, __ATOMIC_RELAXED);
+        dedup_unreserve(e, &e->restore_reserved);
     }
     e->params = *params;
     g_mutex_unlock(&e->control);
@@ -554,27 +554,10 @@ void dedup_engine_block(DedupEngine *e, bool block, bool hard)
     dedup_kick(e);
 }
 
-bool dedup_engine_restore(DedupEngine *e, bool unmerge, bool force,
-                          GError **error)
-{
-    if (!dedup_restore_begin(e, force, error)) {
-        return false;
-    }
-    g_mutex_lock(&e->control);
-    if (unmerge) {
-        e->params.run = false;
-    }
-    e->restoring = true;
-    e->restore_fresh = true;
-    e->restore_force = force;
-    g_mutex_unlock(&e->control);
-    dedup_kick(e);
-    return true;
-}
-
 bool dedup_engine_lean(DedupEngine *e)
 {
     return !__atomic_load_n(&e->merged, __ATOMIC_RELAXED) &&
            !__atomic_load_n(&e->broken, __ATOMIC_RELAXED) &&
-           !__atomic_load_n(&e->zero, __ATOMIC_RELAXED);
+           !__atomic_load_n(&e->zero, __ATOMIC_RELAXED) &&
+           !__atomic_load_n(&e->zero_mapped, __ATOMIC_RELAXED);
 }

@@ -97,12 +97,15 @@ typedef enum DedupState {
  * @DEDUP_LIMIT_MEMORY: the memory cgroup has no room to publish in
  * @DEDUP_LIMIT_FDS: no more file descriptors
  * @DEDUP_LIMIT_INDEX: the group's index or its table of segments is full
+ * @DEDUP_LIMIT_FILE: the file system of the RAM's file is so full that it
+ *     could not take back what was merged
  */
 typedef enum DedupLimit {
     DEDUP_LIMIT_MAPS = 1 << 0,
     DEDUP_LIMIT_MEMORY = 1 << 1,
     DEDUP_LIMIT_FDS = 1 << 2,
     DEDUP_LIMIT_INDEX = 1 << 3,
+    DEDUP_LIMIT_FILE = 1 << 4,
 } DedupLimit;
 
 /**
@@ -310,10 +313,31 @@ DedupRegion *dedup_region_add(DedupEngine *engine,
  *     them.
  *
  * Waits for a window that is open.  Returns false, and removes nothing, if
- * @keep_contents was asked for and failed (memory).
+ * @keep_contents was asked for and failed: DEDUP_ERROR_MEMORY where the host,
+ * the memory cgroup or the file's file system lacks the memory (if that was
+ * seen at the start nothing was restored), DEDUP_ERROR_STATE where pages are
+ * pinned or mappings are short, which may pass.  Nothing is merged in the
+ * region from then on, so that another try finds no more to do than this one,
+ * until its owner calls dedup_region_open().
  */
 bool dedup_region_remove(DedupRegion *region, bool keep_contents,
                          GError **error);
+
+/** dedup_region_open() - merge again in a region whose removal has failed */
+void dedup_region_open(DedupRegion *region);
+
+/**
+ * dedup_engine_check_room() - is there memory to restore these regions?
+ * @regions: @n regions, of which none is removed meanwhile
+ *
+ * For who is about to remove several, and wants to know before the first one
+ * is changed.  Nothing stays reserved.
+ *
+ * Returns: false and DEDUP_ERROR_MEMORY with the figures if there is not.
+ */
+bool dedup_engine_check_room(DedupEngine *engine,
+                             DedupRegion *const *regions, unsigned n,
+                             GError **error);
 
 /**
  * dedup_engine_discard_begin() - the caller is about to throw pages away
@@ -343,7 +367,8 @@ void dedup_engine_discard_end(DedupEngine *engine);
  * dedup_engine_restore_range() - give a range its own memory back, now, on
  * the calling thread
  *
- * Returns: true when no page of the range is merged any more.
+ * Returns: true when no page of the range is merged any more; else errors as
+ * those of dedup_region_remove().
  */
 bool dedup_engine_restore_range(DedupEngine *engine, void *host,
                                 uint64_t size, GError **error);
@@ -397,7 +422,8 @@ typedef struct DedupGroupStats {
  * @pages_merged_within: of these, the segment page is used by this process
  *     only
  * @pages_merged_between: of these, by other members too
- * @zero_pages: dropped because they were zero, and still absent
+ * @zero_pages: dropped because they were zero, and still absent; or merged to
+ *     a segment of zeros without memory, where a hole in the file is not safe
  * @pages_unshared: unique, and unchanged since the scan before
  * @pages_volatile: changed since the scan before
  * @pages_pinned: left alone because of a pin counter

@@ -19,6 +19,7 @@
 #include "hostmem.h"
 #include "mutant.h"
 #include "page.h"
+#include "room.h"
 #include "segment.h"
 
 /* Pages looked at together: the reach of one page table, 2 MiB. */
@@ -28,6 +29,7 @@
  * An entry of the ledger, one per page:
  *   DEDUP_OWN     the page is as its owner mapped it
  *   DEDUP_ZERO    dropped because it was zero; not seen again since
+ *                 (but see zeroes.c: some are merged to a segment of zeros)
  *   else          entry_no()/entry_page(): the segment page that is mapped
  *                 there; with DEDUP_BROKEN, the kernel copied it since
  */
@@ -52,6 +54,14 @@ typedef struct DedupCounts {
     uint64_t huge_kept;
 } DedupCounts;
 
+/* What pages could not be restored for want of; bits of DedupRegion.lacks. */
+typedef enum DedupLack {
+    DEDUP_LACK_UNPINNED = 1 << 0, /* a device writes to them */
+    DEDUP_LACK_MAPS = 1 << 1,     /* the kernel has no more mappings for us */
+    DEDUP_LACK_FILE = 1 << 2,     /* the file's file system is full */
+    DEDUP_LACK_FREEZE = 1 << 3,   /* the RAM cannot be frozen, or not now */
+} DedupLack;
+
 struct DedupRegion {
     DedupEngine *engine;
     char *id;
@@ -64,7 +74,10 @@ struct DedupRegion {
     const uint16_t *pins;
     const uint16_t *readers;
     unsigned flags;
-    bool closing;             /* about to be removed: nothing is merged */
+    dev_t dev;                /* of the file's file system */
+    bool bounded;             /* which may run full: see zeroes.c */
+    bool closing;             /* its owner wants it back: nothing is merged */
+    unsigned lacks;           /* DedupLack bits of restores */
     bool blind;               /* mincore() would not tell us, presence.c */
     bool dead;                /* removed; freed when the scanner lets go */
 
@@ -76,6 +89,7 @@ struct DedupRegion {
     uint64_t merged;
     uint64_t broken;
     uint64_t zero;
+    uint64_t zero_mapped;     /* merged to the segment of zeros */
     uint64_t boundaries;      /* places where our mappings begin or end */
 
     uint32_t looked;          /* pages looked at in the pass under way */
@@ -145,6 +159,7 @@ struct DedupEngine {
     GPtrArray *segments;      /* of DedupSegment, by number; holes are NULL */
     unsigned segment_hint;    /* no hole before this one */
     GHashTable *by_gid;       /* gid -> DedupSegment */
+    DedupSegment *zeroes;     /* scanner's own, NULL: nothing needs it */
     bool blocked;
     bool hard_blocked;
 
@@ -156,14 +171,15 @@ struct DedupEngine {
     bool restoring;
     bool restore_force;
     bool restore_fresh;       /* a new request: start from the beginning */
+    DedupReservation restore_reserved; /* what the request has reserved */
     char *group_error;
 
     GMutex group_lock;        /* slots and table of the group, see group.h */
-    uint64_t reserved_bytes;  /* atomic: what a restore is about to use */
+    uint64_t reserved_bytes;  /* atomic: the sum of all reservations */
 
     /* A restore request's walk; scanner's own. */
-    unsigned restore_region;
-    uint32_t restore_page;
+    uint64_t restore_at;      /* member page number */
+    unsigned restore_lacks;   /* in this round: DedupLack bits */
     uint64_t restore_last;    /* pages left after the last round */
     int64_t restore_moved_us; /* when a round last made progress */
 
@@ -204,6 +220,7 @@ struct DedupEngine {
     uint64_t merged;
     uint64_t broken;
     uint64_t zero;
+    uint64_t zero_mapped;
     uint64_t pages_total;
     uint64_t cow_breaks;
     uint64_t pages_scanned;
@@ -365,7 +382,9 @@ bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
 
 /* One step of a restore request: returns false when it has ended. */
 bool dedup_restore_step(DedupEngine *e);
-bool dedup_restore_begin(DedupEngine *e, bool force, GError **error);
+
+/* Why pages could not be restored: DEDUP_ERROR_MEMORY or _STATE. */
+void dedup_restore_error(uint64_t left, unsigned lacks, GError **error);
 
 /* ---- scan.c, publish.c ---- */
 
@@ -435,26 +454,9 @@ void dedup_policy_index_room(DedupEngine *e);
 bool dedup_policy_maps(const DedupRegion *r, DedupAction **actions,
                        unsigned *n, unsigned *limits);
 
-/* ---- room.c: memory that may be taken ---- */
-
-/* Keep this much of MemAvailable for everybody else. */
-#define DEDUP_SPARE_BYTES (64ULL << 20)
 /* What a member may publish between two looks at the room. */
 #define DEDUP_PUBLISH_BYTES \
     (DEDUP_BATCHES * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
-
-/* What of the other members' memory is taken off. */
-typedef enum DedupClaim {
-    DEDUP_CLAIM_OWED,         /* what they may still grow by, and publish */
-    DEDUP_CLAIM_RESERVED,     /* what they are about to restore */
-} DedupClaim;
-
-/* What our RAM may still grow by: pages without memory of their own. */
-uint64_t dedup_owed_bytes(DedupEngine *e);
-/* Bytes until a limit of our cgroups binds; UINT64_MAX if none has one. */
-uint64_t dedup_cgroup_room(DedupEngine *e, DedupClaim kind);
-/* What the host and the cgroups can give to a restore. */
-uint64_t dedup_restore_room(DedupEngine *e);
 
 /* ---- stats.c, engine.c ---- */
 

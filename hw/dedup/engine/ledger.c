@@ -81,6 +81,11 @@ static void account(DedupRegion *r, uint32_t entry, int sign)
         add(&r->engine->broken, sign);
         return;
     }
+    if (s->zeroes) {
+        add(&r->zero_mapped, sign);
+        add(&r->engine->zero_mapped, sign);
+        return;
+    }
     add(&r->merged, sign);
     add(&r->engine->merged, sign);
     __atomic_store_n(&s->dirty, true, __ATOMIC_RELAXED);
@@ -147,7 +152,9 @@ void dedup_segments_add(DedupEngine *e, DedupSegment *s)
     }
     s->no = no;
     e->segment_hint = no + 1;
-    g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
+    if (s->gid) {
+        g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
+    }
 }
 
 void dedup_segments_drop(DedupEngine *e, DedupSegment *s)

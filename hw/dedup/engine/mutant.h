@@ -29,6 +29,8 @@ enum {
     DEDUP_MUTANT_NO_HEADROOM = 10,    /* cgroup headroom not looked at */
     DEDUP_MUTANT_PUNCH_HELD = 11,     /* punched though a reader holds it */
     DEDUP_MUTANT_NO_FETCH_PROOF = 12, /* a segment is given without proof */
+    DEDUP_MUTANT_NO_GATE = 13,        /* restores do not look at the memory */
+    DEDUP_MUTANT_PUNCH_ZEROES = 14,   /* zero pages of any file are punched */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS

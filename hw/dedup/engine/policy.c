@@ -24,6 +24,7 @@
  */
 
 #include "internal.h"
+#include "zeroes.h"
 
 #define LEAN_TICKS 3
 /* Guests' RAM on a host is at most this many times the host's. */
@@ -126,7 +127,7 @@ void dedup_policy_drop_unused(DedupEngine *e)
         uint32_t gid;
 
         /* only the scanner, which is here, makes it rise from 0 */
-        if (!s || __atomic_load_n(&s->refs, __ATOMIC_RELAXED)) {
+        if (!s || s->zeroes || __atomic_load_n(&s->refs, __ATOMIC_RELAXED)) {
             continue;
         }
         gid = s->gid;
@@ -142,6 +143,7 @@ void dedup_policy_drop_unused(DedupEngine *e)
             dedup_group_segment_release(e->group, gid);
         }
     }
+    dedup_zeroes_drop_unused(e);
 }
 
 /*
@@ -159,7 +161,7 @@ static bool find_lean(DedupEngine *e)
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
 
-        if (!s) {
+        if (!s || s->zeroes) {
             continue;
         }
         if (s->leaving) {

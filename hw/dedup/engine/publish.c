@@ -247,8 +247,9 @@ DedupPair dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
             .where = s->gid,
             .page = dedup_entry_page(entry),
         };
-        bool same = dedup_page_hash(dedup_segment_page(s, published.page),
-                                    e->salt) == hash && !s->leaving;
+        bool same = !s->zeroes && !s->leaving &&
+                    dedup_page_hash(dedup_segment_page(s, published.page),
+                                    e->salt) == hash;
 
         dedup_unlock(e);
         return same && dedup_index_replace(e->index, hash, hint, &published) ?

@@ -17,6 +17,7 @@
 #include <sys/mman.h>
 
 #include "internal.h"
+#include "zeroes.h"
 
 static void *array_new(size_t size)
 {
@@ -92,6 +93,9 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
     r->pins = info->pins;
     r->readers = info->readers;
     r->flags = info->flags;
+    r->bounded = r->memory == DEDUP_MEMORY_SHARED &&
+                 dedup_file_is_bounded(r->fd, &r->dev) &&
+                 !DEDUP_MUTANT(PUNCH_ZEROES);
     r->where = array_new((size_t)r->npages * sizeof(r->where[0]));
     r->fingerprint = array_new((size_t)r->npages *
                                sizeof(r->fingerprint[0]));
@@ -123,7 +127,8 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
 /* Let go of every page: the mappings are somebody else's matter now. */
 static void forget_all(DedupRegion *r)
 {
-    for (uint32_t i = 0; r->merged + r->broken + r->zero && i < r->npages;
+    for (uint32_t i = 0;
+         r->merged + r->broken + r->zero + r->zero_mapped && i < r->npages;
          i++) {
         if (r->where[i] != DEDUP_OWN) {
             dedup_ledger_set(r, i, DEDUP_OWN);
@@ -155,10 +160,7 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
     dedup_unlock(e);
     if (keep_contents &&
         !dedup_engine_restore_range(e, r->host, size, error)) {
-        dedup_lock(e);
-        r->closing = false;
-        dedup_unlock(e);
-        return false;
+        return false; /* and stays closed: its owner wants it back */
     }
     dedup_lock(e);
     r->dead = true;
@@ -170,6 +172,14 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
     g_ptr_array_add(e->dead, r);
     dedup_unlock(e);
     return true;
+}
+
+void dedup_region_open(DedupRegion *r)
+{
+    dedup_lock(r->engine);
+    r->closing = false;
+    dedup_unlock(r->engine);
+    dedup_kick(r->engine);
 }
 
 void dedup_regions_reap(DedupEngine *e)
@@ -368,59 +378,6 @@ bool dedup_engine_discard_begin(DedupEngine *e, void *host, uint64_t size)
 void dedup_engine_discard_end(DedupEngine *e)
 {
     dedup_unlock(e);
-}
-
-/* The first region that has a part at or behind @host; NULL: none. */
-static DedupRegion *next_region(DedupEngine *e, const uint8_t *host,
-                                const uint8_t *end, uint32_t *first,
-                                uint32_t *n)
-{
-    DedupRegion *next = NULL;
-    uint32_t f, k;
-
-    for (unsigned i = 0; i < e->regions->len; i++) {
-        DedupRegion *r = g_ptr_array_index(e->regions, i);
-
-        if (host < end && intersect(r, host, end - host, &f, &k) &&
-            (!next || r->host < next->host)) {
-            next = r;
-            *first = f;
-            *n = k;
-        }
-    }
-    return next;
-}
-
-bool dedup_engine_restore_range(DedupEngine *e, void *host, uint64_t size,
-                                GError **error)
-{
-    const uint8_t *at = host;
-    const uint8_t *end = at + size;
-    uint64_t left = 0;
-    bool more = true;
-
-    /* one window per taking of the lock; regions may come and go between */
-    while (more) {
-        DedupRegion *r;
-        uint32_t first, n;
-
-        dedup_lock(e);
-        r = next_region(e, at, end, &first, &n);
-        more = r != NULL;
-        if (more) {
-            n = MIN(n, DEDUP_WINDOW_PAGES);
-            left += dedup_restore_locked(r, first, n);
-            at = dedup_region_addr(r, first + n);
-        }
-        dedup_unlock(e);
-    }
-    if (left) {
-        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_STATE,
-                    "%" G_GUINT64_FORMAT " pages cannot have their own "
-                    "memory now: a device writes to them, or the host lacks "
-                    "memory or mappings", left);
-    }
-    return left == 0;
 }
 
 uint64_t dedup_region_pages_merged(DedupRegion *r)

@@ -98,6 +98,7 @@ static bool write_back(DedupRegion *r, uint32_t page, uint32_t n,
             continue;
         }
         if (ret <= 0) {
+            r->lacks |= DEDUP_LACK_FILE;
             dedup_punch_replaced(r, page, n);
             return false;
         }
@@ -127,6 +128,7 @@ static bool map_back(DedupRegion *r, uint32_t page, uint32_t n)
          try++) {
         ok = dedup_region_map_own(r, page, n);
     }
+    r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
     return ok;
 }
 
@@ -149,6 +151,7 @@ static void restore_shared(Span *s)
     uint64_t written = 0;
 
     if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
+        r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
         return;
     }
     choose(s);
@@ -319,6 +322,7 @@ static void restore_private(Span *s)
     bool move[DEDUP_WINDOW_PAGES];
 
     if (!staging) {
+        r->lacks |= DEDUP_LACK_MAPS;
         return;
     }
     choose_whole(s, move);
@@ -331,6 +335,7 @@ static void restore_private(Span *s)
     /* "missing": an absent own page must not come to be while we look away */
     if (!dedup_freeze_begin(&e->uffd, addr, len,
                             r->memory == DEDUP_MEMORY_ANON)) {
+        r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
         munmap(staging, len);
         return;
     }
@@ -349,6 +354,7 @@ static void restore_private(Span *s)
             }
         }
         ok = move_run(r, staging + off, s->first + i, n);
+        r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
         for (uint32_t k = i; k < i + n; k++) {
             s->take[k] = ok;
         }
@@ -396,7 +402,9 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
     if (!trim(&s)) {
         return 0;
     }
-    if (!e->hard_blocked && e->uffd >= 0 && choose(&s)) {
+    if (e->hard_blocked || e->uffd < 0) {
+        r->lacks |= DEDUP_LACK_FREEZE;
+    } else if (choose(&s)) {
         for (uint32_t i = 0; i < s.n; i++) {
             if (s.take[i]) {
                 dedup_page_touch(dedup_region_addr(r, s.first + i));
@@ -409,7 +417,10 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
         }
     }
     for (uint32_t i = first; i < first + n; i++) {
-        left += dedup_entry_is_segment(r->where[i]);
+        if (dedup_entry_is_segment(r->where[i])) {
+            left++;
+            r->lacks |= dedup_region_pinned(r, i) ? DEDUP_LACK_UNPINNED : 0;
+        }
     }
     if (left && r->memory != DEDUP_MEMORY_SHARED && !e->hard_blocked) {
         populate(&s);

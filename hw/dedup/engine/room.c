@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Room: how much memory this process may take without taking what belongs to
- * another member of its group.
+ * How much memory this process may take without taking what belongs to
+ * another member of its group; see room.h.
  *
  * A limit of a memory cgroup holds for all processes in it and below it.  So
  * of the room in each cgroup that we are in, the claims of all members that
@@ -9,10 +9,32 @@
  * segment is to be published, and what they reserved, where something is to
  * be restored.  Members of other groups are not known and not counted.
  *
- * Any thread.
+ * A file system is asked with statfs().  What other members have reserved
+ * there is not known: who comes second may find it full on the way, and ends
+ * with an error.
+ *
+ * On the way, the less room there is the more often it is looked at: the
+ * guest, which runs on, may take several times what we take in one step
+ * before a limit binds.
  */
 
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+
 #include "internal.h"
+
+/* A step takes this share of the room, but not more nor less than these. */
+#define STEP_SHARE 8
+#define STEP_MOST (64ULL << 20)
+#define STEP_LEAST (1ULL << 20)
+
+/*
+ * What is left in any case: a window's copies, and page tables and mappings,
+ * which are charged, too.
+ */
+#define MARGIN_BYTES (4ULL << 20)
+#define MARGIN_SHARE 128
 
 /* What a hostile member may claim at most: far from any overflow. */
 #define CLAIM_MAX (1ULL << 50)
@@ -81,10 +103,10 @@ uint64_t dedup_cgroup_room(DedupEngine *e, DedupClaim kind)
     return least;
 }
 
-uint64_t dedup_restore_room(DedupEngine *e)
+/* What the host can give, less what other members have reserved. */
+static uint64_t host_room(DedupEngine *e)
 {
     uint64_t host = dedup_hostmem_available(e->hostmem);
-    uint64_t room = dedup_cgroup_room(e, DEDUP_CLAIM_RESERVED);
 
     host -= host == UINT64_MAX ? 0 : MIN(host, DEDUP_SPARE_BYTES);
     g_mutex_lock(&e->group_lock);
@@ -97,5 +119,189 @@ uint64_t dedup_restore_room(DedupEngine *e)
         }
     }
     g_mutex_unlock(&e->group_lock);
-    return MIN(host, room);
+    return host;
+}
+
+/* What is there for the holder of @res, and who has the least: *@who. */
+static uint64_t room_for(DedupEngine *e, const DedupReservation *res,
+                         const char **who)
+{
+    uint64_t host = host_room(e);
+    uint64_t room = dedup_cgroup_room(e, DEDUP_CLAIM_RESERVED);
+    uint64_t taken = __atomic_load_n(&e->reserved_bytes, __ATOMIC_RELAXED);
+
+    taken -= MIN(taken, res->bytes);
+    *who = room < host ? "the memory cgroup" : "the host";
+    room = MIN(host, room);
+    return room - MIN(room, taken);
+}
+
+uint64_t dedup_restore_room(DedupEngine *e)
+{
+    const char *who;
+
+    return room_for(e, &(DedupReservation) { 0 }, &who);
+}
+
+/* ---- file systems ---- */
+
+/* What the file system of an open file has left; tmpfs without a size: all. */
+static uint64_t file_room(int fd)
+{
+    struct statfs sfs;
+
+    if (fstatfs(fd, &sfs) < 0) {
+        return 0;
+    }
+    return sfs.f_blocks ? (uint64_t)sfs.f_bavail * sfs.f_bsize : UINT64_MAX;
+}
+
+/* Pages of @r that have no memory in its file, and may come back there. */
+static uint64_t pages_owed_to_file(const DedupRegion *r)
+{
+    return r->merged + r->broken + r->zero_mapped;
+}
+
+void dedup_need_add(DedupNeed *need, DedupRegion *r, uint64_t pages)
+{
+    uint64_t bytes = MIN(pages, pages_owed_to_file(r)) << DEDUP_PAGE_SHIFT;
+    unsigned i;
+
+    /* broken pages have their memory already */
+    need->memory += MIN(pages, r->merged + r->zero_mapped) <<
+                    DEDUP_PAGE_SHIFT;
+    if (!r->bounded || !bytes) {
+        return;
+    }
+    for (i = 0; i < need->nfiles && need->files[i].dev != r->dev; i++) {
+        ;
+    }
+    if (i == DEDUP_NEED_FILES) {
+        i--; /* the free space of one for the needs of two: the safe side */
+    } else if (i == need->nfiles) {
+        need->nfiles++;
+        need->files[i].dev = r->dev;
+        need->files[i].bytes = 0;
+        need->files[i].free = UINT64_MAX;
+    }
+    need->files[i].bytes += bytes;
+    need->files[i].free = MIN(need->files[i].free, file_room(r->fd));
+    g_strlcpy(need->files[i].id, r->id, sizeof(need->files[i].id));
+}
+
+bool dedup_file_has_room(DedupRegion *r)
+{
+    GPtrArray *regions = r->engine->regions;
+    uint64_t owed = 0;
+
+    if (!r->bounded) {
+        return true;
+    }
+    for (unsigned i = 0; i < regions->len; i++) {
+        const DedupRegion *other = g_ptr_array_index(regions, i);
+
+        if (other->bounded && other->dev == r->dev) {
+            owed += pages_owed_to_file(other);
+        }
+    }
+    return file_room(r->fd) >= owed << DEDUP_PAGE_SHIFT;
+}
+
+/* ---- the gate ---- */
+
+static void set_memory_error(GError **error, uint64_t needed, const char *who,
+                             uint64_t available)
+{
+    g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY,
+                "giving merged pages their own memory takes %"
+                G_GUINT64_FORMAT " MiB, but %s has only %" G_GUINT64_FORMAT
+                " MiB to spare", (needed + (1 << 20) - 1) >> 20, who,
+                available >> 20);
+}
+
+/* Do the file systems have @least bytes, and all that is needed, if less? */
+static bool check_files(const DedupNeed *need, uint64_t least,
+                        GError **error)
+{
+    for (unsigned i = 0; i < need->nfiles; i++) {
+        g_autofree char *who = NULL;
+
+        if (MIN(need->files[i].bytes, least) <= need->files[i].free) {
+            continue;
+        }
+        who = g_strdup_printf("the file system of memory '%s'",
+                              need->files[i].id);
+        set_memory_error(error, need->files[i].bytes, who,
+                         need->files[i].free);
+        return false;
+    }
+    return true;
+}
+
+static uint64_t margin(uint64_t bytes)
+{
+    return bytes ? MARGIN_BYTES + bytes / MARGIN_SHARE : 0;
+}
+
+/* Change what @res holds, and tell the others. */
+static void hold(DedupEngine *e, DedupReservation *res, uint64_t bytes)
+{
+    /* wraps around where it gets less */
+    __atomic_fetch_add(&e->reserved_bytes, bytes - res->bytes,
+                       __ATOMIC_RELAXED);
+    res->bytes = bytes;
+    dedup_stats_publish(e);
+}
+
+bool dedup_reserve(DedupEngine *e, DedupReservation *res,
+                   const DedupNeed *need, bool force, GError **error)
+{
+    uint64_t before = res->bytes;
+    uint64_t room;
+    const char *who;
+
+    /* reserve first, then look: two that ask at once see each other */
+    hold(e, res, need->memory);
+    if (force || DEDUP_MUTANT(NO_GATE)) {
+        return true;
+    }
+    room = room_for(e, res, &who);
+    room -= MIN(room, margin(need->memory));
+    if (need->memory > room) {
+        set_memory_error(error, need->memory, who, room);
+    } else if (check_files(need, UINT64_MAX, error)) {
+        return true;
+    }
+    hold(e, res, before);
+    return false;
+}
+
+uint64_t dedup_reserve_next(DedupEngine *e, DedupReservation *res,
+                            const DedupNeed *rest, bool force,
+                            GError **error)
+{
+    uint64_t room;
+    const char *who;
+
+    hold(e, res, rest->memory);
+    if (force || DEDUP_MUTANT(NO_GATE)) {
+        return STEP_MOST;
+    }
+    room = room_for(e, res, &who);
+    room -= MIN(room, margin(rest->memory));
+    if (MIN(rest->memory, STEP_LEAST) > room) {
+        set_memory_error(error, rest->memory, who, room);
+        return 0;
+    }
+    if (!check_files(rest, STEP_LEAST, error)) {
+        return 0;
+    }
+    return CLAMP(room / STEP_SHARE, STEP_LEAST, STEP_MOST);
+}
+
+void dedup_unreserve(DedupEngine *e, DedupReservation *res)
+{
+    if (res->bytes) {
+        hold(e, res, 0);
+    }
 }

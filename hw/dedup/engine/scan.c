@@ -26,6 +26,7 @@
 #include <sys/mman.h>
 
 #include "internal.h"
+#include "zeroes.h"
 
 #define FINGERPRINT_ZERO 1
 
@@ -336,7 +337,7 @@ static void settle_broken(DedupEngine *e, Chunk *c)
             continue;
         }
         dedup_lock(e);
-        if (!c->r->dead && !e->blocked) {
+        if (!c->r->dead && !e->blocked && dedup_file_has_room(c->r)) {
             bool all_broken = true;
 
             for (uint32_t k = first; k < first + n; k++) {
@@ -355,6 +356,8 @@ static void settle_broken(DedupEngine *e, Chunk *c)
 
 static void scan_chunk(DedupEngine *e, Chunk *c)
 {
+    DedupAction zero;
+
     c->nseen = c->nactions = c->nremotes = 0;
     if (!look(e, c)) {
         return;
@@ -365,8 +368,9 @@ static void scan_chunk(DedupEngine *e, Chunk *c)
 
         if (!s->zero) {
             decide(e, c, s);
-        } else if (s->stable && e->active.zero_pages) {
-            add_action(c, s->page, NULL, 0);
+        } else if (s->stable && e->active.zero_pages &&
+                   dedup_zeroes_action(c->r, s->page, &zero)) {
+            add_action(c, s->page, zero.segment, zero.index);
         }
     }
     ask_remotes(e, c);

@@ -77,17 +77,26 @@ static uint8_t *map_file(int fd, size_t size, GError **error)
     return map;
 }
 
-DedupBuilder *dedup_builder_new(GError **error)
+static int memfd_new(const char *name, GError **error)
 {
     const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
+    int fd = memfd_create(name, flags | MFD_NOEXEC_SEAL);
+
+    if (fd < 0 && errno == EINVAL) {
+        fd = memfd_create(name, flags);
+    }
+    if (fd < 0) {
+        set_error(error, "cannot create a memfd");
+    }
+    return fd;
+}
+
+DedupBuilder *dedup_builder_new(GError **error)
+{
     DedupBuilder *b = g_new0(DedupBuilder, 1);
 
-    b->fd = memfd_create("dedup-segment", flags | MFD_NOEXEC_SEAL);
-    if (b->fd < 0 && errno == EINVAL) {
-        b->fd = memfd_create("dedup-segment", flags);
-    }
+    b->fd = memfd_new("dedup-segment", error);
     if (b->fd < 0) {
-        set_error(error, "cannot create a memfd");
         g_free(b);
         return NULL;
     }
@@ -181,6 +190,31 @@ DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
     b->map = NULL;
 out:
     dedup_builder_free(b);
+    return s;
+}
+
+DedupSegment *dedup_segment_new_zeroes(GError **error)
+{
+    int fd = memfd_new("dedup-zeroes", error);
+    DedupSegment *s = NULL;
+    uint8_t *map;
+
+    if (fd < 0) {
+        return NULL;
+    }
+    if (ftruncate(fd, MAX_SIZE) < 0 ||
+        fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0) {
+        set_error(error, "cannot seal the memfd");
+        close(fd);
+        return NULL;
+    }
+    map = map_file(fd, MAX_SIZE, error);
+    if (map == MAP_FAILED) {
+        close(fd);
+        return NULL;
+    }
+    s = segment_new(fd, map, 0, DEDUP_SEGMENT_PAGES);
+    s->zeroes = true;
     return s;
 }
 

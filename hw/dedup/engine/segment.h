@@ -35,6 +35,7 @@ typedef struct DedupSegment {
     uint32_t no;          /* number in this process's table */
     uint16_t npages;
     bool mine;            /* this process published it */
+    bool zeroes;          /* sparse, all zero, without a gid: zeroes.c */
     int fd;
     const uint8_t *map;   /* read-only mapping of all pages */
     uint32_t refs;        /* guest pages merged or broken: maps hold it */
@@ -77,6 +78,12 @@ void dedup_builder_free(DedupBuilder *b);
  */
 DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
                                    GError **error);
+
+/*
+ * A segment of zeros without memory: it takes some where it is read.  NULL and
+ * @error when no memfd can be made.
+ */
+DedupSegment *dedup_segment_new_zeroes(GError **error);
 
 /* Unmaps, closes, frees.  Guest mappings keep the pages alive. */
 void dedup_segment_free(DedupSegment *s);

@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "internal.h"
+#include "zeroes.h"
 
 #define FIGURES_US (500 * 1000)
 /* They take about one part in so many of the scanner's time at most... */
@@ -62,7 +63,7 @@ static uint64_t resident(const void *array, size_t size)
 
 static uint64_t private_metadata(DedupEngine *e)
 {
-    uint64_t bytes = sizeof(*e) + dedup_scan_size() +
+    uint64_t bytes = sizeof(*e) + dedup_scan_size() + dedup_zeroes_bytes(e) +
                      resident(e->proof_buffer,
                               DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
 
@@ -88,7 +89,7 @@ void dedup_stats_publish(DedupEngine *e)
         .pid = getpid(),
         .pages_total = live(&e->pages_total),
         .pages_merged = live(&e->merged),
-        .zero_pages = live(&e->zero),
+        .zero_pages = live(&e->zero) + live(&e->zero_mapped),
         .reserved_bytes = live(&e->reserved_bytes),
     };
 
@@ -249,7 +250,8 @@ static void costly_figures(DedupEngine *e)
     e->stats.metadata_bytes = private + shared / members;
     e->stats.pages_merged_within = w.within;
     e->stats.pages_merged_between = w.between;
-    e->stats.bytes_saved = (int64_t)((live(&e->merged) + live(&e->zero)) <<
+    e->stats.bytes_saved = (int64_t)((live(&e->merged) + live(&e->zero) +
+                                      live(&e->zero_mapped)) <<
                                      DEDUP_PAGE_SHIFT) -
                            (int64_t)w.own_cost - (int64_t)e->overhead_bytes;
     e->stats.maps_used = e->maps_other + maps;
@@ -374,7 +376,7 @@ void dedup_engine_get_stats(DedupEngine *e, DedupStats *stats,
     own = __atomic_load_n(&e->own_present, __ATOMIC_RELAXED);
     stats->pages_present = MIN(MAX(own, 0) + stats->pages_merged,
                                stats->pages_total);
-    stats->zero_pages = live(&e->zero);
+    stats->zero_pages = live(&e->zero) + live(&e->zero_mapped);
     stats->cow_breaks = live(&e->cow_breaks);
     stats->pages_scanned = live(&e->pages_scanned);
     stats->cpu_time_ns = MAX(cpu, e->stats.cpu_time_ns);

@@ -4,100 +4,99 @@
  *
  * It is a walk over all regions on the scanner's thread, one window
  * (restore.c) per taking of the remap lock, so that nobody waits long.  It
- * looks at the host's memory as it goes and stops when that runs short; it
- * goes round again for pages that were pinned.
+ * reserves what it takes (room.h), looks at the room as it goes and stops when
+ * that runs short; it goes round again for pages that were pinned.
  *
- * Members of a group reserve what they are about to use, each in its slot of
- * the group's file, so that no two count on the same memory.
+ * The request, and what it has reserved, is guarded by the control lock: a
+ * new one may take its place at any time.
  */
 
 #include "internal.h"
 
-/* Windows between two looks at the host's memory: 64 MiB. */
-#define WINDOWS_PER_CHECK 256
-#define STEP_BYTES \
-    ((uint64_t)WINDOWS_PER_CHECK * DEDUP_WINDOW_PAGES * DEDUP_PAGE_SIZE)
+/* Windows in one step, after which the scanner looks for other requests. */
+#define STEP_WINDOWS 256
 /* Pause after a round that left pages, and when to give up without progress. */
 #define ROUND_US 20000
 #define GIVE_UP_US (3 * G_TIME_SPAN_SECOND)
 
-/* Bytes that restoring all would add: broken pages have their memory. */
-static uint64_t bytes_needed(DedupEngine *e)
+/* What restoring all that is merged takes. */
+static void need_all(DedupEngine *e, DedupNeed *need)
 {
-    uint64_t pages = 0;
-
+    *need = (DedupNeed) { 0 };
     dedup_lock(e);
     for (unsigned i = 0; i < e->regions->len; i++) {
         DedupRegion *r = g_ptr_array_index(e->regions, i);
 
-        pages += r->merged;
+        dedup_need_add(need, r, r->npages);
     }
     dedup_unlock(e);
-    return pages << DEDUP_PAGE_SHIFT;
 }
 
-static void reserve(DedupEngine *e, uint64_t bytes)
+bool dedup_engine_restore(DedupEngine *e, bool unmerge, bool force,
+                          GError **error)
 {
-    __atomic_store_n(&e->reserved_bytes, bytes, __ATOMIC_RELAXED);
-    dedup_stats_publish(e);
-}
+    DedupNeed need;
+    bool ok;
 
-static void set_memory_error(GError **error, uint64_t needed,
-                             uint64_t available)
-{
-    g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY,
-                "giving every merged page its own memory takes %"
-                G_GUINT64_FORMAT " MiB, but the host or the memory cgroup "
-                "has only %" G_GUINT64_FORMAT " MiB to spare",
-                (needed + (1 << 20) - 1) >> 20, available >> 20);
-}
-
-bool dedup_restore_begin(DedupEngine *e, bool force, GError **error)
-{
-    uint64_t before = __atomic_load_n(&e->reserved_bytes, __ATOMIC_RELAXED);
-    uint64_t needed = bytes_needed(e);
-    uint64_t available;
-
-    /* reserve first, then look: two members that ask at once see each other */
-    reserve(e, needed);
-    available = dedup_restore_room(e);
-    if (!force && needed > available) {
-        /* a request that is under way keeps what it reserved */
-        g_mutex_lock(&e->control);
-        __atomic_store_n(&e->reserved_bytes, e->restoring ? before : 0,
-                         __ATOMIC_RELAXED);
-        g_mutex_unlock(&e->control);
-        dedup_stats_publish(e);
-        set_memory_error(error, needed, available);
-        return false;
+    need_all(e, &need);
+    g_mutex_lock(&e->control);
+    /* a request that is under way keeps what it reserved, if this fails */
+    ok = dedup_reserve(e, &e->restore_reserved, &need, force, error);
+    if (ok) {
+        if (unmerge) {
+            e->params.run = false;
+        }
+        e->restoring = true;
+        e->restore_fresh = true;
+        e->restore_force = force;
     }
-    return true;
+    g_mutex_unlock(&e->control);
+    if (ok) {
+        dedup_kick(e);
+    }
+    return ok;
 }
 
-/* Restore up to one window from the cursor on; false: end of all regions. */
-static bool restore_next(DedupEngine *e)
+/* The region at or behind the cursor, or NULL; remap lock held. */
+static DedupRegion *region_at(DedupEngine *e, uint64_t at)
 {
-    bool more = false;
+    DedupRegion *next = NULL;
+
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        if (at < (uint64_t)r->base + r->npages &&
+            r->merged + r->broken + r->zero + r->zero_mapped &&
+            (!next || r->base < next->base)) {
+            next = r;
+        }
+    }
+    return next;
+}
+
+/*
+ * Restore up to one window from the cursor on.  *@taken: bytes that this took.
+ * False: end of all regions.
+ */
+static bool restore_next(DedupEngine *e, uint64_t *taken)
+{
+    DedupRegion *r;
 
     dedup_lock(e);
-    while (e->restore_region < e->regions->len) {
-        DedupRegion *r = g_ptr_array_index(e->regions, e->restore_region);
-        uint32_t page = e->restore_page;
-        unsigned n;
+    r = region_at(e, e->restore_at);
+    if (r) {
+        uint32_t page = MAX(e->restore_at, r->base) - r->base;
+        unsigned n = MIN(DEDUP_WINDOW_PAGES, r->npages - page);
+        uint64_t before = r->merged + r->zero_mapped;
 
-        if (!(r->merged + r->broken + r->zero) || page >= r->npages) {
-            e->restore_region++;
-            e->restore_page = 0;
-            continue;
-        }
-        n = MIN(DEDUP_WINDOW_PAGES, r->npages - page);
         dedup_restore_locked(r, page, n);
-        e->restore_page = page + n;
-        more = true;
-        break;
+        *taken = (before - (r->merged + r->zero_mapped)) << DEDUP_PAGE_SHIFT;
+        e->restore_lacks |= r->lacks;
+        r->lacks = 0;
+        e->restore_at = (uint64_t)r->base + page + n;
     }
     dedup_unlock(e);
-    return more;
+    return r != NULL;
 }
 
 /*
@@ -112,7 +111,7 @@ static void restore_end(DedupEngine *e, uint64_t left, GError *error)
     ours = e->restoring && !e->restore_fresh;
     if (ours) {
         e->restoring = false;
-        __atomic_store_n(&e->reserved_bytes, 0, __ATOMIC_RELAXED);
+        dedup_unreserve(e, &e->restore_reserved);
     }
     g_mutex_unlock(&e->control);
     if (ours) {
@@ -131,7 +130,8 @@ static void restore_end(DedupEngine *e, uint64_t left, GError *error)
 static uint64_t pages_left(DedupEngine *e)
 {
     return __atomic_load_n(&e->merged, __ATOMIC_RELAXED) +
-           __atomic_load_n(&e->broken, __ATOMIC_RELAXED);
+           __atomic_load_n(&e->broken, __ATOMIC_RELAXED) +
+           __atomic_load_n(&e->zero_mapped, __ATOMIC_RELAXED);
 }
 
 /* One round is over.  Returns false when the request has ended. */
@@ -139,10 +139,11 @@ static bool round_end(DedupEngine *e)
 {
     int64_t now = g_get_monotonic_time();
     uint64_t left = pages_left(e);
+    unsigned lacks = e->restore_lacks;
     GError *error = NULL;
 
-    e->restore_region = 0;
-    e->restore_page = 0;
+    e->restore_at = 0;
+    e->restore_lacks = 0;
     if (!left) {
         restore_end(e, 0, NULL);
         return false;
@@ -156,37 +157,45 @@ static bool round_end(DedupEngine *e)
         dedup_wait(e, ROUND_US);
         return true;
     }
-    g_set_error(&error, DEDUP_ERROR, DEDUP_ERROR_STATE,
-                "%" G_GUINT64_FORMAT " pages cannot be restored: a device "
-                "writes to them, or the process is at its limit of mappings",
-                left);
+    dedup_restore_error(left, lacks, &error);
     restore_end(e, left, error);
     return false;
+}
+
+/*
+ * How much may be taken in this step?  0 and @error: there is no room any
+ * more.
+ */
+static uint64_t look_at_room(DedupEngine *e, GError **error)
+{
+    uint64_t step = 1; /* of a request that was replaced: it begins anew */
+    DedupNeed rest;
+
+    need_all(e, &rest);
+    g_mutex_lock(&e->control);
+    if (e->restoring && !e->restore_fresh) {
+        step = dedup_reserve_next(e, &e->restore_reserved, &rest,
+                                  e->restore_force, error);
+    }
+    g_mutex_unlock(&e->control);
+    return step;
 }
 
 bool dedup_restore_step(DedupEngine *e)
 {
     GError *error = NULL;
-    uint64_t needed, available;
+    uint64_t step = look_at_room(e, &error);
+    uint64_t all = 0, taken = 0;
 
-    for (unsigned i = 0; i < WINDOWS_PER_CHECK; i++) {
-        if (!restore_next(e)) {
+    if (!step) {
+        restore_end(e, pages_left(e), error);
+        return false;
+    }
+    for (unsigned i = 0; i < STEP_WINDOWS && all < step; i++) {
+        if (!restore_next(e, &taken)) {
             return round_end(e);
         }
-    }
-
-    needed = bytes_needed(e);
-    g_mutex_lock(&e->control);
-    if (e->restoring && !e->restore_fresh) {
-        __atomic_store_n(&e->reserved_bytes, needed, __ATOMIC_RELAXED);
-    }
-    g_mutex_unlock(&e->control);
-    available = dedup_restore_room(e);
-    /* what the next step may take must be there: nobody looks during it */
-    if (!e->restore_force && available < MIN(needed, STEP_BYTES)) {
-        set_memory_error(&error, needed, available);
-        restore_end(e, needed >> DEDUP_PAGE_SHIFT, error);
-        return false;
+        all += taken;
     }
     dedup_stats_batch(e);
     return true;

@@ -84,8 +84,9 @@ static bool content_fits(const DedupRegion *r, const DedupAction *a)
 {
     const void *page = dedup_region_addr(r, a->page);
 
-    return a->segment ? dedup_page_equal(page, segment_page(a))
-                      : dedup_page_is_zero(page);
+    /* the segment of zeros gets memory where it is read */
+    return a->segment && !a->segment->zeroes ?
+           dedup_page_equal(page, segment_page(a)) : dedup_page_is_zero(page);
 }
 
 /* May this action still be done?  Touches both pages if so. */
@@ -122,9 +123,9 @@ static bool admit(const Window *w, DedupAction *a)
      * A first look: saves windows that would come to nothing.  All bytes
      * would cost as much as the judge, who looks at them anyway.
      */
-    return a->segment ? dedup_page_similar(dedup_region_addr(r, a->page),
-                                           segment_page(a))
-                      : content_fits(r, a);
+    return a->segment && !a->segment->zeroes ?
+           dedup_page_similar(dedup_region_addr(r, a->page),
+                              segment_page(a)) : content_fits(r, a);
 }
 
 static bool continues(const Run *run, const DedupRegion *r,
@@ -561,7 +562,9 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
     g_assert(actions[n - 1].page < r->npages);
 
     dedup_lock(e);
-    if (!r->dead && !r->closing && !e->blocked && e->uffd >= 0 &&
+    if (!r->dead && !dedup_file_has_room(r)) {
+        *limits |= DEDUP_LIMIT_FILE;
+    } else if (!r->dead && !r->closing && !e->blocked && e->uffd >= 0 &&
         dedup_presence(r, w.first, w.span, w.flags)) {
         for (unsigned i = 0; i < n; i++) {
             actions[i].done = false;

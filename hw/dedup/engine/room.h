@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Room: the one gate for memory that is taken on somebody's behalf.
+ *
+ * Whoever gives merged pages their own memory (an unmerge, a region that its
+ * owner wants back, a segment that is left, RAM that is taken from KSM) takes
+ * memory that the host, a memory cgroup or the file system of the RAM's file
+ * may not have.  There the answer is no error code but the OOM killer, or
+ * SIGBUS for the guest.  So it is reserved and looked for first, and again on
+ * the way, because others take memory meanwhile.
+ *
+ * Terms:
+ *   need         what something will take: memory, and blocks of file systems
+ *   reservation  memory that we are about to take: no other taker in this
+ *                process, nor another member of the group, counts on it
+ *   owed         what the guest may take at any time: pages without memory
+ *                of their own
+ *
+ * Any thread.  A DedupReservation belongs to its taker.
+ */
+
+#ifndef DEDUP_ROOM_H
+#define DEDUP_ROOM_H
+
+#include <glib.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "engine.h"
+
+/* Keep this much of MemAvailable for everybody else. */
+#define DEDUP_SPARE_BYTES (64ULL << 20)
+
+/* What of the other members' memory is taken off. */
+typedef enum DedupClaim {
+    DEDUP_CLAIM_OWED,         /* what they may still grow by, and publish */
+    DEDUP_CLAIM_RESERVED,     /* what they are about to restore */
+} DedupClaim;
+
+/* File systems that one need can name; more are looked at as if one. */
+#define DEDUP_NEED_FILES 4
+
+typedef struct DedupNeed {
+    uint64_t memory;          /* bytes */
+    unsigned nfiles;
+    struct {
+        dev_t dev;
+        uint64_t bytes;       /* to be written to its files */
+        uint64_t free;        /* what it has, when it was looked at */
+        char id[64];          /* of a region there, for messages */
+    } files[DEDUP_NEED_FILES];
+} DedupNeed;
+
+typedef struct DedupReservation {
+    uint64_t bytes;
+} DedupReservation;
+
+/* What our RAM may still grow by: pages without memory of their own. */
+uint64_t dedup_owed_bytes(DedupEngine *e);
+/* Bytes until a limit of our cgroups binds; UINT64_MAX if none has one. */
+uint64_t dedup_cgroup_room(DedupEngine *e, DedupClaim kind);
+/* What the host and the cgroups can give to one more taker. */
+uint64_t dedup_restore_room(DedupEngine *e);
+
+/*
+ * Add what restoring at most @pages pages of @r takes.  Remap lock held: it
+ * keeps @r's file open.
+ */
+void dedup_need_add(DedupNeed *need, DedupRegion *r, uint64_t pages);
+
+/*
+ * Could the file system of @r's file take back all that was punched out of
+ * its files?  True where no limit is possible (memfd).  Remap lock held.
+ */
+bool dedup_file_has_room(DedupRegion *r);
+
+/*
+ * Reserve @need in place of what @res holds.  False and DEDUP_ERROR_MEMORY
+ * with the figures if it is not there, unless @force: @res is as before then.
+ */
+bool dedup_reserve(DedupEngine *e, DedupReservation *res,
+                   const DedupNeed *need, bool force, GError **error);
+
+/*
+ * On the way: @rest is what is still to be taken of @res.  Returns how many
+ * bytes may be taken until the next look; 0 and DEDUP_ERROR_MEMORY if there
+ * is no room any more.
+ */
+uint64_t dedup_reserve_next(DedupEngine *e, DedupReservation *res,
+                            const DedupNeed *rest, bool force,
+                            GError **error);
+
+/* All was taken, or will not be. */
+void dedup_unreserve(DedupEngine *e, DedupReservation *res);
+
+#endif /* DEDUP_ROOM_H */

@@ -285,8 +285,8 @@ static FX_GUEST void store_page(FxRam *ram, uint32_t page, uint64_t seed)
 }
 
 /*
- * Somebody needs two regions whole, for which there is room to restore one:
- * refused before any is changed; so is the removal of one.
+ * Somebody needs a region whole, for which there is no room: refused before
+ * anything is changed; so are two, where there is room for one.
  */
 static void remove_in_cgroup(void *opaque)
 {
@@ -312,14 +312,6 @@ static void remove_in_cgroup(void *opaque)
     }
 
     g_assert_true(fx_cgroup_limit(in->cg, fx_cgroup_usage(in->cg) +
-                                  90 * MIB));
-    g_assert_false(dedup_engine_check_room(fe->e, regions, 2, &error));
-    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY);
-    g_assert_nonnull(strstr(error->message, "takes 128 MiB"));
-    g_clear_error(&error);
-    g_assert_true(dedup_engine_check_room(fe->e, regions, 1, &error));
-
-    g_assert_true(fx_cgroup_limit(in->cg, fx_cgroup_usage(in->cg) +
                                   60 * MIB));
     g_assert_false(dedup_region_remove(regions[0], true, &error));
     g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY);
@@ -328,6 +320,15 @@ static void remove_in_cgroup(void *opaque)
     assert_same_view(ram[0], &before[0]);
     g_assert_cmpuint(__atomic_load_n(&fe->e->reserved_bytes,
                                      __ATOMIC_RELAXED), ==, 0);
+
+    g_clear_error(&error);
+    g_assert_true(fx_cgroup_limit(in->cg, fx_cgroup_usage(in->cg) +
+                                  90 * MIB));
+    g_assert_false(dedup_engine_check_room(fe->e, regions, 2, &error));
+    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY);
+    g_assert_nonnull(strstr(error->message, "takes 128 MiB"));
+    g_clear_error(&error);
+    g_assert_true(dedup_engine_check_room(fe->e, regions, 1, &error));
 
     /* it stays closed: its owner wants it back */
     store_page(ram[0], 7, 99);

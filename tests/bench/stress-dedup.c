@@ -56,7 +56,7 @@ static int pages = 4096;
 
 void __wrap_dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
 {
-    uint32_t before = r->where[page];
+    uint32_t before = dedup_entry_at(r, page);
     unsigned ram = r->memory == DEDUP_MEMORY_SHARED ? 0 : 1;
     int what = -1;
 

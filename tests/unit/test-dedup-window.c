@@ -54,7 +54,7 @@ static void stop(FxEngine *fe)
 static void assert_ledger(const FxRam *ram)
 {
     for (uint32_t i = 0; i < PAGES; i++) {
-        g_assert_true(dedup_entry_is_segment(ram->region->where[i]) ==
+        g_assert_true(dedup_entry_is_segment(dedup_entry_at(ram->region, i)) ==
                       fx_is_merged(ram, i));
     }
     fx_assert_bytes(ram);

@@ -138,7 +138,7 @@ static bool peer_keyed_hash(void *opaque, uint32_t member_page,
 
     dedup_lock(e);
     if (dedup_region_find(e, member_page, &r, &page)) {
-        uint32_t entry = r->where[page];
+        uint32_t entry = dedup_entry_at(r, page);
 
         /* a merged page is there, without memory of its own */
         ok = dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN);

@@ -62,6 +62,11 @@ typedef enum DedupLack {
     DEDUP_LACK_FREEZE = 1 << 3,   /* the RAM cannot be frozen, or not now */
 } DedupLack;
 
+/* What the ledger has in a chunk; changed with it. */
+typedef struct DedupChunkSums {
+    uint16_t taken;           /* entries that are not DEDUP_OWN */
+} DedupChunkSums;
+
 struct DedupRegion {
     DedupEngine *engine;
     char *id;
@@ -81,7 +86,8 @@ struct DedupRegion {
     bool blind;               /* mincore() would not tell us, presence.c */
     bool dead;                /* removed; freed when the scanner lets go */
 
-    uint32_t *where;          /* the ledger; lazily populated */
+    uint32_t *entry;          /* the ledger: read by dedup_entry_at() only */
+    DedupChunkSums *sums;     /* of the ledger, one per chunk */
     uint16_t *fingerprint;    /* 0: not seen yet; lazily populated */
     uint8_t *area;
 
@@ -260,6 +266,17 @@ static inline uint32_t dedup_entry(uint32_t no, uint32_t page)
     return no * DEDUP_SEGMENT_PAGES + page + 1;
 }
 
+/*
+ * The entry of a page.  A chunk of own pages has none: to read it there would
+ * take memory for it on hosts without a shared page of zeros, and on all
+ * others a page table.
+ */
+static inline uint32_t dedup_entry_at(const DedupRegion *r, uint32_t page)
+{
+    return r->sums[page / DEDUP_CHUNK_PAGES].taken ? r->entry[page]
+                                                   : DEDUP_OWN;
+}
+
 /* Change one page's state, with all sums that follow from it. */
 void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
 /* Mappings that our own doing costs, segment views included. */
@@ -276,6 +293,11 @@ DedupSegment *dedup_entry_segment(DedupEngine *e, uint32_t entry);
 static inline uint8_t *dedup_region_addr(const DedupRegion *r, uint32_t page)
 {
     return r->host + ((uint64_t)page << DEDUP_PAGE_SHIFT);
+}
+
+static inline uint32_t dedup_region_chunks(const DedupRegion *r)
+{
+    return (r->npages + DEDUP_CHUNK_PAGES - 1) / DEDUP_CHUNK_PAGES;
 }
 
 static inline uint64_t dedup_region_file_offset(const DedupRegion *r,
@@ -297,6 +319,20 @@ bool dedup_region_held(const DedupRegion *r, uint32_t page);
 /* The region and page behind a member page number; false: there is none. */
 bool dedup_region_find(DedupEngine *e, uint32_t member_page,
                        DedupRegion **region, uint32_t *page);
+
+/*
+ * The region that holds member page @at, or the next one behind; NULL: none.
+ * So a member page number is a cursor that survives whatever comes or goes
+ * between two takings of the remap lock: go on at base + page, or at
+ * base + npages for the next region.  Remap lock held.
+ */
+DedupRegion *dedup_region_next(DedupEngine *e, uint32_t at);
+
+/* The page of a region where a walk with that cursor goes on. */
+static inline uint32_t dedup_region_at(const DedupRegion *r, uint32_t at)
+{
+    return at > r->base ? at - r->base : 0;
+}
 
 /* Re-apply the region's madvise() state to new mappings (M6). */
 void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n);

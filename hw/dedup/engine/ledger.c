@@ -16,6 +16,8 @@
  * written atomically because figures and policy read them without it.
  */
 
+#include <sys/mman.h>
+
 #include "internal.h"
 
 static void add(uint64_t *sum, int64_t delta)
@@ -54,10 +56,12 @@ static unsigned boundaries_around(const DedupRegion *r, uint32_t page)
     unsigned n = 0;
 
     if (page > 0) {
-        n += is_boundary(r, r->where[page - 1], r->where[page]);
+        n += is_boundary(r, dedup_entry_at(r, page - 1),
+                         dedup_entry_at(r, page));
     }
     if (page + 1 < r->npages) {
-        n += is_boundary(r, r->where[page], r->where[page + 1]);
+        n += is_boundary(r, dedup_entry_at(r, page),
+                         dedup_entry_at(r, page + 1));
     }
     return n;
 }
@@ -104,12 +108,43 @@ static bool has_memory(uint32_t entry)
            (dedup_entry_is_segment(entry) && (entry & DEDUP_BROKEN));
 }
 
+/* Nothing is in the ledger around a chunk any more: nor is there memory. */
+static void give_back(DedupRegion *r, uint32_t chunk)
+{
+    const uint32_t per_page = DEDUP_PAGE_SIZE / sizeof(r->entry[0]);
+    const uint32_t chunks = per_page / DEDUP_CHUNK_PAGES;
+    uint32_t first = chunk - chunk % chunks;
+    uint32_t end = MIN(first + chunks, dedup_region_chunks(r));
+
+    for (uint32_t c = first; c < end; c++) {
+        if (r->sums[c].taken) {
+            return;
+        }
+    }
+    /* all of it is zero: if it stays, it stays right */
+    madvise(r->entry + (size_t)first * DEDUP_CHUNK_PAGES, DEDUP_PAGE_SIZE,
+            MADV_DONTNEED);
+}
+
+static void store(DedupRegion *r, uint32_t page, uint32_t entry)
+{
+    uint32_t chunk = page / DEDUP_CHUNK_PAGES;
+    uint32_t before = r->entry[page];
+
+    r->entry[page] = entry;
+    r->sums[chunk].taken += (entry != DEDUP_OWN) - (before != DEDUP_OWN);
+    if (!r->sums[chunk].taken) {
+        give_back(r, chunk);
+    }
+}
+
 void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
 {
-    int memory = has_memory(entry) - has_memory(r->where[page]);
+    uint32_t old = dedup_entry_at(r, page);
+    int memory = has_memory(entry) - has_memory(old);
     unsigned before;
 
-    if (r->where[page] == entry) {
+    if (old == entry) {
         return;
     }
     __atomic_fetch_add(&r->engine->own_present, memory, __ATOMIC_RELAXED);
@@ -119,8 +154,8 @@ void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
     before = boundaries_around(r, page);
     /* in this order: the users of a segment that stays never are 0 */
     account(r, entry, 1);
-    account(r, r->where[page], -1);
-    r->where[page] = entry;
+    account(r, old, -1);
+    store(r, page, entry);
     add(&r->boundaries, (int64_t)boundaries_around(r, page) - before);
 }
 

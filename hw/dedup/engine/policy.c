@@ -199,7 +199,7 @@ static void leave_region(DedupEngine *e, DedupRegion *r)
         dedup_lock(e);
         for (uint32_t i = page, j; !r->dead && !e->blocked && i < end;
              i = j) {
-            for (j = i; j < end && is_leaving(e, r->where[j]); j++) {
+            for (j = i; j < end && is_leaving(e, dedup_entry_at(r, j)); j++) {
                 ;
             }
             if (j > i) {

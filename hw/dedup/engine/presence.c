@@ -186,7 +186,7 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
 
     g_assert(n <= DEDUP_CHUNK_PAGES);
     for (uint32_t i = 0; i < n; i++) {
-        if (dedup_entry_is_segment(r->where[first + i])) {
+        if (dedup_entry_is_segment(dedup_entry_at(r, first + i))) {
             segments_first = MIN(segments_first, i);
             segments_last = i;
         }
@@ -210,7 +210,7 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
         return false;
     }
     for (uint32_t i = 0; i < n; i++) {
-        if (!dedup_entry_is_segment(r->where[first + i])) {
+        if (!dedup_entry_is_segment(dedup_entry_at(r, first + i))) {
             flags[i] = resident[i] & 1 ? DEDUP_PRESENT : 0;
         }
     }

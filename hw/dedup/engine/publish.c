@@ -167,7 +167,7 @@ static int append(DedupEngine *e, DedupBatch *b, const DedupRegion *r,
 /* May a page be read, and is it worth merging?  Remap lock held. */
 static bool readable(DedupRegion *r, uint32_t page)
 {
-    uint32_t entry = r->where[page];
+    uint32_t entry = dedup_entry_at(r, page);
 
     return !r->dead && (entry == DEDUP_OWN || (dedup_entry_is_segment(entry) &&
                                                (entry & DEDUP_BROKEN))) &&
@@ -238,7 +238,7 @@ DedupPair dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
     uint32_t entry;
 
     dedup_lock(e);
-    entry = r2->dead ? DEDUP_OWN : r2->where[page2];
+    entry = r2->dead ? DEDUP_OWN : dedup_entry_at(r2, page2);
     if (dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN)) {
         /* it is published, but the hint does not say so: mend that */
         DedupSegment *s = dedup_entry_segment(e, entry);

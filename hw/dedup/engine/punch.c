@@ -89,10 +89,10 @@ void dedup_punch_late(DedupRegion *r, uint32_t first, uint32_t n)
         return;
     }
     for (uint32_t i = 0, j; i < n; i = j) {
-        bool merged = dedup_entry_is_segment(r->where[first + i]);
+        bool merged = dedup_entry_is_segment(dedup_entry_at(r, first + i));
 
-        for (j = i + 1; j < n &&
-             dedup_entry_is_segment(r->where[first + j]) == merged; j++) {
+        for (j = i + 1; j < n && merged ==
+             dedup_entry_is_segment(dedup_entry_at(r, first + j)); j++) {
             ;
         }
         if (merged && has_memory(r, first + i, j - i)) {

@@ -7,9 +7,10 @@
  * dedup_region_remove() returns.  Its struct lives on until the scanner,
  * which may remember it between two takings of the remap lock, has let go.
  *
- * Each region has three arrays, populated by the kernel as they are touched:
- * the ledger (4 bytes a page, touched only around merged pages), the
- * fingerprints (2 bytes a page) and a byte of flags per 2 MiB.
+ * Each region has arrays that are populated by the kernel as they are touched:
+ * the ledger (4 bytes a page, touched only around merged pages, see
+ * dedup_entry_at()), the fingerprints (2 bytes a page), and sums and flags per
+ * 2 MiB.
  */
 
 #include <errno.h>
@@ -33,15 +34,13 @@ static void *array_new(size_t size)
     return p;
 }
 
-static uint32_t region_chunks(const DedupRegion *r)
-{
-    return (r->npages + DEDUP_CHUNK_PAGES - 1) / DEDUP_CHUNK_PAGES;
-}
-
 static void region_free(DedupRegion *r)
 {
-    if (r->where) {
-        munmap(r->where, (size_t)r->npages * sizeof(r->where[0]));
+    if (r->entry) {
+        munmap(r->entry, (size_t)r->npages * sizeof(r->entry[0]));
+    }
+    if (r->sums) {
+        munmap(r->sums, dedup_region_chunks(r) * sizeof(r->sums[0]));
     }
     if (r->fingerprint) {
         munmap(r->fingerprint, (size_t)r->npages * sizeof(r->fingerprint[0]));
@@ -96,11 +95,12 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
     r->bounded = r->memory == DEDUP_MEMORY_SHARED &&
                  dedup_file_is_bounded(r->fd, &r->dev) &&
                  !DEDUP_MUTANT(PUNCH_ZEROES);
-    r->where = array_new((size_t)r->npages * sizeof(r->where[0]));
+    r->entry = array_new((size_t)r->npages * sizeof(r->entry[0]));
+    r->sums = array_new(dedup_region_chunks(r) * sizeof(r->sums[0]));
     r->fingerprint = array_new((size_t)r->npages *
                                sizeof(r->fingerprint[0]));
-    r->area = g_new0(uint8_t, region_chunks(r));
-    if (!r->where || !r->fingerprint) {
+    r->area = g_new0(uint8_t, dedup_region_chunks(r));
+    if (!r->entry || !r->sums || !r->fingerprint) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
                     "no memory to describe region '%s'", info->id);
         region_free(r);
@@ -130,7 +130,7 @@ static void forget_all(DedupRegion *r)
     for (uint32_t i = 0;
          r->merged + r->broken + r->zero + r->zero_mapped && i < r->npages;
          i++) {
-        if (r->where[i] != DEDUP_OWN) {
+        if (dedup_entry_at(r, i) != DEDUP_OWN) {
             dedup_ledger_set(r, i, DEDUP_OWN);
         }
     }
@@ -139,7 +139,7 @@ static void forget_all(DedupRegion *r)
 /* Where huge pages were forbidden, on behalf of zero pages, they may be. */
 static void allow_huge(DedupRegion *r)
 {
-    for (uint32_t i = 0; i < region_chunks(r); i++) {
+    for (uint32_t i = 0; i < dedup_region_chunks(r); i++) {
         uint32_t page = i * DEDUP_CHUNK_PAGES;
 
         if (r->area[i] & DEDUP_AREA_NOHUGE) {
@@ -227,6 +227,20 @@ bool dedup_region_find(DedupEngine *e, uint32_t member_page,
     return false;
 }
 
+DedupRegion *dedup_region_next(DedupEngine *e, uint32_t at)
+{
+    DedupRegion *next = NULL;
+
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        if (r->base + r->npages > at && (!next || r->base < next->base)) {
+            next = r;
+        }
+    }
+    return next;
+}
+
 void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n)
 {
     void *addr = dedup_region_addr(r, page);
@@ -306,7 +320,7 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
     uint32_t end = first + n;
 
     for (uint32_t i = first, j; i < end; i = j) {
-        uint32_t entry = r->where[i];
+        uint32_t entry = dedup_entry_at(r, i);
         bool mapped = dedup_entry_is_segment(entry) ||
                       (entry == DEDUP_ZERO &&
                        r->memory == DEDUP_MEMORY_PRIVATE_FILE);
@@ -318,7 +332,7 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
         if (!mapped) {
             continue;
         }
-        while (j < end && dedup_entry_is_segment(r->where[j])) {
+        while (j < end && dedup_entry_is_segment(dedup_entry_at(r, j))) {
             j++;
         }
         if (!dedup_region_map_own(r, i, j - i)) {
@@ -346,7 +360,7 @@ static uint32_t count_content(DedupRegion *r, uint32_t first, uint32_t n)
         k = MIN(end - first, DEDUP_CHUNK_PAGES);
         known = dedup_presence(r, first, k, flags);
         for (uint32_t i = 0; i < k; i++) {
-            count += !known || r->where[first + i] != DEDUP_OWN ||
+            count += !known || dedup_entry_at(r, first + i) != DEDUP_OWN ||
                      (flags[i] & DEDUP_PRESENT);
         }
     }

@@ -38,12 +38,12 @@ typedef struct Span {
 
 static bool trim(Span *s)
 {
-    while (s->n && !dedup_entry_is_segment(s->r->where[s->first])) {
+    while (s->n && !dedup_entry_is_segment(dedup_entry_at(s->r, s->first))) {
         s->first++;
         s->n--;
     }
     while (s->n &&
-           !dedup_entry_is_segment(s->r->where[s->first + s->n - 1])) {
+           !dedup_entry_is_segment(dedup_entry_at(s->r, s->first + s->n - 1))) {
         s->n--;
     }
     return s->n > 0;
@@ -55,7 +55,9 @@ static unsigned choose(Span *s)
     unsigned taken = 0;
 
     for (uint32_t i = 0; i < s->n; i++) {
-        s->take[i] = dedup_entry_is_segment(s->r->where[s->first + i]) &&
+        uint32_t entry = dedup_entry_at(s->r, s->first + i);
+
+        s->take[i] = dedup_entry_is_segment(entry) &&
                      !dedup_region_pinned(s->r, s->first + i);
         taken += s->take[i];
     }
@@ -219,7 +221,7 @@ static bool choose_whole(Span *s, bool *move)
                  dedup_presence(s->r, s->first, s->n, flags);
 
     for (uint32_t i = 0; i < s->n; i++) {
-        bool own = !dedup_entry_is_segment(s->r->where[s->first + i]);
+        bool own = !dedup_entry_is_segment(dedup_entry_at(s->r, s->first + i));
 
         move[i] = s->take[i];
         if (!whole) {
@@ -374,7 +376,7 @@ static void populate(Span *s)
 {
     for (uint32_t i = 0; i < s->n; i++) {
         uint32_t page = s->first + i;
-        uint32_t entry = s->r->where[page];
+        uint32_t entry = dedup_entry_at(s->r, page);
 
         if (dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN) &&
             madvise(dedup_region_addr(s->r, page), DEDUP_PAGE_SIZE,
@@ -395,7 +397,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
         return 0;
     }
     for (uint32_t i = first; i < first + n; i++) {
-        if (r->where[i] == DEDUP_ZERO) {
+        if (dedup_entry_at(r, i) == DEDUP_ZERO) {
             dedup_ledger_set(r, i, DEDUP_OWN);
         }
     }
@@ -417,7 +419,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
         }
     }
     for (uint32_t i = first; i < first + n; i++) {
-        if (dedup_entry_is_segment(r->where[i])) {
+        if (dedup_entry_is_segment(dedup_entry_at(r, i))) {
             left++;
             r->lacks |= dedup_region_pinned(r, i) ? DEDUP_LACK_UNPINNED : 0;
         }

@@ -73,7 +73,7 @@ static uint16_t fingerprint(uint64_t hash)
 static void sync_entry(DedupEngine *e, DedupRegion *r, uint32_t page,
                        uint8_t flags)
 {
-    uint32_t entry = r->where[page];
+    uint32_t entry = dedup_entry_at(r, page);
     bool memory = flags & (DEDUP_PRESENT | DEDUP_SWAPPED);
 
     if (entry == DEDUP_OWN || !memory) {
@@ -112,7 +112,7 @@ static void hash_page(DedupEngine *e, Chunk *c, uint32_t page)
     uint16_t f;
 
     s->page = page;
-    s->broken = r->where[page] != DEDUP_OWN;
+    s->broken = dedup_entry_at(r, page) != DEDUP_OWN;
     s->zero = dedup_page_is_zero(addr);
     s->hash = s->zero ? 0 : dedup_page_hash(addr, e->salt);
     f = s->zero ? FINGERPRINT_ZERO : fingerprint(s->hash);
@@ -341,7 +341,7 @@ static void settle_broken(DedupEngine *e, Chunk *c)
             bool all_broken = true;
 
             for (uint32_t k = first; k < first + n; k++) {
-                uint32_t entry = c->r->where[k];
+                uint32_t entry = dedup_entry_at(c->r, k);
 
                 all_broken &= dedup_entry_is_segment(entry) &&
                               (entry & DEDUP_BROKEN);

@@ -72,7 +72,7 @@ static uint64_t private_metadata(DedupEngine *e)
         DedupRegion *r = g_ptr_array_index(e->regions, i);
 
         bytes += sizeof(*r) + r->npages / DEDUP_CHUNK_PAGES +
-                 resident(r->where, r->npages * sizeof(r->where[0])) +
+                 resident(r->entry, r->npages * sizeof(r->entry[0])) +
                  resident(r->fingerprint,
                           r->npages * sizeof(r->fingerprint[0]));
     }

@@ -71,8 +71,8 @@ typedef struct Window {
 
 static bool is_broken(const DedupRegion *r, uint32_t page)
 {
-    return dedup_entry_is_segment(r->where[page]) &&
-           (r->where[page] & DEDUP_BROKEN);
+    return dedup_entry_is_segment(dedup_entry_at(r, page)) &&
+           (dedup_entry_at(r, page) & DEDUP_BROKEN);
 }
 
 static const void *segment_page(const DedupAction *a)
@@ -93,7 +93,7 @@ static bool content_fits(const DedupRegion *r, const DedupAction *a)
 static bool admit(const Window *w, DedupAction *a)
 {
     const DedupRegion *r = w->r;
-    uint32_t entry = r->where[a->page];
+    uint32_t entry = dedup_entry_at(r, a->page);
     uint8_t flags = w->flags[a->page - w->first];
 
     if (!a->segment && entry == DEDUP_ZERO) {
@@ -171,7 +171,7 @@ static void enter_split_zeroes(DedupRegion *r, uintptr_t huge)
     }
     for (uint32_t i = 0; i < end - first; i++) {
         if ((flags[i] & DEDUP_ZERO_MAPPED) &&
-            r->where[first + i] == DEDUP_OWN) {
+            dedup_entry_at(r, first + i) == DEDUP_OWN) {
             dedup_ledger_set(r, first + i, DEDUP_ZERO);
         }
     }
@@ -276,7 +276,7 @@ static void flush_shared(Window *w)
     DedupRegion *r = w->r;
 
     for (uint32_t i = 0; i < w->span; i++) {
-        if (dedup_entry_is_segment(r->where[w->first + i])) {
+        if (dedup_entry_is_segment(dedup_entry_at(r, w->first + i))) {
             return;
         }
     }

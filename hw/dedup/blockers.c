@@ -200,6 +200,10 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
                         "merged need it if they are written");
     case DEDUP_BLOCKED_REASON_FILE_DESCRIPTORS:
         return g_strdup("raise the limit of open files (RLIMIT_NOFILE)");
+    case DEDUP_BLOCKED_REASON_FILE_SYSTEM_FULL:
+        return g_strdup("make room on the tmpfs of the RAM's file, or enlarge "
+                        "it (mount -o remount,size=...): it could not take "
+                        "back what is merged");
     case DEDUP_BLOCKED_REASON_INDEX_FULL:
         return g_strdup("split the group: its index is full");
     case DEDUP_BLOCKED_REASON__MAX:
@@ -218,6 +222,7 @@ static uint32_t limits_to_reasons(unsigned limits)
         { DEDUP_LIMIT_MEMORY, DEDUP_BLOCKED_REASON_MEMORY },
         { DEDUP_LIMIT_FDS, DEDUP_BLOCKED_REASON_FILE_DESCRIPTORS },
         { DEDUP_LIMIT_INDEX, DEDUP_BLOCKED_REASON_INDEX_FULL },
+        { DEDUP_LIMIT_FILE, DEDUP_BLOCKED_REASON_FILE_SYSTEM_FULL },
     };
     uint32_t r = 0;
     int i;

@@ -48,6 +48,8 @@
  * @region: the engine's, NULL if it does not work on the block; lock
  * @flags: what the engine was told, enum DedupRegionFlags
  * @leaving: the worker is to remove the region, with contents; lock
+ * @closed: it tried and failed, and the engine merges nothing there until it
+ *     is told that the block may stay; lock
  * @busy: the worker is removing it right now, and @region is NULL; lock
  * @leased: the worker watches a lease on rb->fd; lock
  * @from_ksm: the engine took it from KSM, and it was not given back yet
@@ -66,6 +68,7 @@ typedef struct DedupBlock {
     DedupRegion *region;
     unsigned flags;
     bool leaving;
+    bool closed;
     bool busy;
     bool leased;
     bool from_ksm;
@@ -222,6 +225,13 @@ void dedup_ram_update(DedupScanner *ds);
 /* @lean: put the regions' mappings back to what they were; else leave all */
 void dedup_ram_stop(DedupScanner *ds, bool lean);
 void dedup_ram_destroy(DedupScanner *ds);
+/*
+ * Is there memory to restore all blocks that @needed is true for?  To be asked
+ * before the first of them is made to leave: then nothing has changed if
+ * there is not.
+ */
+bool dedup_ram_check_room(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
+                          Error **errp);
 /*
  * Wait until no block that is not eligible is merged, of those that @needed
  * is true for (all if NULL).  May release and take the BQL.

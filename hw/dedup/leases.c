@@ -136,12 +136,15 @@ static void restore_failed(DedupBlock *block, GError *error)
         g_error_free(error);
         return;
     }
-    block->error = error;
-    if (block->opened) {
-        warn_report_once("dedup-scanner: RAM whose file was opened by "
-                         "another process cannot be restored yet: %s",
-                         error->message);
+    if (!block->error) {
+        /* Not with each attempt */
+        warn_report("dedup-scanner: memory '%s'%s cannot be restored yet: %s",
+                    block->id, block->opened ?
+                    ", whose file another process has opened," : "",
+                    error->message);
     }
+    g_clear_error(&block->error);
+    block->error = error;
 }
 
 /* Remove a region with its contents.  On the worker; lock held, released. */
@@ -162,15 +165,17 @@ static void worker_restore(DedupScanner *ds, DedupBlock *block)
         block->busy = false;
         trace_dedup_block_restore(block->id, ok);
     }
-    g_clear_error(&block->error);
     if (ok) {
+        g_clear_error(&block->error);
         block->leaving = false;
+        block->closed = false;
         block->tries = 0;
         lease_release(block);
     } else {
         restore_failed(block, error);
-        /* Still merged, and not to be merged further */
+        /* Still merged; the engine does not merge it further. */
         block->region = region;
+        block->closed = true;
     }
     qemu_cond_broadcast(&ram->changed);
     qemu_bh_schedule(ds->update_bh);

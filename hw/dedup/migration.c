@@ -60,12 +60,13 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
             dedup_scanner_recheck(ds);
         } else {
             /* Blocks that are ignored are not eligible any more: ram.c. */
-            m->whole = true;
-            dedup_scanner_recheck(ds);
-            ok = dedup_ram_wait_whole(ds, migrate_ram_is_ignored, errp);
-            if (!ok) {
-                m->whole = false;
+            ok = dedup_ram_check_room(ds, migrate_ram_is_ignored, errp);
+            if (ok) {
+                m->whole = true;
+                dedup_scanner_recheck(ds);
+                ok = dedup_ram_wait_whole(ds, migrate_ram_is_ignored, errp);
             }
+            m->whole = ok;
         }
         break;
     case MIG_EVENT_PRECOPY_DONE:

@@ -102,6 +102,10 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
             /* Too late if the worker is at it: then it enters again. */
             block->leaving = false;
             g_clear_error(&block->error);
+            if (block->closed && block->region) {
+                block->closed = false;
+                dedup_region_open(block->region);
+            }
         } else if (!block->leaving && (block->region || block->leased)) {
             block->leaving = true;
             block->tries = 0;
@@ -225,9 +229,12 @@ static bool guard_whole_begin(void *opaque, RAMBlock *rb, Error **errp)
     if (!ds->started) {
         return true;
     }
-    /* The user is on the guard's list already: no block may stay. */
-    dedup_scanner_recheck(ds);
-    ok = dedup_ram_wait_whole(ds, is_needed_whole, errp);
+    ok = dedup_ram_check_room(ds, is_needed_whole, errp);
+    if (ok) {
+        /* The user is on the guard's list already: no block may stay. */
+        dedup_scanner_recheck(ds);
+        ok = dedup_ram_wait_whole(ds, is_needed_whole, errp);
+    }
     if (!ok) {
         error_append_hint(errp, "Stop dedup-scanner '%s' with dedup-unmerge "
                           "on a host that has the memory.\n",
@@ -333,6 +340,44 @@ static bool is_whole(DedupRam *ram, bool (*needed)(RAMBlock *rb),
     return whole;
 }
 
+bool dedup_ram_check_room(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
+                          Error **errp)
+{
+    g_autoptr(GPtrArray) regions = g_ptr_array_new();
+    g_autoptr(GError) gerr = NULL;
+    DedupBlock *block;
+
+    assert(bql_locked());
+    /* Under the lock: the worker removes none of them meanwhile. */
+    QEMU_LOCK_GUARD(&ds->ram.lock);
+    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
+        if (block->region && needed(block->rb)) {
+            g_ptr_array_add(regions, block->region);
+        }
+    }
+    if (!dedup_engine_check_room(ds->engine, (DedupRegion **)regions->pdata,
+                                 regions->len, &gerr)) {
+        error_setg(errp, "%s", gerr->message);
+        return false;
+    }
+    return true;
+}
+
+/* What failed for somebody else may go now.  Lock held. */
+static void try_again(DedupScanner *ds, bool (*needed)(RAMBlock *rb))
+{
+    DedupBlock *block;
+
+    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
+        if (block->leaving && block->error && needed(block->rb)) {
+            g_clear_error(&block->error);
+            block->tries = 0;
+            block->retry_ms = 0;
+            dedup_worker_kick(ds);
+        }
+    }
+}
+
 bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
                           Error **errp)
 {
@@ -342,6 +387,7 @@ bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
 
     assert(bql_locked());
     qemu_mutex_lock(&ram->lock);
+    try_again(ds, needed);
     while (!(whole = is_whole(ram, needed, &failed)) && !failed) {
         wait_worker(ram);
     }

@@ -203,6 +203,10 @@ class Cgroup:
         """Shell words that put the shell itself into the group."""
         return 'echo $$ > %s/cgroup.procs' % self.path
 
+    def enter(self, pid):
+        """Move a process that runs into the group."""
+        self._write('cgroup.procs', pid)
+
     def usage(self):
         """Bytes charged to the group."""
         return int(self._read(self._current))

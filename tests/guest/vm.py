@@ -65,11 +65,12 @@ class VM:
     def __init__(self, name, ram=192, backing='memfd-shared', accel='tcg',
                  dedup=None, group=None, cgroup=None, disk=None, aio='threads',
                  balloon=False, hotplug=False, incoming=None, bios=None,
-                 qemu=host.QEMU, env=None, extra=()):
+                 qemu=host.QEMU, env=None, ram_path=None, extra=()):
         """@ram in MiB.  @dedup: properties of the dedup-scanner object, None
         for no object.  @disk: a raw file, read only, cache=none.  @bios: boot
         this ROM instead of Linux; its serial port is .serial_port then.
-        @env: added to the environment."""
+        @env: added to the environment.  @ram_path: where the file of
+        file-shared and file-private is made."""
         VM.serial += 1
         self.number = VM.serial
         self.name = name
@@ -92,7 +93,7 @@ class VM:
         options = BACKINGS[backing]
         if options:
             if '{path}' in options:
-                self.ram_file = os.path.join(shm_scratch(), 'ram')
+                self.ram_file = ram_path or os.path.join(shm_scratch(), 'ram')
                 options = options.format(path=self.ram_file)
             args += ['-object', '%s,id=ram0,size=%dM' % (options, ram)]
             machine += ',memory-backend=ram0'

@@ -63,6 +63,9 @@ typedef struct RamGuard {
     struct rcu_head rcu;
     const RamGuardOps *ops;
     void *opaque;
+    /* Threads that are in a callback without the BQL: a discard each */
+    unsigned visitors;
+    QemuEvent left;
 } RamGuard;
 
 /* Written under the BQL, read under RCU or the BQL. */
@@ -92,8 +95,51 @@ bool ram_guard_register(const RamGuardOps *ops, void *opaque)
     new = g_new0(RamGuard, 1);
     new->ops = ops;
     new->opaque = opaque;
+    qemu_event_init(&new->left, false);
     qatomic_rcu_set(&guard, new);
     return true;
+}
+
+static void guard_free(RamGuard *g)
+{
+    qemu_event_destroy(&g->left);
+    g_free(g);
+}
+
+/*
+ * Whoever calls back without the BQL is a visitor: from then on it is waited
+ * for before the one who replaces RAM goes.  Not by RCU: a grace period waits
+ * for vCPUs in their read sections, and those may wait for the BQL that the
+ * waiter holds.
+ */
+static RamGuard *guard_enter(void)
+{
+    RamGuard *g;
+
+    RCU_READ_LOCK_GUARD();
+    g = qatomic_rcu_read(&guard);
+    if (!g) {
+        return NULL;
+    }
+    qatomic_inc(&g->visitors);
+    /* Pairs with the barrier in ram_guard_unregister(). */
+    smp_mb__after_rmw();
+    if (qatomic_read(&guard) == g) {
+        return g;
+    }
+    if (qatomic_fetch_dec(&g->visitors) == 1) {
+        qemu_event_set(&g->left);
+    }
+    return NULL;
+}
+
+static void guard_leave(RamGuard *g)
+{
+    /* It may be freed as soon as nobody visits it. */
+    RCU_READ_LOCK_GUARD();
+    if (qatomic_fetch_dec(&g->visitors) == 1) {
+        qemu_event_set(&g->left);
+    }
 }
 
 void ram_guard_unregister(void)
@@ -103,9 +149,16 @@ void ram_guard_unregister(void)
     assert(bql_locked());
     assert(old && !whole_busy);
     qatomic_rcu_set(&guard, NULL);
-    /* A discard callback on another thread may be running: it needs no BQL. */
-    synchronize_rcu();
-    g_free(old);
+    /* Pairs with the barrier in guard_enter(). */
+    smp_mb();
+    /* A visitor takes no BQL: it is between two system calls. */
+    while (qatomic_read(&old->visitors)) {
+        qemu_event_reset(&old->left);
+        if (qatomic_read(&old->visitors)) {
+            qemu_event_wait(&old->left);
+        }
+    }
+    call_rcu(old, guard_free, rcu);
 }
 
 bool ram_guard_whole_busy(void)
@@ -223,18 +276,19 @@ void ram_guard_dma_again(void *ptr, ram_addr_t length, bool is_write)
 bool ram_guard_discard_begin(RamGuardDiscard *d, RAMBlock *rb,
                              ram_addr_t start, size_t length)
 {
-    RamGuard *g;
+    /* A visitor until the end: so the one who replaces stays registered. */
+    RamGuard *g = guard_enter();
 
-    /* Held until the end: so the one who replaces stays registered. */
-    rcu_read_lock();
-    g = qatomic_rcu_read(&guard);
-    if (g && g->ops->discard_begin(g->opaque, rb, start, length)) {
+    d->guard = NULL;
+    if (!g) {
+        return true;
+    }
+    if (g->ops->discard_begin(g->opaque, rb, start, length)) {
         d->guard = g;
         return true;
     }
-    d->guard = NULL;
-    rcu_read_unlock();
-    return !g;
+    guard_leave(g);
+    return false;
 }
 
 bool ram_guard_discard_host_begin(RamGuardDiscard *d, void *host,
@@ -259,11 +313,13 @@ void ram_guard_hold(RamGuardDiscard *d)
 
 static bool needs_discards(void)
 {
-    RamGuard *g;
+    RamGuard *g = guard_enter();
+    bool needs = g && g->ops->needs_discards(g->opaque);
 
-    RCU_READ_LOCK_GUARD();
-    g = qatomic_rcu_read(&guard);
-    return g && g->ops->needs_discards(g->opaque);
+    if (g) {
+        guard_leave(g);
+    }
+    return needs;
 }
 
 void ram_guard_explain_busy(void)
@@ -287,7 +343,7 @@ void ram_guard_discard_end(RamGuardDiscard *d)
     if (g) {
         d->guard = NULL;
         g->ops->discard_end(g->opaque);
-        rcu_read_unlock();
+        guard_leave(g);
     }
 }
 

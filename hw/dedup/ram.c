@@ -199,7 +199,7 @@ static void memory_commit(MemoryListener *listener)
     qemu_bh_schedule(ds->update_bh);
 }
 
-/* On any thread, in an RCU read-side critical section, without the BQL. */
+/* On any thread, with or without the BQL. */
 static bool guard_discard_begin(void *opaque, RAMBlock *rb, ram_addr_t start,
                                 size_t length)
 {

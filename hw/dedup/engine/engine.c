@@ -340,7 +340,7 @@ static void reopen(DedupEngine *e)
 {
     dedup_lock(e);
     if (e->uffd < 0) {
-        e->uffd = dedup_freeze_open(NULL);
+        __atomic_store_n(&e->uffd, dedup_freeze_open(NULL), __ATOMIC_RELAXED);
     }
     dedup_unlock(e);
 }
@@ -517,12 +517,8 @@ char *dedup_engine_group_error(DedupEngine *e)
 
 bool dedup_engine_lost_userfaultfd(DedupEngine *e)
 {
-    bool lost;
-
-    dedup_lock(e);
-    lost = e->uffd < 0;
-    dedup_unlock(e);
-    return lost;
+    /* no lock: the caller may be one that nobody should wait for */
+    return __atomic_load_n(&e->uffd, __ATOMIC_RELAXED) < 0;
 }
 
 void dedup_engine_get_params(DedupEngine *e, DedupParams *params)

@@ -220,7 +220,7 @@ void dedup_freeze_end(int *uffd, void *addr, size_t len)
         }
         ioctl(*uffd, UFFDIO_WAKE, &range);
         close(*uffd);
-        *uffd = -1;
+        __atomic_store_n(uffd, -1, __ATOMIC_RELAXED);
         return;
     }
     if (!DEDUP_MUTANT(NO_WAKE)) {

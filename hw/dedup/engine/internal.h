@@ -146,7 +146,7 @@ typedef struct DedupLook {
 struct DedupEngine {
     DedupCallbacks callbacks;
     void *opaque;
-    int uffd;
+    int uffd;                 /* remap lock; read by anyone, atomic */
     int pagemap_fd;
     int self_pidfd;
     bool has_pagemap_scan;

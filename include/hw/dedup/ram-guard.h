@@ -42,8 +42,8 @@ typedef struct RamGuardDiscard {
  * @discard_begin: memory of @rb from @start on is about to be thrown away by
  *   madvise() or fallocate().  Put the block's own mapping back there, the
  *   contents need not survive, and replace nothing until @discard_end.
- *   Called on any thread, with or without the BQL, inside an RCU read-side
- *   critical section; must not take the BQL.  Returns false if the memory
+ *   Called on any thread, with or without the BQL; must not take the BQL, nor
+ *   may the caller before @discard_end.  Returns false if the memory
  *   for it cannot be had; then nothing is discarded, and @discard_end is not
  *   called.  With @rb NULL nothing is discarded, only nothing replaced;
  *   cannot fail.
@@ -96,7 +96,8 @@ bool ram_guard_register(const RamGuardOps *ops, void *opaque);
 /**
  * ram_guard_unregister - undo ram_guard_register()
  *
- * BQL held.  When it returns no callback is running, nor will be.  Must not
+ * BQL held.  When it returns no callback is running, nor will be: waits for
+ * discards that are under way, a system call each.  Must not
  * be called while @whole_begin or @prepare_remove runs, see
  * ram_guard_whole_busy().
  */
@@ -172,8 +173,8 @@ const uint16_t *ram_guard_dma_maps(const RAMBlock *rb, bool is_write);
  * @length: how many bytes
  *
  * Any thread.  Call it before madvise() or fallocate(), and the other one
- * after: in between nothing is replaced, the caller is in an RCU read-side
- * critical section, and it must not touch guest RAM.
+ * after: in between nothing is replaced, and the caller must not touch guest
+ * RAM, nor take the BQL.  The caller sees to it that @rb stays (BQL or RCU).
  *
  * Returns: false when the memory must not be discarded, because the block's
  * own mapping could not be put back: out of memory.

@@ -84,6 +84,7 @@ typedef struct DedupBlock {
  * struct DedupRam - all RAM blocks, and the worker
  * @lock: protects @blocks against the worker, and what DedupBlock says
  * @changed: the worker has ended something
+ * @attempts: how often; lock
  * @blocks: written with the BQL and @lock held
  * @worker: thread that gives memory back
  * @worker_tid: its thread ID, 0 while there is none
@@ -94,6 +95,7 @@ typedef struct DedupBlock {
 typedef struct DedupRam {
     QemuMutex lock;
     QemuCond changed;
+    unsigned attempts;
     QTAILQ_HEAD(, DedupBlock) blocks;
     RAMBlockNotifier notifier;
     MemoryListener listener;

@@ -177,6 +177,7 @@ static void worker_restore(DedupScanner *ds, DedupBlock *block)
         block->region = region;
         block->closed = true;
     }
+    ram->attempts++;
     qemu_cond_broadcast(&ram->changed);
     qemu_bh_schedule(ds->update_bh);
 }

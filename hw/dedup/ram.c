@@ -16,6 +16,7 @@
 
 #include "qemu/osdep.h"
 #include <sys/eventfd.h>
+#include "block/block.h"
 #include "exec/address-spaces.h"
 #include "exec/cpu-common.h"
 #include "exec/ramblock.h"
@@ -251,12 +252,70 @@ static void guard_whole_end(void *opaque, RAMBlock *rb)
 }
 
 /*
+ * Is there nothing left to restore but pages that a device writes to?
+ * Lock held.
+ */
+static bool is_pinned(DedupRam *ram)
+{
+    DedupBlock *block;
+    bool pinned = false;
+
+    QTAILQ_FOREACH(block, &ram->blocks, next) {
+        if (block->busy || (block->leaving && block->region &&
+                            !block->tries && !block->error)) {
+            return false;
+        }
+        pinned = pinned || (block->leaving && block->tries);
+    }
+    return pinned;
+}
+
+/*
+ * Transfers end in the main loop, which is where we wait: so they are made to
+ * end first, and none begins before the worker has tried again.  What it finds
+ * is little, so the BQL is kept: a vCPU would begin the next transfer.
+ * BQL and lock held.
+ */
+static void retry_drained(DedupScanner *ds)
+{
+    DedupRam *ram = &ds->ram;
+    DedupBlock *block;
+
+    qemu_mutex_unlock(&ram->lock);
+    bdrv_drain_all_begin();
+    qemu_mutex_lock(&ram->lock);
+    if (is_pinned(ram)) {
+        unsigned attempts = ram->attempts;
+
+        QTAILQ_FOREACH(block, &ram->blocks, next) {
+            if (block->leaving && block->tries) {
+                block->retry_ms = 0;
+            }
+        }
+        dedup_worker_kick(ds);
+        while (ram->attempts == attempts) {
+            qemu_cond_wait(&ram->changed, &ram->lock);
+        }
+    }
+    trace_dedup_ram_drained(ram->attempts);
+    qemu_mutex_unlock(&ram->lock);
+    bdrv_drain_all_end();
+    qemu_mutex_lock(&ram->lock);
+}
+
+/*
  * Wait for the worker.  It does not need the BQL, but the vCPUs do, and it
  * may last.  As in run_on_cpu(), the caller has to expect changes.  BQL and
  * lock held.
  */
-static void wait_worker(DedupRam *ram)
+static void wait_worker(DedupScanner *ds)
 {
+    DedupRam *ram = &ds->ram;
+
+    if (is_pinned(ram)) {
+        retry_drained(ds);
+        return;
+    }
     bql_unlock();
     qemu_cond_wait(&ram->changed, &ram->lock);
     /* BQL first: so says the order of locks. */
@@ -293,7 +352,7 @@ static bool guard_prepare_remove(void *opaque, RAMBlock *rb, Error **errp)
         if (!block || (ok ? !block->busy : !!block->error)) {
             break;
         }
-        wait_worker(&ds->ram);
+        wait_worker(ds);
     }
     if (!ok) {
         set_restore_error(errp, block);
@@ -389,7 +448,7 @@ bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
     qemu_mutex_lock(&ram->lock);
     try_again(ds, needed);
     while (!(whole = is_whole(ram, needed, &failed)) && !failed) {
-        wait_worker(ram);
+        wait_worker(ds);
     }
     if (!whole) {
         set_restore_error(errp, failed);

@@ -10,6 +10,7 @@
  *   ram.c             RAM blocks -> regions of the engine
  *   block-reasons.c   which block is eligible, and why not
  *   leases.c          who else opens a RAM file; the worker thread
+ *   coredump.c        guest RAM in core dumps of QEMU
  *   dedup-qmp-cmds.c, dedup-hmp-cmds.c, dedup-stats.c   the figures
  *
  * Terms: those of engine/engine.h.  A block is a RAMBlock; a block that the
@@ -148,6 +149,8 @@ struct DedupScanner {
     DedupEngine *engine;        /* NULL: the host has not what it takes */
     char *userfaultfd_error;
     int overcommit_fd;
+    int coredump_fd;
+    bool coredump_set;          /* the bit was not set before */
     Notifier machine_done;
     QEMUBH *start_bh;
     QEMUBH *update_bh;
@@ -248,6 +251,12 @@ void dedup_worker_kick(DedupScanner *ds);
 int dedup_worker_signalfd(void);
 /* Take a lease on the block's file: 0 or a negative errno. */
 int dedup_lease_take(DedupScanner *ds, DedupBlock *block);
+
+/* coredump.c */
+void dedup_coredump_init(DedupScanner *ds);
+void dedup_coredump_start(DedupScanner *ds);
+void dedup_coredump_stop(DedupScanner *ds);
+void dedup_coredump_destroy(DedupScanner *ds);
 
 /* dedup-qmp-cmds.c */
 DedupInfo *dedup_info(DedupScanner *ds, bool reset_max);

@@ -213,6 +213,7 @@ static void scanner_start(void *opaque)
     DedupScanner *ds = opaque;
 
     ds->started = true;
+    dedup_coredump_start(ds);
     dedup_migration_start(ds);
     dedup_ram_start(ds);
     dedup_scanner_recheck(ds);
@@ -334,6 +335,7 @@ static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
     }
     ds->overcommit_fd = open("/proc/sys/vm/overcommit_memory",
                              O_RDONLY | O_CLOEXEC);
+    dedup_coredump_init(ds);
     if (ds->engine) {
         if (!dedup_ram_init(ds, errp)) {
             return;
@@ -387,6 +389,9 @@ static void scanner_stop(DedupScanner *ds)
     lean = dedup_engine_lean(ds->engine);
     trace_dedup_scanner_stop(lean);
     dedup_ram_stop(ds, lean);
+    if (lean) {
+        dedup_coredump_stop(ds);
+    }
     if (ds->discard_required) {
         ram_block_discard_require(false);
     }
@@ -405,6 +410,7 @@ static void dedup_scanner_init(Object *obj)
         .max_maps = 60,
     };
     ds->overcommit_fd = -1;
+    ds->coredump_fd = -1;
     ds->ram.kick_fd = -1;
     ds->ram.signal_fd = -1;
     QTAILQ_INIT(&ds->ram.blocks);
@@ -434,6 +440,7 @@ static void dedup_scanner_finalize(Object *obj)
     g_clear_pointer(&ds->update_bh, qemu_bh_delete);
     g_clear_pointer(&ds->engine, dedup_engine_free);
     dedup_ram_destroy(ds);
+    dedup_coredump_destroy(ds);
     if (ds->overcommit_fd >= 0) {
         close(ds->overcommit_fd);
     }

@@ -224,6 +224,8 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
         return NULL;
     }
 
+    madvise(buffer, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE, MADV_DONTDUMP);
+
     e = g_new0(DedupEngine, 1);
     dedup_mutants_init();
     e->callbacks = config->callbacks;

@@ -206,11 +206,27 @@ static void write_all(int fd, const char *text)
     }
 }
 
+/*
+ * The node of the port may be there before the port (ENXIO, ENOENT).  Nothing
+ * in this small a guest tells when it is; the host gives up at some time.
+ */
+static int open_port(const char *path)
+{
+    struct timespec pause = { 0, 10000000 };
+    int fd;
+
+    while ((fd = open(path, O_RDWR | O_CLOEXEC)) < 0 &&
+           (errno == ENXIO || errno == ENOENT || errno == EBUSY)) {
+        nanosleep(&pause, NULL);
+    }
+    return fd;
+}
+
 int main(int argc, char **argv)
 {
     static char line[512], answer[AGENT_REPLY + 16];
     size_t used = 0;
-    int fd = open(argc > 1 ? argv[1] : "/dev/vport0p1", O_RDWR | O_CLOEXEC);
+    int fd = open_port(argc > 1 ? argv[1] : "/dev/vport0p1");
 
     if (fd < 0) {
         perror("agent: port");

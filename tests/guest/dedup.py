@@ -10,10 +10,12 @@ from qmp import Timeout
 FULL_SPEED = {'sleep-millisecs': 0, 'pages-to-scan': 1 << 20}
 
 
-def wait_until(condition, what, timeout=60, pause=0.05):
+def wait_until(condition, what, timeout=60, pause=0.05,
+               patience=tap.PATIENCE):
     """Poll @condition until it returns something true; return that.  For
-    figures: nothing announces them."""
-    deadline = time.monotonic() + timeout
+    figures: nothing announces them.  @patience 1: @timeout is no deadline but
+    how long to look."""
+    deadline = time.monotonic() + timeout * patience
     while True:
         value = condition()
         if value:

@@ -50,13 +50,13 @@ def prepare(scanner=True):
         print('1..0 # SKIP the host grants no userfaultfd', flush=True)
         sys.exit(0)
     subprocess.run([os.path.join(HERE, 'build-images'), IMAGES], check=True,
-                   stdout=subprocess.DEVNULL, timeout=200)
+                   stdout=subprocess.DEVNULL, timeout=1000)
 
 
 def make_disk(path, blocks, seed, distinct):
     """Write a disk for the agent's dio-start."""
     subprocess.run([image('mkdisk'), path, str(blocks), str(seed),
-                    str(distinct)], check=True, timeout=60)
+                    str(distinct)], check=True, timeout=300)
 
 
 def meminfo():
@@ -105,7 +105,7 @@ def count_pages(ranges):
         tap.skip('counting pages from outside needs root')
     done = subprocess.run(
         [image('pagecount')] + ['%d:%x-%x' % r for r in ranges],
-        capture_output=True, text=True, timeout=120, check=False)
+        capture_output=True, text=True, timeout=600, check=False)
     tap.check(done.returncode == 0, done.stderr)
     return fields(done.stdout)
 
@@ -235,7 +235,7 @@ class Cgroup:
 
     def remove(self):
         """Remove the group; the last process may be on its way out."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 10 * tap.PATIENCE
         while True:
             try:
                 os.rmdir(self.path)

@@ -6,6 +6,8 @@ import select
 import socket
 import time
 
+import tap
+
 
 class ChannelClosed(Exception):
     """The other end is gone."""
@@ -35,7 +37,7 @@ class Lines:
         process that will offer it still runs."""
         self.path = path
         self.buffer = b''
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * tap.PATIENCE
         while True:
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -65,11 +67,14 @@ class Lines:
 
     def line(self, timeout):
         """Return the next line, without its end."""
-        deadline = time.monotonic() + timeout
+        return self.line_until(time.monotonic() + timeout * tap.PATIENCE)
+
+    def line_until(self, deadline):
+        """The same, for who has a deadline for more than one line."""
         while b'\n' not in self.buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.sock], [], [], left)[0]:
-                raise Timeout('%s: no line within %g s' % (self.path, timeout))
+                raise Timeout('%s: no line in time' % self.path)
             try:
                 data = self.sock.recv(65536)
             except OSError as e:
@@ -96,9 +101,9 @@ class QMP(Lines):
         if arguments:
             request['arguments'] = arguments
         self.send(json.dumps(request))
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * tap.PATIENCE
         while True:
-            reply = json.loads(self.line(max(deadline - time.monotonic(), 0)))
+            reply = json.loads(self.line_until(deadline))
             if 'event' in reply:
                 self.events.append(reply)
             elif 'error' in reply:
@@ -114,7 +119,7 @@ class QMP(Lines):
     def wait_event(self, name, timeout=60, match=lambda data: True):
         """Return the next event @name whose data @match accepts; others
         stay for later."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * tap.PATIENCE
         seen = 0
         while True:
             while seen < len(self.events):
@@ -122,7 +127,7 @@ class QMP(Lines):
                 if event['event'] == name and match(event.get('data', {})):
                     return self.events.pop(seen)
                 seen += 1
-            reply = json.loads(self.line(max(deadline - time.monotonic(), 0)))
+            reply = json.loads(self.line_until(deadline))
             if 'event' in reply:
                 self.events.append(reply)
 

@@ -20,6 +20,10 @@ class Failure(AssertionError):
     """The case found what must not be."""
 
 
+# Deadlines bound a hang, on a host that may do other work: so many times what
+# is given, which is what a host that does nothing else needs.
+PATIENCE = 5
+
 _cases = []
 _cleanups = []
 _details = []

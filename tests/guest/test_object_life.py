@@ -1,6 +1,5 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-# timeout: 600
 """The object comes and goes, again and again, under a guest that works.
 
 The guest stores to memory and does I/O without a pause, so that its vCPU is

@@ -1,6 +1,5 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-# timeout: 600
 """Who needs memory whole gets it while a disk writes to it without a pause.
 
 Transfers end in QEMU's main loop, which is where a plug and the start of a

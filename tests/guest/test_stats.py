@@ -6,7 +6,6 @@ The members are taken from QEMU's own schema: one without a check here fails
 the test, and so does a check without a member.  No guest runs; the test
 writes guest memory itself, so it knows what is in it.
 """
-# timeout: 240
 
 import os
 import struct

@@ -183,10 +183,10 @@ class VM:
         if self.process and self.alive():
             self.process.send_signal(number)
             try:
-                self.process.wait(30)
+                self.process.wait(30 * tap.PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait(30)
+                self.process.wait(30 * tap.PATIENCE)
                 raise
         if self.ram_file:
             # QEMU leaves a file that it was given by name.
@@ -251,7 +251,7 @@ class VM:
                 channel.close()
         if self.process and self.alive():
             self.process.kill()
-            self.process.wait(30)
+            self.process.wait(30 * tap.PATIENCE)
         shutil.rmtree(self.dir, ignore_errors=True)
 
 

@@ -24,7 +24,7 @@
 
 /* Poll this often for what nobody announces, at most this long. */
 #define DEDUP_POLL_US 20000
-#define DEDUP_TIMEOUT_US (30 * G_USEC_PER_SEC)
+#define DEDUP_TIMEOUT_US (180 * G_USEC_PER_SEC)
 
 static inline bool dedup_have_userfaultfd(void)
 {

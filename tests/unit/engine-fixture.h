@@ -44,8 +44,11 @@ typedef volatile uint8_t FxByte;
 #define FX_SANITIZED false
 #endif
 
-/* Seconds after which something that must happen is said not to. */
-#define FX_DEADLINE 30
+/*
+ * Seconds after which something that must happen is said not to.  Long: it
+ * bounds a hang, and must hold on a host that does other work.
+ */
+#define FX_DEADLINE 180
 
 /* Without progress for so long a thread is said to hang; in microseconds. */
 gint64 fx_hang_us(void);

@@ -65,6 +65,7 @@ typedef enum DedupLack {
 /* What the ledger has in a chunk; changed with it. */
 typedef struct DedupChunkSums {
     uint16_t taken;           /* entries that are not DEDUP_OWN */
+    uint16_t mapped;          /* of them: a segment is mapped there */
 } DedupChunkSums;
 
 struct DedupRegion {
@@ -279,6 +280,8 @@ static inline uint32_t dedup_entry_at(const DedupRegion *r, uint32_t page)
 
 /* Change one page's state, with all sums that follow from it. */
 void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
+/* The next page at or behind @page that is not own; r->npages: none. */
+uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page);
 /* Mappings that our own doing costs, segment views included. */
 uint64_t dedup_ledger_maps(DedupEngine *e);
 

@@ -133,6 +133,8 @@ static void store(DedupRegion *r, uint32_t page, uint32_t entry)
 
     r->entry[page] = entry;
     r->sums[chunk].taken += (entry != DEDUP_OWN) - (before != DEDUP_OWN);
+    r->sums[chunk].mapped += dedup_entry_is_segment(entry) -
+                             dedup_entry_is_segment(before);
     if (!r->sums[chunk].taken) {
         give_back(r, chunk);
     }
@@ -157,6 +159,18 @@ void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
     account(r, old, -1);
     store(r, page, entry);
     add(&r->boundaries, (int64_t)boundaries_around(r, page) - before);
+}
+
+uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page)
+{
+    if (!(r->merged + r->broken + r->zero)) {
+        return r->npages;
+    }
+    while (page < r->npages && dedup_entry_at(r, page) == DEDUP_OWN) {
+        page += r->sums[page / DEDUP_CHUNK_PAGES].taken ? 1 :
+                DEDUP_CHUNK_PAGES - page % DEDUP_CHUNK_PAGES;
+    }
+    return MIN(page, r->npages);
 }
 
 uint64_t dedup_ledger_maps(DedupEngine *e)

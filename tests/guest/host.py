@@ -4,6 +4,7 @@
 import ctypes
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ IMAGES = os.path.join(BUILD, 'guest')
 MIB = 1 << 20
 PAGE = 4096
 SYS_USERFAULTFD = 323           # x86-64
+PM_PRESENT = 1 << 63            # in an entry of pagemap
+KPF_ZERO_PAGE = 24              # a bit of kpageflags
 
 
 def image(name):
@@ -110,18 +113,34 @@ def count_pages(ranges):
     return fields(done.stdout)
 
 
-def find_page(pid, start, end, first_words):
-    """Address of the first page in the range that begins with these bytes."""
+def pagemap(pid, start, end):
+    """The entries of /proc/PID/pagemap for a range, a list of integers."""
+    with open('/proc/%d/pagemap' % pid, 'rb', buffering=0) as f:
+        f.seek(start // PAGE * 8)
+        data = f.read((end - start) // PAGE * 8)
+    return struct.unpack('<%dQ' % (len(data) // 8), data)
+
+
+def find_page(pid, start, end, first_bytes):
+    """Address of the first page in the range that begins with these bytes.
+    Of the pages that are mapped: to read an absent one may take memory."""
     with open('/proc/%d/mem' % pid, 'rb', buffering=0) as f:
-        for address in range(start, end, MIB):
-            f.seek(address)
-            data = f.read(min(MIB, end - address))
-            at = data.find(first_words)
-            while at >= 0:
-                if at % PAGE == 0:
-                    return address + at
-                at = data.find(first_words, at + 1)
+        for i, entry in enumerate(pagemap(pid, start, end)):
+            if entry & PM_PRESENT:
+                f.seek(start + i * PAGE)
+                if f.read(len(first_bytes)) == first_bytes:
+                    return start + i * PAGE
     raise LookupError('no such page')
+
+
+def is_zero_frame(frame):
+    """Is it the kernel's page of zeros, or a part of a huge one?  To read
+    absent memory and see what is mapped there would not tell: there are
+    kernels that give it a page of its own, and yet map the one of zeros
+    where a huge page is split."""
+    with open('/proc/kpageflags', 'rb', buffering=0) as f:
+        f.seek(frame * 8)
+        return bool(struct.unpack('<Q', f.read(8))[0] >> KPF_ZERO_PAGE & 1)
 
 
 def poke(pid, address, data):

@@ -5,8 +5,6 @@ No guest runs: a test writes guest memory itself, so it knows what is in it.
 """
 
 import base64
-import ctypes
-import mmap
 import os
 import struct
 
@@ -58,40 +56,21 @@ def pages(seed, count, start=0):
                     for i in range(start, start + count))
 
 
-def zero_frame():
-    """pagemap's entry for a page that was read, never written."""
-    area = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area[0]     # pylint: disable=pointless-statement
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    with open('/proc/self/pagemap', 'rb', buffering=0) as f:
-        f.seek(address // PAGE * 8)
-        frame = struct.unpack('<Q', f.read(8))[0] & Outside.FRAME
-    if not frame:
-        tap.skip('only root sees which pages are the zero page')
-    return frame
-
-
 class Outside:
     """The main memory of a VM as pagemap and maps show it."""
 
-    PRESENT, SWAPPED, FILE = 1 << 63, 1 << 62, 1 << 61
+    PRESENT, SWAPPED, FILE = host.PM_PRESENT, 1 << 62, 1 << 61
     FRAME = (1 << 55) - 1
-    zero = 0
+    zeros = set()               # frames of the kernel's that hold zeros
 
     def __init__(self, vm):
-        Outside.zero = Outside.zero or zero_frame()
         pid, self.start, self.end = vm.ram_range()
         self.merged = []        # (inode of segment, page in it) of each page
         self.own = self.swapped = self.broken = 0
-        with open('/proc/%d/pagemap' % pid, 'rb', buffering=0) as pagemap:
-            for low, high, offset, inode, name in self.maps(pid):
-                pagemap.seek(low // PAGE * 8)
-                count = (high - low) // PAGE
-                entries = struct.unpack('<%dQ' % count,
-                                        pagemap.read(count * 8))
-                for i, entry in enumerate(entries):
-                    self.look(entry, SEGMENT in name,
-                              (inode, offset // PAGE + i))
+        for low, high, offset, inode, name in self.maps(pid):
+            for i, entry in enumerate(host.pagemap(pid, low, high)):
+                self.look(entry, SEGMENT in name,
+                          (inode, offset // PAGE + i))
 
     def look(self, entry, in_segment, where):
         """Count one page."""
@@ -101,9 +80,17 @@ class Outside:
         elif in_segment and not (present and not entry & self.FILE):
             # Mapped to the segment, whether somebody has looked or not
             self.merged.append(where)
-        elif present and entry & self.FRAME != self.zero:
+        elif present and not self.is_zero(entry & self.FRAME):
             self.own += 1
             self.broken += in_segment
+
+    def is_zero(self, frame):
+        """Is that the kernel's own page of zeros?"""
+        if not frame:
+            tap.skip('only root sees which pages are the zero page')
+        if frame not in self.zeros and host.is_zero_frame(frame):
+            self.zeros.add(frame)
+        return frame in self.zeros
 
     def maps(self, pid):
         """The mappings that lie in the main memory."""
@@ -162,11 +149,7 @@ class Scene:
         and what the kernel added to make huge pages full."""
         pid, start, end = self.vm.ram_range()
         count = 0
-        with open('/proc/%d/pagemap' % pid, 'rb', buffering=0) as f:
-            f.seek(start // PAGE * 8)
-            entries = struct.unpack('<%dQ' % ((end - start) // PAGE),
-                                    f.read((end - start) // PAGE * 8))
-        for i, entry in enumerate(entries):
+        for i, entry in enumerate(host.pagemap(pid, start, end)):
             if entry & Outside.PRESENT:
                 page = host.peek(pid, start + i * PAGE, PAGE)
                 count += not any(page)

@@ -181,6 +181,12 @@ bool fx_is_merged(const FxRam *ram, uint32_t page);
 /* Which pages have memory, a byte each: mincore() or pagemap. */
 void fx_resident(const FxRam *ram, uint8_t *resident);
 
+/*
+ * Does a read of absent anonymous memory map the kernel's page of zeros?  On
+ * some kernels it takes memory, as a write would.
+ */
+bool fx_has_zero_page(void);
+
 /* All segments (sealed memfds) that this process holds an fd of. */
 typedef struct FxSegments {
     uint64_t files;

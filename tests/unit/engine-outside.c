@@ -206,6 +206,17 @@ void fx_resident(const FxRam *ram, uint8_t *resident)
     g_free(pagemap);
 }
 
+bool fx_has_zero_page(void)
+{
+    FxRam *ram = fx_ram_new(FX_ANON, 16);
+    FxView view;
+
+    fx_assert_bytes(ram);
+    fx_view(ram, &view);
+    fx_ram_free(ram);
+    return view.own_pages == 0;
+}
+
 void fx_segments(FxSegments *s)
 {
     DIR *dir = opendir("/proc/self/fd");

@@ -106,9 +106,13 @@ static void test_holes_merged(gconstpointer data)
     end(fe, ram);
 }
 
-/* The kernel's zero page, mapped by a read, is no memory. */
+/*
+ * The kernel's zero page, mapped by a read, is no memory.  Where there is none
+ * a read takes memory: zero pages like others, to be dropped.
+ */
 static void test_zero_mapped(void)
 {
+    uint32_t zeroes = fx_has_zero_page() ? 0 : PAGES - 1;
     FxRam *ram = fx_ram_new(FX_ANON, PAGES);
     FxEngine *fe = fx_engine_new(NULL);
     DedupStats stats;
@@ -123,7 +127,7 @@ static void test_zero_mapped(void)
     g_assert_cmpuint(view.own_pages, ==, 1);
     g_assert_cmpuint(view.maps, ==, 1);
     fx_stats(fe, &stats);
-    g_assert_cmpuint(stats.zero_pages, ==, 0);
+    g_assert_cmpuint(stats.zero_pages, ==, zeroes);
     g_assert_cmpuint(stats.pages_present, ==, 1);
     end(fe, ram);
 }

@@ -46,7 +46,6 @@
 
 /* What the last scan of a region counted; replaced at the end of a pass. */
 typedef struct DedupCounts {
-    uint64_t present;
     uint64_t unshared;
     uint64_t volatiles;
     uint64_t pinned;
@@ -66,6 +65,7 @@ typedef enum DedupLack {
 typedef struct DedupChunkSums {
     uint16_t taken;           /* entries that are not DEDUP_OWN */
     uint16_t mapped;          /* of them: a segment is mapped there */
+    uint16_t own;             /* pages that have memory of their own */
 } DedupChunkSums;
 
 struct DedupRegion {
@@ -85,6 +85,7 @@ struct DedupRegion {
     bool closing;             /* its owner wants it back: nothing is merged */
     unsigned lacks;           /* DedupLack bits of restores */
     bool blind;               /* mincore() would not tell us, presence.c */
+    bool prepared;            /* and that was found out */
     bool dead;                /* removed; freed when the scanner lets go */
 
     uint32_t *entry;          /* the ledger: read by dedup_entry_at() only */
@@ -98,8 +99,8 @@ struct DedupRegion {
     uint64_t zero;
     uint64_t zero_mapped;     /* merged to the segment of zeros */
     uint64_t boundaries;      /* places where our mappings begin or end */
+    uint64_t own;             /* pages that have memory of their own */
 
-    uint32_t looked;          /* pages looked at in the pass under way */
     DedupCounts counts;       /* of the last full pass */
     DedupCounts counting;     /* of the pass under way */
 };
@@ -197,8 +198,7 @@ struct DedupEngine {
     struct DedupChunk *chunk; /* scan.c's work space */
     DedupIndex *index;        /* of the group, once joined */
     uint64_t salt;
-    unsigned pass_region;     /* where the pass is */
-    uint32_t pass_page;
+    uint32_t pass_at;         /* where the pass is: member page number */
     int64_t pass_start_us;
     uint64_t pass_found;      /* pages merged or dropped in this pass */
     unsigned idle_passes;     /* full passes in a row that found nothing */
@@ -222,8 +222,7 @@ struct DedupEngine {
     uint64_t generation;      /* ticks: each member has made a pass since */
 
     /* Live sums, atomic. */
-    int64_t own_present;      /* pages with memory of their own, about */
-    uint64_t discarded[2];    /* at most so many went: in this pass, the last */
+    uint64_t own_present;     /* pages with memory of their own */
     uint64_t merged;
     uint64_t broken;
     uint64_t zero;
@@ -278,10 +277,17 @@ static inline uint32_t dedup_entry_at(const DedupRegion *r, uint32_t page)
                                                    : DEDUP_OWN;
 }
 
-/* Change one page's state, with all sums that follow from it. */
+/*
+ * Change one page's state, with all sums that follow from it.  A page that
+ * becomes own has memory, or does so with _absent(): there is none then.
+ */
 void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry);
-/* The next page at or behind @page that is not own; r->npages: none. */
-uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page);
+void dedup_ledger_absent(DedupRegion *r, uint32_t page);
+/* So many pages of the chunk were seen to have memory of their own. */
+void dedup_ledger_own(DedupRegion *r, uint32_t chunk, uint32_t own);
+/* The next page from @page on, before @end, that is not own; @end: none. */
+uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page,
+                           uint32_t end);
 /* Mappings that our own doing costs, segment views included. */
 uint64_t dedup_ledger_maps(DedupEngine *e);
 

@@ -98,9 +98,9 @@ static void account(DedupRegion *r, uint32_t entry, int sign)
 }
 
 /*
- * Does a page in this state have memory of its own?  Own pages may be holes;
- * whoever makes one own (a restore) or takes it (a window) knows better, and
- * the next pass counts anew.
+ * Does a page in this state have memory of its own?  An own page may be a
+ * hole: whoever makes one own says which (dedup_ledger_absent()), and who
+ * takes one (a window) has seen that it is there.
  */
 static bool has_memory(uint32_t entry)
 {
@@ -140,18 +140,34 @@ static void store(DedupRegion *r, uint32_t page, uint32_t entry)
     }
 }
 
-void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
+/*
+ * The guest may have made a page present, or lost one, since its chunk was
+ * looked at: the count is never less than nothing.
+ */
+static void add_own(DedupRegion *r, uint32_t chunk, int delta)
 {
-    uint32_t old = dedup_entry_at(r, page);
-    int memory = has_memory(entry) - has_memory(old);
+    int own = r->sums[chunk].own;
+
+    delta = CLAMP(own + delta, 0, DEDUP_CHUNK_PAGES) - own;
+    if (delta) {
+        r->sums[chunk].own = own + delta;
+        add(&r->own, delta);
+        add(&r->engine->own_present, delta);
+    }
+}
+
+void dedup_ledger_own(DedupRegion *r, uint32_t chunk, uint32_t own)
+{
+    add_own(r, chunk, (int)own - r->sums[chunk].own);
+}
+
+static void change(DedupRegion *r, uint32_t page, uint32_t entry,
+                   uint32_t old)
+{
     unsigned before;
 
     if (old == entry) {
         return;
-    }
-    __atomic_fetch_add(&r->engine->own_present, memory, __ATOMIC_RELAXED);
-    if (page < r->looked) {
-        r->counting.present += memory;
     }
     before = boundaries_around(r, page);
     /* in this order: the users of a segment that stays never are 0 */
@@ -161,16 +177,32 @@ void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
     add(&r->boundaries, (int64_t)boundaries_around(r, page) - before);
 }
 
-uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page)
+void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
 {
-    if (!(r->merged + r->broken + r->zero)) {
-        return r->npages;
+    uint32_t old = dedup_entry_at(r, page);
+
+    add_own(r, page / DEDUP_CHUNK_PAGES, has_memory(entry) - has_memory(old));
+    change(r, page, entry, old);
+}
+
+void dedup_ledger_absent(DedupRegion *r, uint32_t page)
+{
+    uint32_t old = dedup_entry_at(r, page);
+
+    add_own(r, page / DEDUP_CHUNK_PAGES, -has_memory(old));
+    change(r, page, DEDUP_OWN, old);
+}
+
+uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page, uint32_t end)
+{
+    if (!(r->merged + r->broken + r->zero + r->zero_mapped)) {
+        return end;
     }
-    while (page < r->npages && dedup_entry_at(r, page) == DEDUP_OWN) {
+    while (page < end && dedup_entry_at(r, page) == DEDUP_OWN) {
         page += r->sums[page / DEDUP_CHUNK_PAGES].taken ? 1 :
                 DEDUP_CHUNK_PAGES - page % DEDUP_CHUNK_PAGES;
     }
-    return MIN(page, r->npages);
+    return MIN(page, end);
 }
 
 uint64_t dedup_ledger_maps(DedupEngine *e)

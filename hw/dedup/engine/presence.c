@@ -141,6 +141,7 @@ void dedup_presence_prepare(DedupRegion *r)
     g_autofree char *path = NULL;
     struct stat st;
 
+    r->prepared = true;
     if (r->memory != DEDUP_MEMORY_SHARED) {
         return;
     }

@@ -127,12 +127,9 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
 /* Let go of every page: the mappings are somebody else's matter now. */
 static void forget_all(DedupRegion *r)
 {
-    for (uint32_t i = 0;
-         r->merged + r->broken + r->zero + r->zero_mapped && i < r->npages;
+    for (uint32_t i = 0; (i = dedup_ledger_next(r, i, r->npages)) < r->npages;
          i++) {
-        if (dedup_entry_at(r, i) != DEDUP_OWN) {
-            dedup_ledger_set(r, i, DEDUP_OWN);
-        }
+        dedup_ledger_set(r, i, DEDUP_OWN);
     }
 }
 
@@ -168,7 +165,7 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
     forget_all(r);
     g_ptr_array_remove(e->regions, r);
     __atomic_fetch_sub(&e->pages_total, r->npages, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&e->discarded[0], r->npages, __ATOMIC_RELAXED);
+    __atomic_fetch_sub(&e->own_present, r->own, __ATOMIC_RELAXED);
     g_ptr_array_add(e->dead, r);
     dedup_unlock(e);
     return true;
@@ -319,7 +316,8 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
 {
     uint32_t end = first + n;
 
-    for (uint32_t i = first, j; i < end; i = j) {
+    for (uint32_t i = dedup_ledger_next(r, first, end), j; i < end;
+         i = dedup_ledger_next(r, j, end)) {
         uint32_t entry = dedup_entry_at(r, i);
         bool mapped = dedup_entry_is_segment(entry) ||
                       (entry == DEDUP_ZERO &&
@@ -327,7 +325,7 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
 
         j = i + 1;
         if (entry == DEDUP_ZERO && !mapped) {
-            dedup_ledger_set(r, i, DEDUP_OWN);
+            dedup_ledger_absent(r, i);
         }
         if (!mapped) {
             continue;
@@ -339,32 +337,30 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
             return false;
         }
         for (uint32_t k = i; k < j; k++) {
-            dedup_ledger_set(r, k, DEDUP_OWN);
+            dedup_ledger_absent(r, k);
         }
     }
     return true;
 }
 
-/*
- * Pages that have contents, or will be taken for own ones that have (by the
- * ledger, until the next pass).
- */
-static uint32_t count_content(DedupRegion *r, uint32_t first, uint32_t n)
+/* Own pages lose what they have: from now on it is owed to the guest. */
+static void forget_own(DedupRegion *r, uint32_t first, uint32_t end)
 {
     uint8_t flags[DEDUP_CHUNK_PAGES];
-    uint32_t count = 0;
+    uint32_t n;
 
-    for (uint32_t end = first + n, k; first < end; first += k) {
+    for (; first < end; first += n) {
         bool known;
 
-        k = MIN(end - first, DEDUP_CHUNK_PAGES);
-        known = dedup_presence(r, first, k, flags);
-        for (uint32_t i = 0; i < k; i++) {
-            count += !known || dedup_entry_at(r, first + i) != DEDUP_OWN ||
-                     (flags[i] & DEDUP_PRESENT);
+        n = MIN(end - first, DEDUP_CHUNK_PAGES - first % DEDUP_CHUNK_PAGES);
+        known = dedup_presence(r, first, n, flags);
+        for (uint32_t i = 0; i < n; i++) {
+            if ((!known || (flags[i] & DEDUP_PRESENT)) &&
+                dedup_entry_at(r, first + i) == DEDUP_OWN) {
+                dedup_ledger_absent(r, first + i);
+            }
         }
     }
-    return count;
 }
 
 bool dedup_engine_discard_begin(DedupEngine *e, void *host, uint64_t size)
@@ -377,9 +373,7 @@ bool dedup_engine_discard_begin(DedupEngine *e, void *host, uint64_t size)
         uint32_t first, n;
 
         if (intersect(r, host, size, &first, &n)) {
-            /* the guest may want it again: that is owed to it */
-            __atomic_fetch_add(&e->discarded[0], count_content(r, first, n),
-                               __ATOMIC_RELAXED);
+            forget_own(r, first, first + n);
             ok &= discard_locked(r, first, n);
         }
     }

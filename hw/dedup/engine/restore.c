@@ -398,7 +398,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
     }
     for (uint32_t i = first; i < first + n; i++) {
         if (dedup_entry_at(r, i) == DEDUP_ZERO) {
-            dedup_ledger_set(r, i, DEDUP_OWN);
+            dedup_ledger_absent(r, i);
         }
     }
     if (!trim(&s)) {

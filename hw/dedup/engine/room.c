@@ -44,8 +44,6 @@ uint64_t dedup_owed_bytes(DedupEngine *e)
     int64_t total = __atomic_load_n(&e->pages_total, __ATOMIC_RELAXED);
     int64_t own = __atomic_load_n(&e->own_present, __ATOMIC_RELAXED);
 
-    own -= __atomic_load_n(&e->discarded[0], __ATOMIC_RELAXED);
-    own -= __atomic_load_n(&e->discarded[1], __ATOMIC_RELAXED);
     return (uint64_t)(total - CLAMP(own, 0, total)) << DEDUP_PAGE_SHIFT;
 }
 

@@ -128,6 +128,47 @@ static void hash_page(DedupEngine *e, Chunk *c, uint32_t page)
     }
 }
 
+static void sync_entries(DedupEngine *e, DedupRegion *r, uint32_t first,
+                         uint32_t n, const uint8_t *flags)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        sync_entry(e, r, first + i, flags[i]);
+    }
+}
+
+/*
+ * A chunk is come to: presence of all of it, so that its sums are right even
+ * if the budget ends within it.  @flags: of its pages.
+ */
+static bool enter_chunk(DedupEngine *e, Chunk *c, uint8_t *flags)
+{
+    DedupRegion *r = c->r;
+    uint32_t n = MIN(DEDUP_CHUNK_PAGES, r->npages - c->first);
+    uint32_t chunk = c->first / DEDUP_CHUNK_PAGES;
+    uint32_t own = 0;
+
+    if (!dedup_presence(r, c->first, n, flags)) {
+        return false;
+    }
+    sync_entries(e, r, c->first, n, flags);
+    for (uint32_t i = 0; i < n; i++) {
+        own += !!(flags[i] & DEDUP_PRESENT);
+    }
+    dedup_ledger_own(r, chunk, own);
+    r->area[chunk] &= ~DEDUP_AREA_SPLIT;
+    return true;
+}
+
+/* The budget ended within the chunk: this is more of it. */
+static bool go_on(DedupEngine *e, Chunk *c, uint8_t *flags)
+{
+    if (!dedup_presence(c->r, c->first, c->n, flags)) {
+        return false;
+    }
+    sync_entries(e, c->r, c->first, c->n, flags);
+    return true;
+}
+
 /* Step one.  Returns false when the region is gone or we may not scan. */
 static bool look(DedupEngine *e, Chunk *c)
 {
@@ -137,24 +178,19 @@ static bool look(DedupEngine *e, Chunk *c)
     bool ok = false;
 
     dedup_lock(e);
-    if (c->first == 0 && !r->dead) {
-        dedup_presence_prepare(r);
-    }
     if (!r->dead && !e->blocked &&
-        dedup_presence(r, c->first, c->n, flags)) {
+        (c->first % DEDUP_CHUNK_PAGES == 0 ? enter_chunk(e, c, flags)
+                                           : go_on(e, c, flags))) {
         ok = true;
         take_from_ksm(r, c->first, c->n);
-        r->area[c->first / DEDUP_CHUNK_PAGES] &= ~DEDUP_AREA_SPLIT;
         dedup_punch_late(r, c->first, c->n);
         for (uint32_t i = 0; i < c->n; i++) {
             uint32_t page = c->first + i;
 
-            sync_entry(e, r, page, flags[i]);
             count->swapped += !!(flags[i] & DEDUP_SWAPPED);
             if (!(flags[i] & DEDUP_PRESENT)) {
                 continue;
             }
-            count->present++;
             if (dedup_region_pinned(r, page)) {
                 count->pinned++;
             } else if ((flags[i] & DEDUP_HUGE) &&
@@ -164,7 +200,6 @@ static bool look(DedupEngine *e, Chunk *c)
                 hash_page(e, c, page);
             }
         }
-        r->looked = c->first + c->n;
     }
     dedup_unlock(e);
     return ok;
@@ -382,23 +417,24 @@ static void scan_chunk(DedupEngine *e, Chunk *c)
     settle_broken(e, c);
 }
 
-/* The region where the pass is, or NULL at the end of the pass. */
-static DedupRegion *current_region(DedupEngine *e)
+/* Where the pass goes on, at most @most pages.  False: it is at its end. */
+static bool next_chunk(DedupEngine *e, Chunk *c, int64_t most)
 {
-    DedupRegion *r = NULL;
-
     dedup_lock(e);
-    while (e->pass_region < e->regions->len) {
-        r = g_ptr_array_index(e->regions, e->pass_region);
-        if (e->pass_page < r->npages) {
-            break;
+    c->r = dedup_region_next(e, e->pass_at);
+    if (c->r) {
+        c->first = dedup_region_at(c->r, e->pass_at);
+        if (!c->first || !c->r->prepared) {
+            dedup_presence_prepare(c->r);
         }
-        e->pass_region++;
-        e->pass_page = 0;
-        r = NULL;
+        c->n = MIN(DEDUP_CHUNK_PAGES - c->first % DEDUP_CHUNK_PAGES,
+                   c->r->npages - c->first);
+        /* a batch smaller than a chunk is honoured, by the page */
+        c->n = MIN(c->n, MAX(most, 1));
+        e->pass_at = c->r->base + c->first;
     }
     dedup_unlock(e);
-    return r;
+    return c->r;
 }
 
 static void end_pass(DedupEngine *e)
@@ -407,8 +443,7 @@ static void end_pass(DedupEngine *e)
     if (dedup_stats_pass(e)) {
         dedup_policy_pass_end(e);
     }
-    e->pass_region = 0;
-    e->pass_page = 0;
+    e->pass_at = 0;
 }
 
 void dedup_scan_init(DedupEngine *e)
@@ -434,22 +469,14 @@ bool dedup_scan_batch(DedupEngine *e, uint32_t budget)
 
     dedup_forget_looks(e);
     while (left > 0 && !ended && dedup_may_scan(e)) {
-        DedupRegion *r = current_region(e);
-
-        if (!r) {
+        if (!next_chunk(e, c, left / LOOK_SHARE)) {
             ended = true;
-            break;
+        } else {
+            dedup_policy_index_room(e);
+            scan_chunk(e, c);
+            e->pass_at += c->n;
+            left -= c->n + (int64_t)c->nseen * (LOOK_SHARE - 1);
         }
-        c->r = r;
-        c->first = e->pass_page;
-        c->n = MIN(DEDUP_CHUNK_PAGES - c->first % DEDUP_CHUNK_PAGES,
-                   r->npages - c->first);
-        /* a batch smaller than a chunk is honoured, by the page */
-        c->n = MIN(c->n, MAX(left / LOOK_SHARE, 1));
-        dedup_policy_index_room(e);
-        scan_chunk(e, c);
-        e->pass_page += c->n;
-        left -= c->n + (int64_t)c->nseen * (LOOK_SHARE - 1);
     }
     if (ended) {
         end_pass(e);

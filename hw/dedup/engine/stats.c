@@ -270,9 +270,13 @@ static void costly_figures(DedupEngine *e)
                                 FIGURES_US, FIGURES_MAX_US);
 }
 
-/* Pages on swap that belong to the files of shared regions. */
-static uint64_t swapped_in_file(const DedupRegion *r)
+/*
+ * Pages on swap that belong to the files of shared regions.  @copies: copies
+ * of segment pages on swap.
+ */
+static uint64_t swapped_in_file(const DedupRegion *r, uint64_t copies)
 {
+    uint64_t copied = r->broken - MIN(copies, r->broken);
     struct stat st;
     uint64_t blocks;
 
@@ -281,7 +285,7 @@ static uint64_t swapped_in_file(const DedupRegion *r)
     }
     /* what the file has and mincore() did not see resident */
     blocks = (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT;
-    return blocks - MIN(blocks, r->counts.present);
+    return blocks - MIN(blocks, r->own - MIN(copied, r->own));
 }
 
 static void sum_counts(DedupEngine *e, DedupCounts *sum)
@@ -293,9 +297,7 @@ static void sum_counts(DedupEngine *e, DedupCounts *sum)
 
         r->counts = r->counting;
         memset(&r->counting, 0, sizeof(r->counting));
-        r->looked = 0;
-        r->counts.swapped += swapped_in_file(r);
-        sum->present += r->counts.present;
+        r->counts.swapped += swapped_in_file(r, r->counts.swapped);
         sum->unshared += r->counts.unshared;
         sum->volatiles += r->counts.volatiles;
         sum->pinned += r->counts.pinned;
@@ -324,10 +326,6 @@ bool dedup_stats_pass(DedupEngine *e)
 
     sum_counts(e, &sum);
     g_mutex_lock(&e->stats_lock);
-    __atomic_store_n(&e->own_present, sum.present, __ATOMIC_RELAXED);
-    __atomic_store_n(&e->discarded[1],
-                     __atomic_exchange_n(&e->discarded[0], 0,
-                                         __ATOMIC_RELAXED), __ATOMIC_RELAXED);
     e->stats.pages_unshared = sum.unshared;
     e->stats.pages_volatile = sum.volatiles;
     e->stats.pages_pinned = sum.pinned;
@@ -366,15 +364,13 @@ void dedup_engine_get_stats(DedupEngine *e, DedupStats *stats,
                             bool reset_max)
 {
     uint64_t cpu = cpu_time_ns(e);
-    int64_t own;
 
     g_mutex_lock(&e->stats_lock);
     *stats = e->stats;
     stats->state = e->state;
     stats->pages_total = live(&e->pages_total);
     stats->pages_merged = live(&e->merged);
-    own = __atomic_load_n(&e->own_present, __ATOMIC_RELAXED);
-    stats->pages_present = MIN(MAX(own, 0) + stats->pages_merged,
+    stats->pages_present = MIN(live(&e->own_present) + stats->pages_merged,
                                stats->pages_total);
     stats->zero_pages = live(&e->zero) + live(&e->zero_mapped);
     stats->cow_breaks = live(&e->cow_breaks);

@@ -125,22 +125,19 @@ int fx_huge_tmpfs_file(void)
     return fd;
 }
 
-FxRam *fx_ram_new(FxKind kind, uint32_t npages)
+static int file_for(FxKind kind)
 {
-    int fd = kind == FX_ANON || kind == FX_ANON_THP ? -1
-             : kind == FX_TMPFS ? tmpfs_file()
-                                : memfd_create("test-ram", MFD_CLOEXEC);
-
-    return fx_ram_new_file(kind, npages, fd);
+    return kind == FX_ANON || kind == FX_ANON_THP ? -1
+           : kind == FX_TMPFS ? tmpfs_file()
+                              : memfd_create("test-ram", MFD_CLOEXEC);
 }
 
-FxRam *fx_ram_new_file(FxKind kind, uint32_t npages, int fd)
+static FxRam *ram_new(FxKind kind, uint32_t npages, int fd, int flags)
 {
     FxRam *ram = g_new0(FxRam, 1);
     size_t size = (size_t)npages * FX_PAGE;
-    int flags = kind == FX_MEMFD || kind == FX_TMPFS ? MAP_SHARED
-                                                     : MAP_PRIVATE;
 
+    flags |= kind == FX_MEMFD || kind == FX_TMPFS ? MAP_SHARED : MAP_PRIVATE;
     ram->kind = kind;
     ram->npages = npages;
     ram->fd = fd;
@@ -172,6 +169,21 @@ FxRam *fx_ram_new_file(FxKind kind, uint32_t npages, int fd)
     ram->pins = g_new0(uint16_t, (size >> DEDUP_PIN_SHIFT) + 1);
     ram->readers = g_new0(uint16_t, (size >> DEDUP_PIN_SHIFT) + 1);
     return ram;
+}
+
+FxRam *fx_ram_new(FxKind kind, uint32_t npages)
+{
+    return ram_new(kind, npages, file_for(kind), 0);
+}
+
+FxRam *fx_ram_new_file(FxKind kind, uint32_t npages, int fd)
+{
+    return ram_new(kind, npages, fd, 0);
+}
+
+FxRam *fx_ram_new_vast(FxKind kind, uint32_t npages)
+{
+    return ram_new(kind, npages, file_for(kind), MAP_NORESERVE);
 }
 
 void fx_ram_free(FxRam *ram)

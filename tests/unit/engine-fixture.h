@@ -92,7 +92,12 @@ const char *fx_kind_name(FxKind kind);
 
 /* Memory without contents, aligned to 2 MiB; DONTFORK as QEMU sets it. */
 FxRam *fx_ram_new(FxKind kind, uint32_t npages);
-/* The same on a file of the caller's, which it takes over. */
+/*
+ * More than the host has, of which little is used: to be added with
+ * DEDUP_REGION_NORESERVE, and not to be looked at as a whole.
+ */
+FxRam *fx_ram_new_vast(FxKind kind, uint32_t npages);
+/* RAM on a file of the caller's, which it takes over. */
 FxRam *fx_ram_new_file(FxKind kind, uint32_t npages, int fd);
 void fx_ram_free(FxRam *ram);
 /* A file on a tmpfs that takes huge pages; -1: may not be had here. */

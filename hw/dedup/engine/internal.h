@@ -43,6 +43,7 @@
 #define DEDUP_AREA_SPLIT (1 << 2)    /* huge page split in this pass */
 #define DEDUP_AREA_UNPUNCHED (1 << 3) /* merged pages may be in the file */
 #define DEDUP_AREA_PUNCH (1 << 4)    /* and is punched in this pass */
+#define DEDUP_AREA_PRINTS (1 << 5)   /* fingerprints were taken here */
 
 /* What the last scan of a region counted; replaced at the end of a pass. */
 typedef struct DedupCounts {
@@ -92,6 +93,7 @@ struct DedupRegion {
     DedupChunkSums *sums;     /* of the ledger, one per chunk */
     uint16_t *fingerprint;    /* 0: not seen yet; lazily populated */
     uint8_t *area;
+    uint32_t prints;          /* chunks with DEDUP_AREA_PRINTS */
 
     /* Ledger sums; written under the remap lock, read by anyone. */
     uint64_t merged;
@@ -349,6 +351,9 @@ void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n);
 /* Map the region's own memory there, without contents. */
 bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n);
 
+/* The chunks from @first on, before @last, have no memory of their own now. */
+void dedup_region_forget(DedupRegion *r, uint32_t first, uint32_t last);
+
 /* Free what was removed; the scanner holds no region now. */
 void dedup_regions_reap(DedupEngine *e);
 
@@ -365,6 +370,13 @@ void dedup_presence_prepare(DedupRegion *r);
 /* Flags of @n pages (at most a chunk) from @first; touches no page. */
 bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
                     uint8_t *flags);
+
+/*
+ * Skip chunks from *@page, the start of one, in which a look would find
+ * nothing: no memory, no swap, no segment.  False: *@page is how far the
+ * kernel was asked, and there may be more of them.
+ */
+bool dedup_skip_void(DedupRegion *r, uint32_t *page);
 
 /*
  * Does the page have memory?  What the scanner asks of single pages: the

@@ -33,6 +33,13 @@
 #include "internal.h"
 #include "pagemap.h"
 
+/*
+ * How far the kernel is asked at a time for the next page that is there.  Its
+ * walk takes no time where there are no page tables; where there are it takes
+ * about as long as a window.
+ */
+#define REACH_CHUNKS 512                /* 1 GiB */
+
 /* One pagemap category as our flags; memory of a file is nobody's own. */
 static uint8_t own_flags(uint64_t categories)
 {
@@ -216,6 +223,85 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
         }
     }
     return true;
+}
+
+/* The next page of the file that has data, or is on swap; @end: none. */
+static uint32_t next_in_file(const DedupRegion *r, uint32_t page,
+                             uint32_t end)
+{
+    off_t start = dedup_region_file_offset(r, page);
+    off_t data = lseek(r->fd, start, SEEK_DATA);
+
+    if (data < 0) {
+        return errno == ENXIO ? end : page;
+    }
+    return MIN((uint64_t)page + ((data - start) >> DEDUP_PAGE_SHIFT), end);
+}
+
+/*
+ * The next page before @end with memory of this process's own, or on swap; no
+ * segment is mapped there.
+ */
+static uint32_t next_private(const DedupRegion *r, uint32_t page,
+                             uint32_t end)
+{
+    bool mixed = r->memory != DEDUP_MEMORY_ANON;
+    struct page_region found;
+    struct pm_scan_arg arg = {
+        .size = sizeof(arg),
+        .start = (uintptr_t)dedup_region_addr(r, page),
+        .end = (uintptr_t)dedup_region_addr(r, end),
+        .vec = (uintptr_t)&found,
+        .vec_len = 1,
+        .max_pages = 1,
+        .category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+        .category_mask = PAGE_IS_PFNZERO | (mixed ? PAGE_IS_FILE : 0),
+        .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        .return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+    };
+    int n = r->engine->has_pagemap_scan ?
+            ioctl(r->engine->pagemap_fd, PAGEMAP_SCAN, &arg) : -1;
+
+    if (n < 0) {
+        return page; /* dedup_presence() finds another way */
+    }
+    return n ? page + ((found.start - arg.start) >> DEDUP_PAGE_SHIFT) : end;
+}
+
+/* The first chunk from @first on, before @last, with a segment mapped in it. */
+static uint32_t next_mapped(const DedupRegion *r, uint32_t first,
+                            uint32_t last)
+{
+    if (!r->merged && !r->broken && !r->zero_mapped) {
+        return last;
+    }
+    while (first < last && !r->sums[first].mapped) {
+        first++;
+    }
+    return first;
+}
+
+bool dedup_skip_void(DedupRegion *r, uint32_t *page)
+{
+    bool shared = r->memory == DEDUP_MEMORY_SHARED;
+    uint32_t chunks = dedup_region_chunks(r);
+    uint32_t first = *page / DEDUP_CHUNK_PAGES;
+    uint32_t reach = shared ? chunks : MIN(first + REACH_CHUNKS, chunks);
+    /* a private copy of a segment's page is in no file */
+    uint32_t last = next_mapped(r, first, reach);
+    uint32_t end = MIN(last * DEDUP_CHUNK_PAGES, r->npages);
+    uint32_t next = end;
+
+    if (first < last) {
+        next = shared ? next_in_file(r, *page, end)
+                      : next_private(r, *page, end);
+    }
+    if (next < end) {
+        last = next / DEDUP_CHUNK_PAGES;
+    }
+    dedup_region_forget(r, first, last);
+    *page = MIN(last * DEDUP_CHUNK_PAGES, r->npages);
+    return last < reach || reach == chunks;
 }
 
 bool dedup_is_present(DedupRegion *r, uint32_t page)

@@ -45,7 +45,9 @@ static void region_free(DedupRegion *r)
     if (r->fingerprint) {
         munmap(r->fingerprint, (size_t)r->npages * sizeof(r->fingerprint[0]));
     }
-    g_free(r->area);
+    if (r->area) {
+        munmap(r->area, dedup_region_chunks(r));
+    }
     g_free(r->id);
     g_free(r);
 }
@@ -99,8 +101,8 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
     r->sums = array_new(dedup_region_chunks(r) * sizeof(r->sums[0]));
     r->fingerprint = array_new((size_t)r->npages *
                                sizeof(r->fingerprint[0]));
-    r->area = g_new0(uint8_t, dedup_region_chunks(r));
-    if (!r->entry || !r->sums || !r->fingerprint) {
+    r->area = array_new(dedup_region_chunks(r));
+    if (!r->entry || !r->sums || !r->fingerprint || !r->area) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
                     "no memory to describe region '%s'", info->id);
         region_free(r);
@@ -177,6 +179,38 @@ void dedup_region_open(DedupRegion *r)
     r->closing = false;
     dedup_unlock(r->engine);
     dedup_kick(r->engine);
+}
+
+/* Nothing has its own memory around a chunk: no fingerprint is needed. */
+static void forget_prints(DedupRegion *r, uint32_t chunk)
+{
+    const uint32_t per_page = DEDUP_PAGE_SIZE / sizeof(r->fingerprint[0]);
+    const uint32_t chunks = per_page / DEDUP_CHUNK_PAGES;
+    uint32_t first = chunk - chunk % chunks;
+    uint32_t end = MIN(first + chunks, dedup_region_chunks(r));
+
+    for (uint32_t c = first; c < end; c++) {
+        if (r->sums[c].own) {
+            return;
+        }
+    }
+    for (uint32_t c = first; c < end; c++) {
+        r->prints -= !!(r->area[c] & DEDUP_AREA_PRINTS);
+        r->area[c] &= ~DEDUP_AREA_PRINTS;
+    }
+    /* a stale one makes a page look stable, no more */
+    madvise(r->fingerprint + (size_t)first * DEDUP_CHUNK_PAGES,
+            DEDUP_PAGE_SIZE, MADV_DONTNEED);
+}
+
+void dedup_region_forget(DedupRegion *r, uint32_t first, uint32_t last)
+{
+    for (uint32_t c = first; (r->own || r->prints) && c < last; c++) {
+        dedup_ledger_own(r, c, 0);
+        if (r->area[c] & DEDUP_AREA_PRINTS) {
+            forget_prints(r, c);
+        }
+    }
 }
 
 void dedup_regions_reap(DedupEngine *e)
@@ -352,6 +386,14 @@ static void forget_own(DedupRegion *r, uint32_t first, uint32_t end)
     for (; first < end; first += n) {
         bool known;
 
+        n = 0;
+        if (end - first >= DEDUP_CHUNK_PAGES &&
+            first % DEDUP_CHUNK_PAGES == 0 && !dedup_skip_void(r, &first)) {
+            continue;
+        }
+        if (first >= end) {
+            break;
+        }
         n = MIN(end - first, DEDUP_CHUNK_PAGES - first % DEDUP_CHUNK_PAGES);
         known = dedup_presence(r, first, n, flags);
         for (uint32_t i = 0; i < n; i++) {

@@ -58,6 +58,7 @@ struct DedupChunk {
     unsigned nactions;
     DedupRemote remotes[DEDUP_PROOF_PAGES];
     unsigned nremotes;
+    bool is_void;             /* nothing was there: nor may be behind it */
 };
 
 typedef struct DedupChunk Chunk;
@@ -117,6 +118,10 @@ static void hash_page(DedupEngine *e, Chunk *c, uint32_t page)
     s->hash = s->zero ? 0 : dedup_page_hash(addr, e->salt);
     f = s->zero ? FINGERPRINT_ZERO : fingerprint(s->hash);
     s->stable = r->fingerprint[page] == f;
+    if (!(r->area[page / DEDUP_CHUNK_PAGES] & DEDUP_AREA_PRINTS)) {
+        r->area[page / DEDUP_CHUNK_PAGES] |= DEDUP_AREA_PRINTS;
+        r->prints++;
+    }
     r->fingerprint[page] = f;
     if (!s->zero) {
         dedup_index_prefetch(e->index, s->hash);
@@ -146,15 +151,25 @@ static bool enter_chunk(DedupEngine *e, Chunk *c, uint8_t *flags)
     uint32_t n = MIN(DEDUP_CHUNK_PAGES, r->npages - c->first);
     uint32_t chunk = c->first / DEDUP_CHUNK_PAGES;
     uint32_t own = 0;
+    uint8_t any = 0;
 
     if (!dedup_presence(r, c->first, n, flags)) {
         return false;
     }
     sync_entries(e, r, c->first, n, flags);
     for (uint32_t i = 0; i < n; i++) {
+        any |= flags[i];
         own += !!(flags[i] & DEDUP_PRESENT);
     }
     dedup_ledger_own(r, chunk, own);
+    c->is_void = !(any & (DEDUP_PRESENT | DEDUP_SWAPPED)) &&
+                 !r->sums[chunk].mapped;
+    if (c->is_void) {
+        c->n = n; /* all of it was seen */
+    }
+    if (!own) {
+        dedup_region_forget(r, chunk, chunk + 1);
+    }
     r->area[chunk] &= ~DEDUP_AREA_SPLIT;
     return true;
 }
@@ -417,20 +432,32 @@ static void scan_chunk(DedupEngine *e, Chunk *c)
     settle_broken(e, c);
 }
 
-/* Where the pass goes on, at most @most pages.  False: it is at its end. */
+/*
+ * Where the pass goes on, at most @most pages; c->n is 0 if nothing is there.
+ * False: it is at its end.
+ */
 static bool next_chunk(DedupEngine *e, Chunk *c, int64_t most)
 {
+    bool more = true;
+
+    c->n = 0;
     dedup_lock(e);
     c->r = dedup_region_next(e, e->pass_at);
     if (c->r) {
         c->first = dedup_region_at(c->r, e->pass_at);
         if (!c->first || !c->r->prepared) {
             dedup_presence_prepare(c->r);
+            c->is_void = true;
         }
-        c->n = MIN(DEDUP_CHUNK_PAGES - c->first % DEDUP_CHUNK_PAGES,
-                   c->r->npages - c->first);
-        /* a batch smaller than a chunk is honoured, by the page */
-        c->n = MIN(c->n, MAX(most, 1));
+        if (c->is_void && c->first % DEDUP_CHUNK_PAGES == 0) {
+            more = dedup_skip_void(c->r, &c->first);
+        }
+        if (more) {
+            c->n = MIN(DEDUP_CHUNK_PAGES - c->first % DEDUP_CHUNK_PAGES,
+                       c->r->npages - c->first);
+            /* a batch smaller than a chunk is honoured, by the page */
+            c->n = MIN(c->n, MAX(most, 1));
+        }
         e->pass_at = c->r->base + c->first;
     }
     dedup_unlock(e);
@@ -471,6 +498,8 @@ bool dedup_scan_batch(DedupEngine *e, uint32_t budget)
     while (left > 0 && !ended && dedup_may_scan(e)) {
         if (!next_chunk(e, c, left / LOOK_SHARE)) {
             ended = true;
+        } else if (!c->n) {
+            left -= LOOK_SHARE;
         } else {
             dedup_policy_index_room(e);
             scan_chunk(e, c);

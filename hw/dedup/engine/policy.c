@@ -191,14 +191,23 @@ static bool is_leaving(DedupEngine *e, uint32_t entry)
 }
 
 /* Restore what is mapped to segments that we leave, window by window. */
-static void leave_region(DedupEngine *e, DedupRegion *r)
+static void leave_segments(DedupEngine *e)
 {
-    for (uint32_t page = 0; page < r->npages; page += DEDUP_WINDOW_PAGES) {
-        uint32_t end = MIN(page + DEDUP_WINDOW_PAGES, r->npages);
+    uint32_t at = 0;
+
+    for (;;) {
+        DedupRegion *r;
+        uint32_t page, end;
 
         dedup_lock(e);
-        for (uint32_t i = page, j; !r->dead && !e->blocked && i < end;
-             i = j) {
+        r = dedup_region_next(e, at);
+        if (!r) {
+            dedup_unlock(e);
+            return;
+        }
+        page = dedup_ledger_next(r, dedup_region_at(r, at), r->npages);
+        end = MIN(page + DEDUP_WINDOW_PAGES, r->npages);
+        for (uint32_t i = page, j; !e->blocked && i < end; i = j) {
             for (j = i; j < end && is_leaving(e, dedup_entry_at(r, j)); j++) {
                 ;
             }
@@ -207,27 +216,8 @@ static void leave_region(DedupEngine *e, DedupRegion *r)
             }
             j += j == i;
         }
+        at = r->base + end;
         dedup_unlock(e);
-    }
-}
-
-static void leave_segments(DedupEngine *e)
-{
-    for (unsigned i = 0; ; i++) {
-        DedupRegion *r = NULL;
-
-        dedup_lock(e);
-        if (i < e->regions->len) {
-            r = g_ptr_array_index(e->regions, i);
-        }
-        dedup_unlock(e);
-        if (!r) {
-            return;
-        }
-        if (__atomic_load_n(&r->merged, __ATOMIC_RELAXED) ||
-            __atomic_load_n(&r->broken, __ATOMIC_RELAXED)) {
-            leave_region(e, r);
-        }
     }
 }
 

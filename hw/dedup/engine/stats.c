@@ -61,25 +61,38 @@ static uint64_t resident(const void *array, size_t size)
     return pages << DEDUP_PAGE_SHIFT;
 }
 
+static DedupRegion *region_at(DedupEngine *e, uint32_t at)
+{
+    DedupRegion *r;
+
+    dedup_lock(e);
+    r = dedup_region_next(e, at);
+    dedup_unlock(e);
+    return r;
+}
+
 static uint64_t private_metadata(DedupEngine *e)
 {
+    DedupRegion *r;
+    uint32_t at = 0;
     uint64_t bytes = sizeof(*e) + dedup_scan_size() + dedup_zeroes_bytes(e) +
                      resident(e->proof_buffer,
                               DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
 
-    dedup_lock(e);
-    for (unsigned i = 0; i < e->regions->len; i++) {
-        DedupRegion *r = g_ptr_array_index(e->regions, i);
-
-        bytes += sizeof(*r) + r->npages / DEDUP_CHUNK_PAGES +
+    while ((r = region_at(e, at))) {
+        /* without the lock: nobody but us, the scanner, frees a region */
+        bytes += sizeof(*r) +
+                 resident(r->area, dedup_region_chunks(r)) +
+                 resident(r->sums,
+                          dedup_region_chunks(r) * sizeof(r->sums[0])) +
                  resident(r->entry, r->npages * sizeof(r->entry[0])) +
                  resident(r->fingerprint,
                           r->npages * sizeof(r->fingerprint[0]));
+        at = r->base + r->npages;
     }
     /* a segment's struct, and the page table of its read-only view */
     bytes += g_hash_table_size(e->by_gid) * (sizeof(DedupSegment) +
                                              DEDUP_PAGE_SIZE);
-    dedup_unlock(e);
     return bytes;
 }
 

@@ -51,19 +51,39 @@ static bool is_boundary(const DedupRegion *r, uint32_t a, uint32_t b)
     return a != b && r->memory == DEDUP_MEMORY_PRIVATE_FILE;
 }
 
-static unsigned boundaries_around(const DedupRegion *r, uint32_t page)
+/*
+ * Two neighbours, and the boundary that may be between them.  It is an end of
+ * a map of a segment: of both, or twice of the one that there is.
+ */
+static void count_boundary(DedupRegion *r, uint32_t a, uint32_t b, int sign)
 {
-    unsigned n = 0;
+    bool a_segment = dedup_entry_is_segment(a);
+    bool b_segment = dedup_entry_is_segment(b);
 
+    if (!is_boundary(r, a, b)) {
+        return;
+    }
+    add(&r->boundaries, sign);
+    if (a_segment) {
+        add32(&dedup_entry_segment(r->engine, a)->ends,
+              b_segment ? sign : 2 * sign);
+    }
+    if (b_segment) {
+        add32(&dedup_entry_segment(r->engine, b)->ends,
+              a_segment ? sign : 2 * sign);
+    }
+}
+
+/* The boundaries around a page that is, or is to be, in that state. */
+static void count_boundaries(DedupRegion *r, uint32_t page, uint32_t entry,
+                             int sign)
+{
     if (page > 0) {
-        n += is_boundary(r, dedup_entry_at(r, page - 1),
-                         dedup_entry_at(r, page));
+        count_boundary(r, dedup_entry_at(r, page - 1), entry, sign);
     }
     if (page + 1 < r->npages) {
-        n += is_boundary(r, dedup_entry_at(r, page),
-                         dedup_entry_at(r, page + 1));
+        count_boundary(r, entry, dedup_entry_at(r, page + 1), sign);
     }
-    return n;
 }
 
 static void account(DedupRegion *r, uint32_t entry, int sign)
@@ -164,17 +184,15 @@ void dedup_ledger_own(DedupRegion *r, uint32_t chunk, uint32_t own)
 static void change(DedupRegion *r, uint32_t page, uint32_t entry,
                    uint32_t old)
 {
-    unsigned before;
-
     if (old == entry) {
         return;
     }
-    before = boundaries_around(r, page);
+    count_boundaries(r, page, old, -1);
+    count_boundaries(r, page, entry, 1);
     /* in this order: the users of a segment that stays never are 0 */
     account(r, entry, 1);
     account(r, old, -1);
     store(r, page, entry);
-    add(&r->boundaries, (int64_t)boundaries_around(r, page) - before);
 }
 
 void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)

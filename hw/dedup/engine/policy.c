@@ -48,10 +48,20 @@
 #define SWEEP_LEAST 16
 #define SWEEP_MOST 1024
 
-/* Pages that the segment costs; its slab and its maps are about one. */
-static uint64_t cost_in_pages(const DedupSegment *s)
+/*
+ * Does the segment save more than it costs?  That is its pages, one more for
+ * what describes it, and the mappings: scattered pages take two each, an
+ * eighth of what they save.  The others' are taken to be like ours.
+ */
+static bool pays(const DedupSegment *s)
 {
-    return s->npages + 1;
+    uint64_t mapped = __atomic_load_n(&s->mapped, __ATOMIC_RELAXED);
+    uint64_t maps = __atomic_load_n(&s->ends, __ATOMIC_RELAXED) / 2;
+    uint64_t all = mapped + s->others;
+
+    maps = mapped ? maps * all / mapped : maps;
+    return all * DEDUP_PAGE_SIZE > (s->npages + 1) * DEDUP_PAGE_SIZE +
+                                   maps * DEDUP_MAP_COST;
 }
 
 /*
@@ -169,8 +179,7 @@ static bool find_lean(DedupEngine *e)
             again |= s->refs > 0;
             continue;
         }
-        if ((uint64_t)__atomic_load_n(&s->mapped, __ATOMIC_RELAXED) +
-            s->others > cost_in_pages(s)) {
+        if (pays(s)) {
             s->lean_since = 0;
         } else if (!s->lean_since) {
             s->lean_since = e->generation;

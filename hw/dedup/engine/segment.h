@@ -40,6 +40,7 @@ typedef struct DedupSegment {
     const uint8_t *map;   /* read-only mapping of all pages */
     uint32_t refs;        /* guest pages merged or broken: maps hold it */
     uint32_t mapped;      /* guest pages merged */
+    uint32_t ends;        /* ends of our maps of it, two of each */
     uint32_t others;      /* pages that other members merged to it */
     uint64_t lean_since;  /* policy's memory, see policy.c; 0: it pays */
     bool leaving;         /* does not pay: nothing is merged to it any more */

@@ -31,9 +31,6 @@
 /* ...but are not older than this. */
 #define FIGURES_MAX_US (10 * G_TIME_SPAN_SECOND)
 
-/* A VMA and what hangs on it: slabinfo of Linux 6.18, docs/devel/dedup.rst */
-#define MAP_COST 256
-
 static uint64_t live(const uint64_t *sum)
 {
     return __atomic_load_n(sum, __ATOMIC_RELAXED);
@@ -259,7 +256,7 @@ static void costly_figures(DedupEngine *e)
     dedup_unlock(e);
 
     g_mutex_lock(&e->stats_lock);
-    e->overhead_bytes = private + shared / members + maps * MAP_COST;
+    e->overhead_bytes = private + shared / members + maps * DEDUP_MAP_COST;
     e->stats.metadata_bytes = private + shared / members;
     e->stats.pages_merged_within = w.within;
     e->stats.pages_merged_between = w.between;

@@ -265,9 +265,16 @@ void dedup_worker_start(DedupScanner *ds)
 void dedup_worker_stop(DedupScanner *ds)
 {
     DedupRam *ram = &ds->ram;
+    DedupBlock *block;
 
     WITH_QEMU_LOCK_GUARD(&ram->lock) {
         ram->stop = true;
+        QTAILQ_FOREACH(block, &ram->blocks, next) {
+            if (block->busy) {
+                /* When QEMU exits: one window is waited for, not all. */
+                dedup_engine_cancel_restore(ds->engine, block->rb->host);
+            }
+        }
     }
     dedup_worker_kick(ds);
     qemu_thread_join(&ram->worker);

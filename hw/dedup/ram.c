@@ -173,6 +173,10 @@ static void ram_removed(RAMBlockNotifier *n, void *host, size_t size,
     assert(block);
 
     qemu_mutex_lock(&ram->lock);
+    if (block->busy && !block->named) {
+        /* Nobody wants its contents: one window is waited for, not all. */
+        dedup_engine_cancel_restore(ds->engine, host);
+    }
     while (block->busy) {
         qemu_cond_wait(&ram->changed, &ram->lock);
     }

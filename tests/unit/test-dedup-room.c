@@ -369,6 +369,38 @@ static void test_remove(gconstpointer data)
     expect_end(status, "at the limit of its memory cgroup");
 }
 
+/* Who wants the region gone ends a restore of it, and changes nothing. */
+static void test_cancel(void)
+{
+    FxRam *ram = fx_ram_new(FX_MEMFD, 2048);
+    FxEngine *fe = fx_engine_new(NULL);
+    g_autoptr(GError) error = NULL;
+    FxView view;
+
+    for (uint32_t i = 0; i < ram->npages; i++) {
+        fx_page(ram, i, i % 32 + 1);
+    }
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_settled(fe);
+    fx_view(ram, &view);
+    dedup_engine_cancel_restore(fe->e, ram->host + FX_PAGE); /* no region's */
+    dedup_engine_cancel_restore(fe->e, ram->host);
+    g_assert_false(dedup_region_remove(ram->region, true, &error));
+    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_STATE);
+    assert_same_view(ram, &view);
+    fx_assert_bytes(ram);
+    dedup_region_open(ram->region);
+    fx_remove(ram, true);
+    fx_view(ram, &view);
+    g_assert_cmpuint(view.segment_pages, ==, 0);
+    fx_assert_bytes(ram);
+    /* gone */
+    dedup_engine_cancel_restore(fe->e, ram->host);
+    fx_engine_free(fe);
+    fx_ram_free(ram);
+}
+
 /* ---- requests that overtake each other ---- */
 
 typedef struct Askers {
@@ -440,6 +472,7 @@ int main(int argc, char **argv)
                          test_remove);
     g_test_add_data_func("/room/remove/anon", GINT_TO_POINTER(FX_ANON),
                          test_remove);
+    g_test_add_func("/room/cancel", test_cancel);
     g_test_add_func("/room/reservations", test_reservations);
     return g_test_run();
 }

@@ -269,10 +269,7 @@ void dedup_engine_free(DedupEngine *e)
 {
     dedup_publish_free(e);
     dedup_group_free(e->group);
-    while (e->regions->len) {
-        dedup_region_remove(g_ptr_array_index(e->regions, 0), false, NULL);
-    }
-    dedup_regions_reap(e);
+    dedup_regions_free(e);
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
 
@@ -287,8 +284,6 @@ void dedup_engine_free(DedupEngine *e)
     g_hash_table_destroy(e->left_gids);
     g_hash_table_destroy(e->by_gid);
     g_ptr_array_free(e->segments, true);
-    g_ptr_array_free(e->dead, true);
-    g_ptr_array_free(e->regions, true);
     g_cond_clear(&e->wake);
     g_mutex_clear(&e->stats_lock);
     g_mutex_clear(&e->group_lock);

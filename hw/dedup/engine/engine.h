@@ -323,6 +323,16 @@ DedupRegion *dedup_region_add(DedupEngine *engine,
 bool dedup_region_remove(DedupRegion *region, bool keep_contents,
                          GError **error);
 
+/**
+ * dedup_engine_cancel_restore() - have a removal that is under way on another
+ * thread fail after the window that it is at
+ * @host: of the region, as it was given to dedup_region_add()
+ *
+ * For who is about to remove the region without its contents.  A region that
+ * is gone already is nothing to care about.
+ */
+void dedup_engine_cancel_restore(DedupEngine *engine, void *host);
+
 /** dedup_region_open() - merge again in a region whose removal has failed */
 void dedup_region_open(DedupRegion *region);
 

@@ -84,6 +84,7 @@ struct DedupRegion {
     dev_t dev;                /* of the file's file system */
     bool bounded;             /* which may run full: see zeroes.c */
     bool closing;             /* its owner wants it back: nothing is merged */
+    bool abandoned;           /* a restore for its owner ends here */
     unsigned lacks;           /* DedupLack bits of restores */
     bool blind;               /* mincore() would not tell us, presence.c */
     bool prepared;            /* and that was found out */
@@ -357,8 +358,10 @@ bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n);
 /* The chunks from @first on, before @last, have no memory of their own now. */
 void dedup_region_forget(DedupRegion *r, uint32_t first, uint32_t last);
 
-/* Free what was removed; the scanner holds no region now. */
+/* Free what was removed; the scanner, which calls it, holds no region now. */
 void dedup_regions_reap(DedupEngine *e);
+/* Free all: the engine ends.  Mappings stay as they are. */
+void dedup_regions_free(DedupEngine *e);
 
 /* ---- presence.c: which pages are there (I7); remap lock held ---- */
 

@@ -25,6 +25,14 @@ static void add(uint64_t *sum, int64_t delta)
     __atomic_fetch_add(sum, delta, __ATOMIC_RELAXED);
 }
 
+/* Sums of the engine: those of a region that is gone were taken off at once. */
+static void add_all(const DedupRegion *r, uint64_t *sum, int64_t delta)
+{
+    if (!r->dead) {
+        add(sum, delta);
+    }
+}
+
 static void add32(uint32_t *sum, int delta)
 {
     __atomic_fetch_add(sum, delta, __ATOMIC_RELAXED);
@@ -95,23 +103,23 @@ static void account(DedupRegion *r, uint32_t entry, int sign)
     }
     if (entry == DEDUP_ZERO) {
         add(&r->zero, sign);
-        add(&r->engine->zero, sign);
+        add_all(r, &r->engine->zero, sign);
         return;
     }
     s = dedup_entry_segment(r->engine, entry);
     add32(&s->refs, sign);
     if (entry & DEDUP_BROKEN) {
         add(&r->broken, sign);
-        add(&r->engine->broken, sign);
+        add_all(r, &r->engine->broken, sign);
         return;
     }
     if (s->zeroes) {
         add(&r->zero_mapped, sign);
-        add(&r->engine->zero_mapped, sign);
+        add_all(r, &r->engine->zero_mapped, sign);
         return;
     }
     add(&r->merged, sign);
-    add(&r->engine->merged, sign);
+    add_all(r, &r->engine->merged, sign);
     __atomic_store_n(&s->dirty, true, __ATOMIC_RELAXED);
     add32(&s->mapped, sign);
     add32(&s->use[dedup_entry_page(entry)], sign);
@@ -172,7 +180,7 @@ static void add_own(DedupRegion *r, uint32_t chunk, int delta)
     if (delta) {
         r->sums[chunk].own = own + delta;
         add(&r->own, delta);
-        add(&r->engine->own_present, delta);
+        add_all(r, &r->engine->own_present, delta);
     }
 }
 

@@ -38,6 +38,7 @@
 #define FORGET_TICKS 16
 /* Leave at most this many segments at a time: 64 MiB. */
 #define LEAVE_MOST 32
+#define SEGMENT_BYTES (DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
 /* Announce the pages of at most this many segments again at a time. */
 #define ANNOUNCE_MOST 64
 /*
@@ -159,14 +160,13 @@ void dedup_policy_drop_unused(DedupEngine *e)
 /*
  * Leaving a segment takes memory before it gives any: one's share of its
  * pages, the segment itself only when all have left.  So few are left at a
- * time, and none without room.
+ * time: what takes half of the room at most.  Returns the bytes that leaving
+ * takes, 0 if there is none to be left.
  */
-static bool find_lean(DedupEngine *e)
+static uint64_t find_lean(DedupEngine *e)
 {
-    unsigned left = 0;
-    bool again = false;
-    bool room = dedup_restore_room(e) >=
-                LEAVE_MOST * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE;
+    uint64_t most = MIN(LEAVE_MOST, dedup_restore_room(e) / 2 / SEGMENT_BYTES);
+    uint64_t left = 0;
 
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
@@ -176,21 +176,21 @@ static bool find_lean(DedupEngine *e)
         }
         if (s->leaving) {
             /* again: some of its pages were pinned, or we were blocked */
-            again |= s->refs > 0;
+            left += s->refs > 0;
             continue;
         }
         if (pays(s)) {
             s->lean_since = 0;
         } else if (!s->lean_since) {
             s->lean_since = e->generation;
-        } else if (e->generation - s->lean_since >= LEAN_TICKS && room &&
-                   left < LEAVE_MOST) {
+        } else if (e->generation - s->lean_since >= LEAN_TICKS &&
+                   left < most) {
             s->leaving = true;
             g_hash_table_add(e->left_gids, GUINT_TO_POINTER(s->gid));
             left++;
         }
     }
-    return (left || again) && room;
+    return MIN(left, most) * SEGMENT_BYTES;
 }
 
 static bool is_leaving(DedupEngine *e, uint32_t entry)
@@ -216,7 +216,8 @@ static void leave_segments(DedupEngine *e)
         }
         page = dedup_ledger_next(r, dedup_region_at(r, at), r->npages);
         end = MIN(page + DEDUP_WINDOW_PAGES, r->npages);
-        for (uint32_t i = page, j; !e->blocked && i < end; i = j) {
+        for (uint32_t i = page, j;
+             !e->blocked && i < end && dedup_file_has_room(r); i = j) {
             for (j = i; j < end && is_leaving(e, dedup_entry_at(r, j)); j++) {
                 ;
             }
@@ -358,14 +359,19 @@ void dedup_policy_index_room(DedupEngine *e)
 
 void dedup_policy_pass_end(DedupEngine *e)
 {
+    DedupReservation reserved = { 0 };
+    DedupNeed need = { 0 };
+
     g_mutex_lock(&e->group_lock);
     dedup_group_refresh(e->group);
     g_mutex_unlock(&e->group_lock);
     g_hash_table_remove_all(e->failed_gids);
     tick(e);
-    if (find_lean(e)) {
+    need.memory = find_lean(e);
+    if (need.memory && dedup_reserve(e, &reserved, &need, false, NULL)) {
         leave_segments(e);
     }
+    dedup_unreserve(e, &reserved);
     dedup_policy_drop_unused(e);
     sweep(e);
     announce_again(e);

@@ -4,8 +4,10 @@
  * to it from outside while the scanner works: removal and discards.
  *
  * A removed region is dead at once: nobody reads or maps its memory after
- * dedup_region_remove() returns.  Its struct lives on until the scanner,
- * which may remember it between two takings of the remap lock, has let go.
+ * dedup_region_remove() returns, and it is in no sum any more.  Its struct
+ * lives on until the scanner, which may remember it between two takings of
+ * the remap lock, has let go, and has let its pages go of their segments: who
+ * removes it need not wait for that.  At the end of the process nobody does.
  *
  * Each region has arrays that are populated by the kernel as they are touched:
  * the ledger (4 bytes a page, touched only around merged pages, see
@@ -19,6 +21,9 @@
 
 #include "internal.h"
 #include "zeroes.h"
+
+/* Pages that are let go of under one taking of the lock. */
+#define FORGET_PAGES 4096
 
 static void *array_new(size_t size)
 {
@@ -126,13 +131,22 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
     return r;
 }
 
-/* Let go of every page: the mappings are somebody else's matter now. */
-static void forget_all(DedupRegion *r)
+/*
+ * The pages of a region that is gone let go of their segments, a slice at a
+ * time.  False: that was all.
+ */
+static bool forget_some(DedupRegion *r)
 {
-    for (uint32_t i = 0; (i = dedup_ledger_next(r, i, r->npages)) < r->npages;
-         i++) {
-        dedup_ledger_set(r, i, DEDUP_OWN);
+    uint32_t page = 0;
+
+    for (unsigned n = 0; n < FORGET_PAGES; n++, page++) {
+        page = dedup_ledger_next(r, page, r->npages);
+        if (page == r->npages) {
+            return false;
+        }
+        dedup_ledger_set(r, page, DEDUP_OWN);
     }
+    return true;
 }
 
 /* Where huge pages were forbidden, on behalf of zero pages, they may be. */
@@ -164,10 +178,13 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
     dedup_lock(e);
     r->dead = true;
     allow_huge(r);
-    forget_all(r);
     g_ptr_array_remove(e->regions, r);
     __atomic_fetch_sub(&e->pages_total, r->npages, __ATOMIC_RELAXED);
     __atomic_fetch_sub(&e->own_present, r->own, __ATOMIC_RELAXED);
+    __atomic_fetch_sub(&e->merged, r->merged, __ATOMIC_RELAXED);
+    __atomic_fetch_sub(&e->broken, r->broken, __ATOMIC_RELAXED);
+    __atomic_fetch_sub(&e->zero, r->zero, __ATOMIC_RELAXED);
+    __atomic_fetch_sub(&e->zero_mapped, r->zero_mapped, __ATOMIC_RELAXED);
     g_ptr_array_add(e->dead, r);
     dedup_unlock(e);
     return true;
@@ -177,6 +194,7 @@ void dedup_region_open(DedupRegion *r)
 {
     dedup_lock(r->engine);
     r->closing = false;
+    r->abandoned = false;
     dedup_unlock(r->engine);
     dedup_kick(r->engine);
 }
@@ -213,13 +231,54 @@ void dedup_region_forget(DedupRegion *r, uint32_t first, uint32_t last)
     }
 }
 
+/* A slice of what is dead; the lock is given up in between. */
+static bool reap_some(DedupEngine *e)
+{
+    bool more;
+
+    dedup_lock(e);
+    more = e->dead->len > 0;
+    if (more) {
+        DedupRegion *r = g_ptr_array_index(e->dead, 0);
+
+        if (!forget_some(r)) {
+            g_ptr_array_remove_index_fast(e->dead, 0);
+            region_free(r);
+        }
+    }
+    dedup_unlock(e);
+    return more;
+}
+
 void dedup_regions_reap(DedupEngine *e)
 {
-    dedup_lock(e);
-    for (unsigned i = 0; i < e->dead->len; i++) {
-        region_free(g_ptr_array_index(e->dead, i));
+    while (reap_some(e)) {
+        ;
     }
-    g_ptr_array_set_size(e->dead, 0);
+}
+
+static void free_all(GPtrArray *regions)
+{
+    for (unsigned i = 0; i < regions->len; i++) {
+        region_free(g_ptr_array_index(regions, i));
+    }
+    g_ptr_array_free(regions, true);
+}
+
+void dedup_regions_free(DedupEngine *e)
+{
+    free_all(e->regions);
+    free_all(e->dead);
+}
+
+void dedup_engine_cancel_restore(DedupEngine *e, void *host)
+{
+    dedup_lock(e);
+    for (unsigned i = 0; i < e->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(e->regions, i);
+
+        r->abandoned |= r->host == host;
+    }
     dedup_unlock(e);
 }
 

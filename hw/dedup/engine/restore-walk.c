@@ -104,6 +104,7 @@ typedef struct Walk {
     uint64_t taken;           /* bytes, since the last look at the room */
     uint64_t left;            /* pages that are not own */
     unsigned lacks;
+    bool cancelled;
 } Walk;
 
 /* One window.  False: that was all. */
@@ -114,6 +115,10 @@ static bool walk_window(DedupEngine *e, Walk *w)
 
     dedup_lock(e);
     r = next_region(e, w->at, w->end, &first, &n);
+    if (r && r->abandoned) {
+        w->cancelled = true;
+        r = NULL;
+    }
     if (r) {
         uint64_t before = r->merged + r->zero_mapped;
 
@@ -152,10 +157,13 @@ bool dedup_engine_restore_range(DedupEngine *e, void *host, uint64_t size,
         }
     }
     dedup_unreserve(e, &reserved);
-    if (ok && w.left) {
+    if (ok && w.cancelled) {
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_STATE,
+                    "the restore was cancelled");
+    } else if (ok && w.left) {
         dedup_restore_error(w.left, w.lacks, error);
     }
-    return ok && !w.left;
+    return ok && !w.cancelled && !w.left;
 }
 
 bool dedup_engine_check_room(DedupEngine *e, DedupRegion *const *regions,

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
+#include "internal.h"
 
 #define GIB (1u << 18)                  /* in pages */
 #define PAGES (256 * GIB)
@@ -148,12 +149,23 @@ static uint64_t most_questions(const FxRam *ram, unsigned chunks)
     return (ram->kind == FX_MEMFD ? 2 : PAGES / GIB + 2) + 6 * chunks;
 }
 
+/* How often others than the scanner had the remap lock. */
+static uint64_t visits_of(FxEngine *fe)
+{
+    uint64_t visits;
+
+    dedup_lock(fe->e);
+    visits = fe->e->visits;
+    dedup_unlock(fe->e);
+    return visits;
+}
+
 static void test_vast(gconstpointer data)
 {
     FxRam *ram = fx_ram_new_vast(GPOINTER_TO_INT(data), PAGES);
     FxEngine *fe = fx_engine_new(NULL);
     unsigned chunks = G_N_ELEMENTS(places);
-    uint64_t anon, before;
+    uint64_t anon, before, visits;
     DedupStats stats;
 
     __atomic_store_n(&watched, ram, __ATOMIC_RELEASE);
@@ -225,6 +237,13 @@ static void test_vast(gconstpointer data)
     fx_stats(fe, &stats);
     g_assert_cmpuint(stats.pages_present, ==, chunks);
 
+    /* whoever needs a range whole takes the lock for what is not */
+    visits = visits_of(fe);
+    g_assert_true(dedup_engine_restore_range(fe->e, ram->host,
+                                             (size_t)PAGES / 2 * FX_PAGE,
+                                             NULL));
+    g_assert_cmpuint(visits_of(fe) - visits, <=, 100);
+    assert_places(ram);
     fx_unmerge(fe);
     assert_places(ram);
     g_assert_cmpuint(metadata(fe) - before, <=, 2 << 20);

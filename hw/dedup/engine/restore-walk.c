@@ -121,8 +121,10 @@ static bool walk_window(DedupEngine *e, Walk *w)
     }
     if (r) {
         uint64_t before = r->merged + r->zero_mapped;
+        uint32_t end = first + n;
 
-        n = MIN(n, DEDUP_WINDOW_PAGES);
+        first = dedup_ledger_next(r, first, end);
+        n = MIN(end - first, DEDUP_WINDOW_PAGES);
         w->left += dedup_restore_locked(r, first, n);
         w->taken += (before - (r->merged + r->zero_mapped)) <<
                     DEDUP_PAGE_SHIFT;

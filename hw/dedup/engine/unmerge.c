@@ -85,7 +85,8 @@ static bool restore_next(DedupEngine *e, uint64_t *taken)
     dedup_lock(e);
     r = region_at(e, e->restore_at);
     if (r) {
-        uint32_t page = MAX(e->restore_at, r->base) - r->base;
+        uint32_t page = dedup_ledger_next(r, dedup_region_at(r, e->restore_at),
+                                          r->npages);
         unsigned n = MIN(DEDUP_WINDOW_PAGES, r->npages - page);
         uint64_t before = r->merged + r->zero_mapped;
 

@@ -44,7 +44,8 @@ const char *dedup_block_reason_text(DedupBlockReason reason)
     case DEDUP_BLOCK_REASON_RESIZEABLE:
         return "its size varies; nothing to change";
     case DEDUP_BLOCK_REASON_READ_ONLY:
-        return "the guest cannot write it; nothing to change";
+        return "the guest cannot write it, or its file was opened for "
+               "reading only: set readonly=off for this memory backend";
     case DEDUP_BLOCK_REASON_NOT_MAPPED:
         return "no device uses it yet; add a pc-dimm";
     case DEDUP_BLOCK_REASON_DEVICE_BACKEND:
@@ -60,7 +61,9 @@ const char *dedup_block_reason_text(DedupBlockReason reason)
     case DEDUP_BLOCK_REASON_PMEM:
         return "persistent memory; use another memory backend";
     case DEDUP_BLOCK_REASON_NOT_TMPFS:
-        return "set memory_backing_dir or mem-path to a tmpfs, or use memfd";
+        return "its file is not on a tmpfs: set mem-path to one (libvirt: "
+               "memory_backing_dir in qemu.conf), or use memfd (libvirt: "
+               "<source type='memfd'/> in <memoryBacking>)";
     case DEDUP_BLOCK_REASON_OPENED_ELSEWHERE:
         return "another process has opened its file; let it stop, or use "
                "memfd";

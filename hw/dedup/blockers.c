@@ -17,6 +17,7 @@
 #include "hw/core/cpu.h"
 #include "hw/dedup/ram-guard.h"
 #include "qapi/error.h"
+#include "qemu/error-report.h"
 #include "system/kvm.h"
 #include "system/system.h"
 #include "dedup-internal.h"
@@ -115,6 +116,9 @@ uint32_t dedup_blockers(DedupScanner *ds)
     } else if (dedup_migration_blocks(ds)) {
         r |= BIT(DEDUP_BLOCKED_REASON_MIGRATION);
     }
+    if (ds->engine && !dedup_engine_has_pagemap(ds->engine)) {
+        r |= BIT(DEDUP_BLOCKED_REASON_PAGEMAP);
+    }
     group_error = ds->engine ? dedup_engine_group_error(ds->engine) : NULL;
     if (group_error) {
         r |= BIT(DEDUP_BLOCKED_REASON_GROUP);
@@ -166,10 +170,12 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
         return g_strdup("only x86-64 hosts with pages of 4 KiB can be "
                         "served");
     case DEDUP_BLOCKED_REASON_MEM_MERGE_OFF:
-        return g_strdup("start QEMU with -machine mem-merge=on");
+        return g_strdup("start QEMU with -machine mem-merge=on (libvirt: "
+                        "take <nosharepages/> out of <memoryBacking>)");
     case DEDUP_BLOCKED_REASON_MEM_LOCK:
         return g_strdup("start QEMU with -overcommit mem-lock=on-fault or "
-                        "off");
+                        "off (libvirt: take <locked/> out of "
+                        "<memoryBacking>)");
     case DEDUP_BLOCKED_REASON_OVERCOMMIT:
         return g_strdup("set the sysctl vm.overcommit_memory to 0 or 1");
     case DEDUP_BLOCKED_REASON_CONFIDENTIAL:
@@ -192,6 +198,12 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
                         "machine runs here");
     case DEDUP_BLOCKED_REASON_BACKGROUND_SNAPSHOT:
         return g_strdup("wait until the background snapshot has ended");
+    case DEDUP_BLOCKED_REASON_NO_ELIGIBLE_MEMORY:
+        return dedup_ram_why_none(ds);
+    case DEDUP_BLOCKED_REASON_PAGEMAP:
+        return g_strdup("/proc/self/pagemap cannot be opened: give QEMU a "
+                        "/proc when it starts; a security module may deny "
+                        "it, too");
     case DEDUP_BLOCKED_REASON_MAX_MAPS:
         return g_strdup("raise the sysctl vm.max_map_count or the property "
                         "max-maps");
@@ -233,6 +245,32 @@ static uint32_t limits_to_reasons(unsigned limits)
         }
     }
     return r;
+}
+
+/*
+ * One warning for each reason that does not pass by itself, for people who
+ * look into a log: libvirt keeps what QEMU says on stderr.  Limits are not
+ * among them: they come and go.
+ */
+void dedup_blockers_warn(DedupScanner *ds)
+{
+    const uint32_t passing = BIT(DEDUP_BLOCKED_REASON_MIGRATION) |
+                             BIT(DEDUP_BLOCKED_REASON_BACKGROUND_SNAPSHOT);
+    uint32_t news = ds->reasons & ~ds->warned & ~passing;
+    DedupBlockedReason reason;
+
+    if ((ds->reasons & passing) || ds->migration.whole) {
+        return; /* the others are looked at when it runs here */
+    }
+    ds->warned |= news;
+    for (reason = 0; reason < DEDUP_BLOCKED_REASON__MAX; reason++) {
+        if (news & BIT(reason)) {
+            g_autofree char *detail = blocked_detail(ds, reason);
+
+            warn_report("dedup-scanner is blocked (%s): %s",
+                        DedupBlockedReason_str(reason), detail);
+        }
+    }
 }
 
 DedupBlockedList *dedup_blockers_list(DedupScanner *ds,

@@ -166,10 +166,16 @@ struct DedupScanner {
     bool hard;
     bool unmerging;             /* asked for, and its end not yet said */
     uint32_t reasons;           /* BIT(DedupBlockedReason) of the last look */
+    uint32_t warned;            /* of which stderr has been told */
     DedupMigration migration;
     DedupRam ram;
     DedupEvent event;
 };
+
+/* Defaults of properties */
+#define DEDUP_DEFAULT_PAGES_TO_SCAN 4096
+#define DEDUP_DEFAULT_SLEEP_MILLISECS 20
+#define DEDUP_DEFAULT_MAX_MAPS 60
 
 /* The VM's scanner, or NULL.  Complete, and not yet being finalized. */
 DedupScanner *dedup_scanner_get(void);
@@ -204,6 +210,9 @@ bool dedup_blockers_hard(DedupScanner *ds);
 DedupBlockedList *dedup_blockers_list(DedupScanner *ds,
                                       const DedupStats *stats);
 
+/* Tell stderr of what is new in DedupScanner.reasons. */
+void dedup_blockers_warn(DedupScanner *ds);
+
 /* migration.c */
 void dedup_migration_start(DedupScanner *ds);
 void dedup_migration_stop(DedupScanner *ds);
@@ -230,6 +239,10 @@ void dedup_ram_update(DedupScanner *ds);
 /* @lean: put the regions' mappings back to what they were; else leave all */
 void dedup_ram_stop(DedupScanner *ds, bool lean);
 void dedup_ram_destroy(DedupScanner *ds);
+/* Is there a block that may be merged, or is? */
+bool dedup_ram_has_eligible(DedupScanner *ds);
+/* Why the largest block may not, for people.  To be freed. */
+char *dedup_ram_why_none(DedupScanner *ds);
 /*
  * Is there memory to restore all blocks that @needed is true for?  To be asked
  * before the first of them is made to leave: then nothing has changed if

@@ -143,15 +143,19 @@ typedef struct DedupNumber {
     size_t offset;
     uint32_t min;
     uint32_t max;
+    uint32_t def;
     const char *description;
 } DedupNumber;
 
 static DedupNumber numbers[] = {
     { "pages-to-scan", offsetof(DedupParams, pages_to_scan), 1, 1U << 31,
+      DEDUP_DEFAULT_PAGES_TO_SCAN,
       "Pages to look at in a batch (1 to 2147483648)" },
     { "sleep-millisecs", offsetof(DedupParams, sleep_millisecs), 0, 60000,
+      DEDUP_DEFAULT_SLEEP_MILLISECS,
       "Pause between two batches in milliseconds (0 to 60000)" },
     { "max-maps", offsetof(DedupParams, max_maps), 1, 90,
+      DEDUP_DEFAULT_MAX_MAPS,
       "Share of vm.max_map_count that QEMU may use, in percent (1 to 90)" },
 };
 
@@ -189,32 +193,42 @@ static void set_number(Object *obj, Visitor *v, const char *name,
 
 void dedup_scanner_add_properties(ObjectClass *oc)
 {
+    ObjectProperty *prop;
     int i;
 
+    /* Defaults are set before dedup_scanner_init() sets the same. */
     object_class_property_add_str(oc, "group", get_group, set_group);
     object_class_property_set_description(oc, "group",
         "Directory or name of the group to share pages with");
-    object_class_property_add_bool(oc, "run", get_run, set_run);
+    prop = object_class_property_add_bool(oc, "run", get_run, set_run);
+    object_property_set_default_bool(prop, true);
     object_class_property_set_description(oc, "run",
         "Scan and merge; off keeps what is merged");
-    object_class_property_add_enum(oc, "write-protect", "DedupWriteProtect",
-                                   &DedupWriteProtect_lookup,
-                                   get_write_protect, set_write_protect);
+    prop = object_class_property_add_enum(oc, "write-protect",
+                                          "DedupWriteProtect",
+                                          &DedupWriteProtect_lookup,
+                                          get_write_protect,
+                                          set_write_protect);
+    object_property_set_default_str(prop, "auto");
     object_class_property_set_description(oc, "write-protect",
         "How pages are kept from changing while they are replaced "
         "(auto, userfaultfd, mprotect)");
-    object_class_property_add_bool(oc, "zero-pages", get_zero_pages,
-                                   set_zero_pages);
+    prop = object_class_property_add_bool(oc, "zero-pages", get_zero_pages,
+                                          set_zero_pages);
+    object_property_set_default_bool(prop, true);
     object_class_property_set_description(oc, "zero-pages",
         "Give back pages that contain only zeros");
-    object_class_property_add_enum(oc, "huge-pages", "DedupHugePages",
-                                   &DedupHugePages_lookup, get_huge_pages,
-                                   set_huge_pages);
+    prop = object_class_property_add_enum(oc, "huge-pages", "DedupHugePages",
+                                          &DedupHugePages_lookup,
+                                          get_huge_pages, set_huge_pages);
+    object_property_set_default_str(prop, "split");
     object_class_property_set_description(oc, "huge-pages",
         "What to do with transparent huge pages (split, keep)");
     for (i = 0; i < ARRAY_SIZE(numbers); i++) {
-        object_class_property_add(oc, numbers[i].name, "int", get_number,
-                                  set_number, NULL, &numbers[i]);
+        prop = object_class_property_add(oc, numbers[i].name, "int",
+                                         get_number, set_number, NULL,
+                                         &numbers[i]);
+        object_property_set_default_uint(prop, numbers[i].def);
         object_class_property_set_description(oc, numbers[i].name,
                                               numbers[i].description);
     }

@@ -127,6 +127,7 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
     info->cow_breaks = stats.cow_breaks;
     info->full_scans = stats.full_scans;
     info->pages_scanned = stats.pages_scanned;
+    info->pass_pages = stats.pass_pages;
     info->cpu_time_ns = stats.cpu_time_ns;
     info->last_pass_ms = stats.last_pass_ms;
     info->window_max_ns = stats.window_max_ns;

@@ -95,8 +95,15 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
         ds->blocked = blocked;
         ds->hard = hard;
     }
-    ds->reasons = reasons;
     dedup_ram_update(ds);
+    /* Only said: what is not there is not scanned. */
+    if (run && !dedup_ram_has_eligible(ds)) {
+        reasons |= BIT(DEDUP_BLOCKED_REASON_NO_ELIGIBLE_MEMORY);
+    }
+    ds->reasons = reasons;
+    if (run) {
+        dedup_blockers_warn(ds);
+    }
 
     if (ds->discard_required && blocked && dedup_engine_lean(ds->engine)) {
         ram_block_discard_require(false);
@@ -300,6 +307,9 @@ static bool make_engine(DedupScanner *ds, Error **errp)
     if (g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD)) {
         if (ds->write_protect == DEDUP_WRITE_PROTECT_AUTO) {
             ds->userfaultfd_error = g_strdup(gerr->message);
+            /* There will be nothing to start. */
+            ds->reasons = BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
+            dedup_blockers_warn(ds);
             return true;
         }
         error_setg(errp, "write-protect=userfaultfd is not possible: %s",
@@ -403,11 +413,11 @@ static void dedup_scanner_init(Object *obj)
 
     ds->params = (DedupParams) {
         .run = true,
-        .pages_to_scan = 4096,
-        .sleep_millisecs = 20,
+        .pages_to_scan = DEDUP_DEFAULT_PAGES_TO_SCAN,
+        .sleep_millisecs = DEDUP_DEFAULT_SLEEP_MILLISECS,
         .zero_pages = true,
         .huge_pages_split = true,
-        .max_maps = 60,
+        .max_maps = DEDUP_DEFAULT_MAX_MAPS,
     };
     ds->overcommit_fd = -1;
     ds->coredump_fd = -1;

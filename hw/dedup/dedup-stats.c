@@ -52,6 +52,7 @@ static const DedupStat dedup_stats[] = {
     CUMULATIVE("cow-breaks", cow_breaks),
     CUMULATIVE("full-scans", full_scans),
     CUMULATIVE("pages-scanned", pages_scanned),
+    INSTANT("pass-pages", pass_pages),
     SECONDS("cpu-time-ns", cpu_time_ns, STATS_TYPE_CUMULATIVE, -9),
     SECONDS("last-pass-ms", last_pass_ms, STATS_TYPE_INSTANT, -3),
     SECONDS("window-max-ns", window_max_ns, STATS_TYPE_INSTANT, -9),

@@ -142,6 +142,38 @@ void dedup_ram_update(DedupScanner *ds)
     }
 }
 
+bool dedup_ram_has_eligible(DedupScanner *ds)
+{
+    DedupBlock *block;
+
+    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
+        if (block->eligible) {
+            return true;
+        }
+    }
+    return false;
+}
+
+char *dedup_ram_why_none(DedupScanner *ds)
+{
+    DedupBlock *block, *largest = NULL;
+
+    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
+        /* Firmware may be larger than what somebody tries this with. */
+        if (block->reason != DEDUP_BLOCK_REASON_NOT_BACKEND &&
+            (!largest ||
+             block->rb->used_length > largest->rb->used_length)) {
+            largest = block;
+        }
+    }
+    if (!largest) {
+        return g_strdup("this virtual machine has no RAM");
+    }
+    return g_strdup_printf("memory '%s': %s (%s)", dedup_block_id(largest),
+                           dedup_block_reason_text(largest->reason),
+                           DedupBlockReason_str(largest->reason));
+}
+
 static void ram_added(RAMBlockNotifier *n, void *host, size_t size,
                       size_t max_size)
 {

@@ -330,6 +330,27 @@ def check_full_scans(s):
          elapsed, last['last-pass-ms'] * 2 + elapsed * 0.3)
 
 
+@member('pass-pages')
+def check_pass_pages(s):
+    # How far a slow pass is: it rises, and begins anew with the next
+    total = dedup.stats(s.vm)['pages-total']
+    dedup.set_property(s.vm, 'pages-to-scan', 200)
+    dedup.set_property(s.vm, 'sleep-millisecs', 5)
+    seen = []
+    first = dedup.stats(s.vm)['full-scans']
+    while True:
+        got = dedup.stats(s.vm)
+        seen.append((got['full-scans'], got['pass-pages']))
+        if got['full-scans'] > first + 3:
+            break
+    dedup.set_property(s.vm, 'pages-to-scan', 1 << 20)
+    dedup.set_property(s.vm, 'sleep-millisecs', 0)
+    tap.check(all(0 <= n <= total for _, n in seen), 'beyond all pages')
+    tap.check(all(a[0] != b[0] or a[1] <= b[1]
+                  for a, b in zip(seen, seen[1:])), 'it went back')
+    tap.check(len({n for _, n in seen}) > 10, str(seen[:40]))
+
+
 @member('pages-scanned')
 def check_scanned(s):
     # What is hashed in a pass: all that has memory of its own.

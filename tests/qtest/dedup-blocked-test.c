@@ -435,6 +435,63 @@ static void test_nested(void)
     qtest_quit(qts);
 }
 
+/* Without a /proc nobody can tell which pages are there. */
+static void test_pagemap(void)
+{
+    QTestState *qts = start_as("unshare -m sh -c 'mount -t tmpfs none /proc "
+                               "&& exec \"$0\" \"$@\"' ", SCANNER);
+
+    if (!qts) {
+        return;
+    }
+    dedup_assert_blocked(qts, "pagemap", "/proc/self/pagemap");
+    g_assert_cmpint(dedup_figure(qts, "pages-merged"), ==, 0);
+    qtest_quit(qts);
+}
+
+/* RAM in a file on a disk, as a libvirt domain has it by default. */
+static void test_no_eligible_memory(void)
+{
+    g_autofree char *dir = dedup_tmpdir("/var/tmp");
+    g_autofree char *path = g_strdup_printf("%s/ram", dir);
+    g_autofree char *out = NULL;
+    QTestState *qts;
+
+    if (dedup_skip()) {
+        rmdir(dir);
+        return;
+    }
+    qts = qtest_initf("-machine pc,memory-backend=ram0 -nodefaults "
+                      "-display none -m 64M,slots=1,maxmem=1G "
+                      "-object memory-backend-file,id=ram0,size=64M,share=on,"
+                      "mem-path=%s " SCANNER, path);
+    dedup_assert_blocked(qts, "no-eligible-memory", "'ram0'");
+    dedup_assert_blocked(qts, "no-eligible-memory", "tmpfs");
+    out = qtest_hmp(qts, "info dedup");
+    g_assert_nonnull(strstr(out, "ds0: blocked"));
+    g_assert_null(strstr(out, "pages merged"));
+    /* not while it is off: nothing would be merged anyway */
+    dedup_set_bool(qts, "/objects/ds0", "run", false);
+    dedup_wait_state(qts, "stopped");
+    dedup_set_bool(qts, "/objects/ds0", "run", true);
+    dedup_wait_state(qts, "blocked");
+    /* other memory comes */
+    qtest_qmp_assert_success(qts, "{ 'execute': 'object-add', 'arguments': {"
+                             " 'id': 'mem1', 'size': 134217728,"
+                             " 'qom-type': 'memory-backend-ram' } }");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'device_add', 'arguments': {"
+                             " 'driver': 'pc-dimm', 'id': 'dimm1',"
+                             " 'memdev': 'mem1' } }");
+    dedup_wait_block(qts, "mem1", "eligible");
+    dedup_wait_at_least(qts, "full-scans", 2);
+    g_free(out);
+    out = dedup_blocked(qts, "no-eligible-memory");
+    g_assert_null(out);
+    qtest_quit(qts);
+    unlink(path);
+    rmdir(dir);
+}
+
 static void test_discard_disabled(void)
 {
     g_test_skip("needs a device for VFIO");
@@ -472,6 +529,9 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/blocked/background-snapshot",
                    test_background_snapshot);
     qtest_add_func("/dedup/blocked/nested", test_nested);
+    qtest_add_func("/dedup/blocked/pagemap", test_pagemap);
+    qtest_add_func("/dedup/blocked/no-eligible-memory",
+                   test_no_eligible_memory);
     qtest_add_func("/dedup/blocked/discard-disabled", test_discard_disabled);
     qtest_add_func("/dedup/blocked/confidential", test_confidential);
     qtest_add_func("/dedup/blocked/kvm-sync-mmu", test_kvm_sync_mmu);

@@ -81,6 +81,7 @@ static void test_main_memory(void)
                                file->dir);
     check_main_memory(NULL, "pc.ram", NULL);
     check_main_memory("memory-backend-ram", "ram0", NULL);
+    check_main_memory("memory-backend-shm", "ram0", NULL);
     check_main_memory("memory-backend-memfd,share=on", "ram0", NULL);
     check_main_memory("memory-backend-memfd,share=off", "ram0", NULL);
     check_main_memory(shared, "ram0", NULL);

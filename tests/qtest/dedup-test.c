@@ -85,7 +85,17 @@ static void test_hmp(void)
     g_free(out);
     out = qtest_hmp(qts, "info dedup");
     g_assert_nonnull(strstr(out, "ds0: "));
+    g_assert_nonnull(strstr(out, "  saved: "));
+    g_assert_nonnull(strstr(out, " % of 16384 pages"));
     g_assert_nonnull(strstr(out, "block pc.ram: 16384 pages"));
+    g_free(out);
+    out = qtest_hmp(qts, "dedup_unmerge -f ds0");
+    g_assert_nonnull(strstr(out, "Unmerging"));
+    qtest_qmp_eventwait(qts, "DEDUP_UNMERGE_COMPLETED");
+    g_free(out);
+    out = qtest_hmp(qts, "dedup_unmerge");
+    g_assert_nonnull(strstr(out, "Unmerging"));
+    qtest_qmp_eventwait(qts, "DEDUP_UNMERGE_COMPLETED");
     g_free(out);
     out = qtest_hmp(qts, "info stats vm * dedup");
     g_assert_nonnull(strstr(out, "pages-total"));
@@ -116,6 +126,10 @@ static void test_help(void)
 
         g_test_message("%s", lines[i]);
         g_assert_nonnull(description);
+        /* nothing stands for "none" */
+        g_assert_true(strstr(lines[i], "(default: ") ||
+                      strstr(lines[i], "group") ||
+                      strstr(lines[i], "thread-context"));
         g_assert_cmpint(strlen(description), >, 10);
         for (j = 0; j < ARRAY_SIZE(names); j++) {
             g_autofree char *start = g_strdup_printf("  %s=<", names[j]);
@@ -270,7 +284,10 @@ static void test_errors(void)
         { "write-protect=mprotect",
           "write-protect=mprotect is not supported by this version",
           "Use write-protect=auto or userfaultfd." },
-        { "write-protect=none", "does not accept value 'none'", "" },
+        { "write-protect=none", "does not accept value 'none'",
+          "Accepted values: auto userfaultfd mprotect" },
+        { "huge-pages=on", "does not accept value 'on'",
+          "Accepted values: split keep" },
         { "group=a/b", "group 'a/b' is neither an absolute path nor a name",
           "" },
         { "group=..", "group '..' is neither an absolute path nor a name",
@@ -324,6 +341,12 @@ static void check_without_object(const char *machine)
     qobject_unref(resp);
     out = qtest_hmp(qts, "info dedup");
     g_assert_nonnull(strstr(out, "No dedup-scanner object"));
+    g_free(out);
+    out = qtest_hmp(qts, "dedup_unmerge");
+    g_assert_nonnull(strstr(out, "no dedup-scanner object"));
+    g_free(out);
+    out = qtest_hmp(qts, "dedup_unmerge ds0");
+    g_assert_nonnull(strstr(out, "'ds0' not found"));
     qtest_quit(qts);
 }
 
@@ -344,7 +367,10 @@ static void test_machine_none(void)
     qts = qtest_init("-machine none -object dedup-scanner,id=ds0");
     g_assert_cmpint(dedup_figure(qts, "pages-total"), ==, 0);
     out = qtest_hmp(qts, "info dedup");
-    g_assert_nonnull(strstr(out, "ds0: "));
+    g_assert_nonnull(strstr(out, "ds0: blocked"));
+    g_assert_nonnull(strstr(out, "has no RAM"));
+    /* no screen of zeros */
+    g_assert_null(strstr(out, "pages merged"));
     qtest_qmp_assert_success(qts, "{ 'execute': 'object-del',"
                              " 'arguments': { 'id': 'ds0' } }");
     qtest_quit(qts);

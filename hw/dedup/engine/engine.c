@@ -518,6 +518,11 @@ bool dedup_engine_lost_userfaultfd(DedupEngine *e)
     return __atomic_load_n(&e->uffd, __ATOMIC_RELAXED) < 0;
 }
 
+bool dedup_engine_has_pagemap(DedupEngine *e)
+{
+    return e->pagemap_fd >= 0;
+}
+
 void dedup_engine_get_params(DedupEngine *e, DedupParams *params)
 {
     g_mutex_lock(&e->control);

@@ -271,6 +271,12 @@ char *dedup_engine_group_error(DedupEngine *engine);
  */
 bool dedup_engine_lost_userfaultfd(DedupEngine *engine);
 
+/**
+ * dedup_engine_has_pagemap() - could /proc/self/pagemap be opened?  Without it
+ * nobody can tell which pages are there, and nothing can be merged.
+ */
+bool dedup_engine_has_pagemap(DedupEngine *engine);
+
 /** dedup_engine_get_params() - the parameters in force */
 void dedup_engine_get_params(DedupEngine *engine, DedupParams *params);
 
@@ -443,6 +449,7 @@ typedef struct DedupGroupStats {
  * @cow_breaks: merged pages found written, since the engine started
  * @full_scans: passes completed
  * @pages_scanned: pages hashed since the engine started
+ * @pass_pages: how many of @pages_total the pass that is under way has passed
  * @cpu_time_ns: of the scanner's thread and the peer thread
  * @last_pass_ms: duration of the last full pass
  * @window_max_ns: longest window since the last call with @reset_max
@@ -471,6 +478,7 @@ typedef struct DedupStats {
     uint64_t cow_breaks;
     uint64_t full_scans;
     uint64_t pages_scanned;
+    uint64_t pass_pages;
     uint64_t cpu_time_ns;
     uint64_t last_pass_ms;
     uint64_t window_max_ns;

@@ -201,7 +201,7 @@ struct DedupEngine {
     struct DedupChunk *chunk; /* scan.c's work space */
     DedupIndex *index;        /* of the group, once joined */
     uint64_t salt;
-    uint32_t pass_at;         /* where the pass is: member page number */
+    uint32_t pass_at;         /* where the pass is: member page number; atomic */
     int64_t pass_start_us;
     uint64_t pass_found;      /* pages merged or dropped in this pass */
     unsigned idle_passes;     /* full passes in a row that found nothing */

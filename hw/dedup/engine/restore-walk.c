@@ -21,7 +21,9 @@ void dedup_restore_error(uint64_t left, unsigned lacks, GError **error)
         { DEDUP_LACK_MAPS, "the process is at its limit of mappings "
                            "(vm.max_map_count)" },
         { DEDUP_LACK_UNPINNED, "a device writes to them" },
-        { DEDUP_LACK_FREEZE, "something else works on the RAM's mappings" },
+        { DEDUP_LACK_FREEZE, "a background snapshot or an incoming "
+                             "migration works on the RAM, or no userfaultfd "
+                             "can be had" },
     };
     g_autoptr(GString) text = g_string_new(NULL);
 

@@ -458,7 +458,8 @@ static bool next_chunk(DedupEngine *e, Chunk *c, int64_t most)
             /* a batch smaller than a chunk is honoured, by the page */
             c->n = MIN(c->n, MAX(most, 1));
         }
-        e->pass_at = c->r->base + c->first;
+        __atomic_store_n(&e->pass_at, c->r->base + c->first,
+                         __ATOMIC_RELAXED);
     }
     dedup_unlock(e);
     return c->r;
@@ -470,7 +471,7 @@ static void end_pass(DedupEngine *e)
     if (dedup_stats_pass(e)) {
         dedup_policy_pass_end(e);
     }
-    e->pass_at = 0;
+    __atomic_store_n(&e->pass_at, 0, __ATOMIC_RELAXED);
 }
 
 void dedup_scan_init(DedupEngine *e)
@@ -503,7 +504,9 @@ bool dedup_scan_batch(DedupEngine *e, uint32_t budget)
         } else {
             dedup_policy_index_room(e);
             scan_chunk(e, c);
-            e->pass_at += c->n;
+            /* whoever asks for the figures reads it */
+            __atomic_store_n(&e->pass_at, e->pass_at + c->n,
+                             __ATOMIC_RELAXED);
             left -= c->n + (int64_t)c->nseen * (LOOK_SHARE - 1);
         }
     }

@@ -385,6 +385,9 @@ void dedup_engine_get_stats(DedupEngine *e, DedupStats *stats,
     stats->zero_pages = live(&e->zero) + live(&e->zero_mapped);
     stats->cow_breaks = live(&e->cow_breaks);
     stats->pages_scanned = live(&e->pages_scanned);
+    /* member page numbers have no gaps but where regions were removed */
+    stats->pass_pages = MIN(__atomic_load_n(&e->pass_at, __ATOMIC_RELAXED),
+                            stats->pages_total);
     stats->cpu_time_ns = MAX(cpu, e->stats.cpu_time_ns);
     e->stats.cpu_time_ns = stats->cpu_time_ns; /* outlives the thread */
     stats->pages_left = e->state == DEDUP_STATE_UNMERGING ?

@@ -1,0 +1,76 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who is blocked hears of it on stderr, where libvirt's log has it: once.
+
+No guest runs.
+"""
+
+import os
+import tempfile
+
+import dedup
+import host
+import tap
+import vm as vms
+from outside import Machine
+
+
+def warnings(vm):
+    """The lines about deduplication."""
+    with open(vm.path('stderr'), encoding='utf-8') as f:
+        return [line.strip() for line in f if 'dedup-scanner' in line]
+
+
+@tap.case
+def test_not_tmpfs():
+    """file RAM on a disk: one warning that says what to change"""
+    with tempfile.TemporaryDirectory(dir='/var/tmp') as where:
+        vm = Machine('disk', backing='file-shared', dedup={},
+                     ram_path=os.path.join(where, 'ram')).start()
+        dedup.wait_until(lambda: warnings(vm), 'warning')
+        for _ in range(3):
+            dedup.run(vm, False)
+            dedup.wait_state(vm, ['stopped'])
+            dedup.run(vm, True)
+            dedup.wait_state(vm, ['blocked'])
+        got = warnings(vm)
+        tap.note(got)
+        tap.check(len(got) == 1 and 'no-eligible-memory' in got[0] and
+                  "'ram0'" in got[0] and 'tmpfs' in got[0], str(got))
+        vm.quit()
+
+
+@tap.case
+def test_group():
+    """a group that may not be used: one warning with the group"""
+    group = vms.group_dir()
+    os.chmod(group, 0o777)
+    vm = Machine('group', backing='ram', dedup={}, group=group).start()
+    dedup.wait_until(lambda: warnings(vm), 'warning')
+    dedup.wait_until(lambda: dedup.stats(vm)['state'] == 'blocked', 'state')
+    got = warnings(vm)
+    tap.note(got)
+    tap.check(len(got) == 1 and '(group)' in got[0] and group in got[0],
+              str(got))
+    os.chmod(group, 0o700)
+    dedup.wait_until(lambda: dedup.stats(vm)['state'] != 'blocked', 'state')
+    tap.check(len(warnings(vm)) == 1, str(warnings(vm)))
+    vm.quit()
+
+
+@tap.case
+def test_healthy():
+    """a machine that merges, and one that waits for a migration: none"""
+    vm = Machine('good', backing='memfd-shared', dedup={}).start()
+    dedup.wait_scans([vm], 2)
+    tap.check(not warnings(vm), str(warnings(vm)))
+    vm.quit()
+    vm = Machine('incoming', backing='memfd-shared', dedup={},
+                 incoming='defer').start()
+    dedup.wait_state(vm, ['blocked'])
+    tap.check(not warnings(vm), str(warnings(vm)))
+    vm.quit()
+
+
+host.prepare()
+tap.main()

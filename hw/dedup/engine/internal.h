@@ -417,6 +417,13 @@ typedef struct DedupAction {
 } DedupAction;
 
 /*
+ * split.c: split the huge pages under a window's pages.  @flags: presence of
+ * the pages from @first on.  True: some may be split now, ask again.
+ */
+bool dedup_split_huge(DedupRegion *r, DedupAction *const *actions, unsigned n,
+                      uint32_t first, const uint8_t *flags);
+
+/*
  * One window: merge or drop @n pages of @r that lie within
  * DEDUP_WINDOW_PAGES of each other.  Takes the remap lock.  Returns how many
  * were done; sets bits of @limits where something ran short.

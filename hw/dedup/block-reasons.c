@@ -276,7 +276,7 @@ void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
         .fd_offset = rb->fd_offset,
         .pins = ram_guard_dma_maps(rb, true),
         .readers = ram_guard_dma_maps(rb, false),
-        .flags = DEDUP_REGION_HUGEPAGE | DEDUP_REGION_MERGEABLE,
+        .flags = DEDUP_REGION_HUGEPAGE,
     };
     /* As ram_block_add() and the memory backend did. */
     if (!qtest_enabled()) {

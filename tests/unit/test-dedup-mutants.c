@@ -65,6 +65,12 @@ static const Case cases[] = {
       "/room/remove/anon", "killed" },
     { DEDUP_MUTANT_PUNCH_ZEROES, "test-dedup-room",
       "/room/tmpfs/guest", "SIGBUS" },
+    { DEDUP_MUTANT_KSM_LEFT, "test-dedup-ksm",
+      "/ksm/merge/unsaid/anon", "lost store" },
+    { DEDUP_MUTANT_KSM_LEFT, "test-dedup-ksm",
+      "/ksm/merge/inside/memfd", "lost store" },
+    { DEDUP_MUTANT_KSM_LEFT, "test-dedup-ksm",
+      "/ksm/restore/again/memfd", "lost store" },
 };
 
 static char *program_dir;

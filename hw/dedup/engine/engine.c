@@ -23,6 +23,7 @@
 
 #include "freeze.h"
 #include "internal.h"
+#include "ksm.h"
 
 /* How often to try again for what could not be had. */
 #define RETRY_US (2 * G_TIME_SPAN_SECOND)
@@ -239,6 +240,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->self_pidfd = syscall(SYS_pidfd_open, getpid(), 0);
     e->has_madvise_vector = e->self_pidfd >= 0;
     e->hostmem = dedup_hostmem_new("/proc");
+    dedup_ksm_open(e);
     e->stats.maps_limit = dedup_hostmem_max_maps(e->hostmem) *
                           config->params.max_maps / 100;
     g_mutex_init(&e->turn);
@@ -291,6 +293,7 @@ void dedup_engine_free(DedupEngine *e)
     g_mutex_clear(&e->remap);
     g_mutex_clear(&e->turn);
     dedup_hostmem_free(e->hostmem);
+    dedup_ksm_close(e);
     if (e->self_pidfd >= 0) {
         close(e->self_pidfd);
     }

@@ -126,16 +126,13 @@ typedef enum DedupMemory {
  * @DEDUP_REGION_DONTFORK: MADV_DONTFORK
  * @DEDUP_REGION_DONTDUMP: MADV_DONTDUMP
  * @DEDUP_REGION_HUGEPAGE: MADV_HUGEPAGE
- * @DEDUP_REGION_MERGEABLE: MADV_MERGEABLE was set: taken from KSM while the
- *     region is ours; its owner gives it back after dedup_region_remove()
  * @DEDUP_REGION_NORESERVE: mapped with MAP_NORESERVE
  */
 typedef enum DedupRegionFlags {
     DEDUP_REGION_DONTFORK = 1 << 0,
     DEDUP_REGION_DONTDUMP = 1 << 1,
     DEDUP_REGION_HUGEPAGE = 1 << 2,
-    DEDUP_REGION_MERGEABLE = 1 << 3,
-    DEDUP_REGION_NORESERVE = 1 << 4,
+    DEDUP_REGION_NORESERVE = 1 << 3,
 } DedupRegionFlags;
 
 /**
@@ -303,6 +300,9 @@ void dedup_engine_block(DedupEngine *engine, bool block, bool hard);
 
 /**
  * dedup_region_add() - let the engine scan a region
+ *
+ * What of it the kernel's KSM may merge is taken from KSM (MADV_UNMERGEABLE)
+ * while it is merged; the owner gives it back after dedup_region_remove().
  *
  * Returns: the region; or NULL and @error.  The memory must stay mapped as
  * described until dedup_region_remove().

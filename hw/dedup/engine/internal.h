@@ -39,7 +39,7 @@
 
 /* Bits of DedupRegion.area, one byte per chunk. */
 #define DEDUP_AREA_NOHUGE (1 << 0)   /* MADV_NOHUGEPAGE is set here */
-#define DEDUP_AREA_UNKSM (1 << 1)    /* taken from KSM */
+#define DEDUP_AREA_UNKSM (1 << 1)    /* all of it is taken from KSM */
 #define DEDUP_AREA_SPLIT (1 << 2)    /* huge page split in this pass */
 #define DEDUP_AREA_UNPUNCHED (1 << 3) /* merged pages may be in the file */
 #define DEDUP_AREA_PUNCH (1 << 4)    /* and is punched in this pass */
@@ -148,6 +148,17 @@ typedef struct DedupLook {
     uint8_t flags[DEDUP_LOOK_PAGES];
 } DedupLook;
 
+/* What is known of KSM and this process; ksm.c. */
+typedef struct DedupKsm {
+    int stat_fd;              /* ksm_stat of this process */
+    bool absent;              /* this kernel has none */
+    bool known;               /* the figures are */
+    bool idle;                /* it knows no page of this process */
+    bool no_room;             /* to take pages from it */
+    uint64_t shared;          /* atomic: pages that it has merged */
+    uint64_t zero;            /* pages that it found to be zero */
+} DedupKsm;
+
 struct DedupEngine {
     DedupCallbacks callbacks;
     void *opaque;
@@ -158,6 +169,7 @@ struct DedupEngine {
     bool zero_anon;           /* anonymous zero pages can be frozen */
     bool has_madvise_vector;  /* process_madvise(MADV_DONTNEED) of oneself */
     DedupHostMem *hostmem;
+    DedupKsm ksm;             /* scanner's own, but "absent": remap lock */
     DedupGroup *group;
     bool joined;
 

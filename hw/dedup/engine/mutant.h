@@ -31,6 +31,7 @@ enum {
     DEDUP_MUTANT_NO_FETCH_PROOF = 12, /* a segment is given without proof */
     DEDUP_MUTANT_NO_GATE = 13,        /* restores do not look at the memory */
     DEDUP_MUTANT_PUNCH_ZEROES = 14,   /* zero pages of any file are punched */
+    DEDUP_MUTANT_KSM_LEFT = 15,       /* KSM's pages are not refused */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS
@@ -48,12 +49,13 @@ extern unsigned dedup_mutant_delay_us;
         }                                                               \
     } while (0)
 /*
- * Called in each window, on the scanner's thread: what a test does here comes
- * at the worst moment, every time.
+ * Called in each window, on the scanner's thread or that of a restore: what
+ * a test does here comes at the worst moment, every time.
  */
 enum {
     DEDUP_HOOK_ADMITTED,      /* the pages are chosen, not frozen yet */
     DEDUP_HOOK_JUDGED,        /* they are frozen and compared, not replaced */
+    DEDUP_HOOK_COPIED,        /* a restore's are frozen and copied, not moved */
 };
 extern void (*dedup_mutant_hook)(int stage);
 #define DEDUP_MUTANT_HOOK(stage)                                        \

@@ -47,5 +47,6 @@ struct pm_scan_arg {
 #define PM_SWAPPED (1ULL << 62)
 #define PM_FILE (1ULL << 61)
 #define PM_UFFD_WP (1ULL << 57)
+#define PM_MMAP_EXCLUSIVE (1ULL << 56)
 
 #endif /* DEDUP_PAGEMAP_H */

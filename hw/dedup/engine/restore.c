@@ -6,9 +6,9 @@
  * Shared regions: the contents are written to the region's file and the file
  * is mapped there again.  Private regions: the contents are copied to fresh
  * anonymous memory, which is then moved over the place by mremap(), at one
- * stroke.  Both happen under the freeze, with the pins looked at inside it,
- * so that neither a store nor a DMA write can fall between the copy and the
- * new mapping (I1, I5).
+ * stroke.  Both happen under the freeze, with the pins looked at inside it
+ * and KSM kept out (ksm.c), so that neither a store nor a DMA write can fall
+ * between the copy and the new mapping (I1, I5).
  *
  * A page that is dropped (zero) needs nothing: its own mapping is in place,
  * with a hole or fresh memory below it.
@@ -24,6 +24,7 @@
 
 #include "freeze.h"
 #include "internal.h"
+#include "ksm.h"
 
 /* How often to try to close a hole that the kernel left. */
 #define HOLE_TRIES 100
@@ -134,6 +135,15 @@ static bool map_back(DedupRegion *r, uint32_t page, uint32_t n)
     return ok;
 }
 
+/* Nobody has stored to what was copied: KSM was kept out. */
+static bool is_still_frozen(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    bool ok = dedup_ksm_kept_out(r, page, n, NULL);
+
+    r->lacks |= ok ? 0 : DEDUP_LACK_FREEZE;
+    return ok;
+}
+
 /* Pages of memory that the region's file has, in all. */
 static uint64_t file_pages(const DedupRegion *r)
 {
@@ -161,7 +171,8 @@ static void restore_shared(Span *s)
         uint32_t page = s->first + i;
         bool ok = write_back(r, page, n, dedup_region_addr(r, page));
 
-        if (ok && !map_back(r, page, n)) {
+        DEDUP_MUTANT_HOOK(COPIED);
+        if (ok && (!is_still_frozen(r, page, n) || !map_back(r, page, n))) {
             /* where a hole stays, the file has the only copy */
             ok = has_hole(r, page, n);
             if (!ok) {
@@ -355,8 +366,12 @@ static void restore_private(Span *s)
                                 addr + ((size_t)k << DEDUP_PAGE_SHIFT));
             }
         }
-        ok = move_run(r, staging + off, s->first + i, n);
-        r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
+        DEDUP_MUTANT_HOOK(COPIED);
+        ok = is_still_frozen(r, s->first + i, n);
+        if (ok) {
+            ok = move_run(r, staging + off, s->first + i, n);
+            r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
+        }
         for (uint32_t k = i; k < i + n; k++) {
             s->take[k] = ok;
         }
@@ -412,6 +427,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
                 dedup_page_touch(dedup_region_addr(r, s.first + i));
             }
         }
+        dedup_ksm_take_range(r, s.first, s.n);
         if (r->memory == DEDUP_MEMORY_SHARED) {
             restore_shared(&s);
         } else {

@@ -23,6 +23,7 @@
 #include <sys/vfs.h>
 
 #include "internal.h"
+#include "ksm.h"
 
 /* A step takes this share of the room, but not more nor less than these. */
 #define STEP_SHARE 8
@@ -44,6 +45,7 @@ uint64_t dedup_owed_bytes(DedupEngine *e)
     int64_t total = __atomic_load_n(&e->pages_total, __ATOMIC_RELAXED);
     int64_t own = __atomic_load_n(&e->own_present, __ATOMIC_RELAXED);
 
+    own -= dedup_ksm_shared_bytes(e) >> DEDUP_PAGE_SHIFT;
     return (uint64_t)(total - CLAMP(own, 0, total)) << DEDUP_PAGE_SHIFT;
 }
 

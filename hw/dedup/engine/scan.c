@@ -23,9 +23,9 @@
  */
 
 #include <string.h>
-#include <sys/mman.h>
 
 #include "internal.h"
+#include "ksm.h"
 #include "zeroes.h"
 
 #define FINGERPRINT_ZERO 1
@@ -88,20 +88,6 @@ static void sync_entry(DedupEngine *e, DedupRegion *r, uint32_t page,
     } else if (!(entry & DEDUP_BROKEN)) {
         dedup_ledger_set(r, page, entry | DEDUP_BROKEN);
         __atomic_fetch_add(&e->cow_breaks, 1, __ATOMIC_RELAXED);
-    }
-}
-
-/* KSM must not work on what we work on. */
-static void take_from_ksm(DedupRegion *r, uint32_t first, uint32_t n)
-{
-    uint8_t *area = &r->area[first / DEDUP_CHUNK_PAGES];
-
-    if (!(r->flags & DEDUP_REGION_MERGEABLE) || (*area & DEDUP_AREA_UNKSM)) {
-        return;
-    }
-    if (madvise(dedup_region_addr(r, first), (size_t)n << DEDUP_PAGE_SHIFT,
-                MADV_UNMERGEABLE) == 0) {
-        *area |= DEDUP_AREA_UNKSM;
     }
 }
 
@@ -197,7 +183,9 @@ static bool look(DedupEngine *e, Chunk *c)
         (c->first % DEDUP_CHUNK_PAGES == 0 ? enter_chunk(e, c, flags)
                                            : go_on(e, c, flags))) {
         ok = true;
-        take_from_ksm(r, c->first, c->n);
+        if (c->first % DEDUP_CHUNK_PAGES == 0) {
+            dedup_ksm_take_chunk(r, c->first);
+        }
         dedup_punch_late(r, c->first, c->n);
         for (uint32_t i = 0; i < c->n; i++) {
             uint32_t page = c->first + i;
@@ -496,6 +484,7 @@ bool dedup_scan_batch(DedupEngine *e, uint32_t budget)
     bool ended = false;
 
     dedup_forget_looks(e);
+    dedup_ksm_look(e);
     while (left > 0 && !ended && dedup_may_scan(e)) {
         if (!next_chunk(e, c, left / LOOK_SHARE)) {
             ended = true;

@@ -7,11 +7,13 @@
  * through these stages; the remap lock is held from the first to the last:
  *
  *   admit     own or broken? present? not pinned? equal at a first look? is
- *             there room for the maps?  Splits huge pages.  Touches the
- *             guest's and the segment's pages, so that they are resident.
+ *             there room for the maps?  Splits huge pages, takes pages
+ *             from KSM (ksm.c).  Touches the guest's and the segment's pages,
+ *             so that they are resident.
  *   freeze    from here on no store can pass; a writer waits.
  *   judge     pins again (a pin taken before the freeze bypasses it), then
- *             the byte compare: the only judge (I1).
+ *             the byte compare: the only judge (I1).  Are they protected
+ *             still, in spite of KSM?
  *   flush     one call takes all the pages to be replaced out of the page
  *             table, so that one TLB flush serves the window.
  *   map       private mappings of the segment, whole runs at a time; zero
@@ -43,6 +45,7 @@
 
 #include "freeze.h"
 #include "internal.h"
+#include "ksm.h"
 
 /* Pages that follow each other here and in the segment. */
 typedef struct Run {
@@ -175,7 +178,36 @@ static bool split_huge(Window *w)
     return kept > 0;
 }
 
+/* The kernel's KSM must not open what is frozen: ksm.c. */
+static bool take_from_ksm(Window *w, unsigned *limits)
+{
+    w->nadmitted = dedup_ksm_take_pages(w->r, w->admitted, w->nadmitted,
+                                        limits);
+    return w->nadmitted > 0;
+}
+
 /* ---- inside the frozen range: see (I11) above ---- */
+
+/*
+ * Nobody has stored to a page that was compared.  Otherwise KSM is at work
+ * here, and nothing is done this time.
+ */
+static bool is_still_frozen(const Window *w)
+{
+    bool which[DEDUP_WINDOW_PAGES] = { false };
+    bool any = false;
+
+    for (unsigned i = 0; i < w->nruns; i++) {
+        const Run *run = &w->runs[i];
+
+        if (w->r->memory == DEDUP_MEMORY_SHARED && run->own) {
+            continue; /* the file's: not for KSM */
+        }
+        memset(which + run->page - w->first, true, run->n);
+        any = true;
+    }
+    return !any || dedup_ksm_kept_out(w->r, w->first, w->span, which);
+}
 
 static void judge(Window *w)
 {
@@ -199,6 +231,12 @@ static void judge(Window *w)
         DEDUP_MUTANT_DELAY();
     }
     DEDUP_MUTANT_HOOK(JUDGED);
+    if (w->nruns && !is_still_frozen(w)) {
+        w->nruns = 0;
+        for (unsigned i = 0; i < w->nadmitted; i++) {
+            w->admitted[i]->done = false;
+        }
+    }
 }
 
 /*
@@ -508,7 +546,7 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
         }
         if (w.nadmitted &&
             dedup_policy_maps(r, w.admitted, &w.nadmitted, limits) &&
-            split_huge(&w)) {
+            split_huge(&w) && take_from_ksm(&w, limits)) {
             window_locked(&w, limits);
         }
         for (unsigned i = 0; i < n; i++) {

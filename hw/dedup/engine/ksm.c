@@ -1,0 +1,243 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * KSM, the kernel's own page merging, beside ours.
+ *
+ * Where ksmd replaces a private page it installs a page table entry without
+ * the write protection of a userfaultfd.  In the middle of a window that
+ * lets a store pass to a page that is about to be replaced: it is lost.  So
+ *
+ * - memory is taken from KSM (MADV_UNMERGEABLE) before it is frozen.  When
+ *   that returns, ksmd is at none of these pages: it looks at the flag of
+ *   the mapping and merges under one taking of mmap_lock, whatever it
+ *   remembers of the page from before.  Who made the mapping, and what was
+ *   said about it, does not count: all memory of a process may be mergeable
+ *   (PR_SET_MEMORY_MERGE), and somebody may say MADV_MERGEABLE at any time.
+ * - within the freeze, when the pages were compared or copied, each must be
+ *   protected still: somebody may have said it since.  A page that lost the
+ *   protection never gets it back, so one that has it was not stored to.
+ *
+ * MADV_UNMERGEABLE breaks up what KSM has merged: each page gets memory of
+ * its own at once.  So that KSM's savings are not lost before ours begin:
+ *
+ * - a whole chunk is taken only if KSM shares no page of it.  Then KSM does
+ *   not look at it any more.
+ * - else the pages are read where KSM has them, which costs nothing, and a
+ *   window takes just those that it replaces, at most DEDUP_WINDOW_PAGES.
+ *   What we find no use for stays with KSM, where it saves memory.
+ * - the host must have the memory for that moment, or all is left to KSM.
+ *
+ * A page that KSM shares is owed to its guest as a merged one is (room.c).
+ * The kernel's figure is too high until ksmd has come by and noticed what it
+ * lost, as MADV_UNMERGEABLE leaves that to it: we publish later then.
+ *
+ * Runs under the remap lock, unless said otherwise.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "ksm.h"
+#include "pagemap.h"
+
+#define CHUNK_BYTES ((uint64_t)DEDUP_CHUNK_PAGES << DEDUP_PAGE_SHIFT)
+
+void dedup_ksm_open(DedupEngine *e)
+{
+    /* Linux 6.1; without it each chunk is looked at */
+    e->ksm.stat_fd = open("/proc/self/ksm_stat", O_RDONLY | O_CLOEXEC);
+}
+
+void dedup_ksm_close(DedupEngine *e)
+{
+    if (e->ksm.stat_fd >= 0) {
+        close(e->ksm.stat_fd);
+    }
+}
+
+/* A figure of ksm_stat; 0 if it is not there. */
+static uint64_t figure(const char *text, const char *name)
+{
+    const char *at = strstr(text, name);
+
+    return at ? g_ascii_strtoull(at + strlen(name), NULL, 10) : 0;
+}
+
+static void read_stat(DedupEngine *e)
+{
+    DedupKsm *k = &e->ksm;
+    char text[512];
+    ssize_t n = pread(k->stat_fd, text, sizeof(text) - 1, 0);
+
+    k->known = n > 0;
+    if (!k->known) {
+        return;
+    }
+    text[n] = 0;
+    k->zero = figure(text, "ksm_zero_pages ");
+    __atomic_store_n(&k->shared, figure(text, "ksm_merging_pages "),
+                     __ATOMIC_RELAXED);
+    k->idle = !k->shared && !k->zero && !figure(text, "ksm_rmap_items ");
+}
+
+/* Has KSM merged anything of this process?  If unknown, yes. */
+static bool has_pages(const DedupEngine *e)
+{
+    return !e->ksm.known || e->ksm.shared || e->ksm.zero;
+}
+
+void dedup_ksm_look(DedupEngine *e)
+{
+    read_stat(e);
+    e->ksm.no_room = has_pages(e) && dedup_restore_room(e) < CHUNK_BYTES;
+}
+
+uint64_t dedup_ksm_shared_bytes(DedupEngine *e)
+{
+    return __atomic_load_n(&e->ksm.shared, __ATOMIC_RELAXED) <<
+           DEDUP_PAGE_SHIFT;
+}
+
+/* False: not all of it was taken. */
+static bool take(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    if (r->engine->ksm.absent || DEDUP_MUTANT(KSM_LEFT)) {
+        return true;
+    }
+    if (madvise(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
+                MADV_UNMERGEABLE) == 0) {
+        return true;
+    }
+    r->engine->ksm.absent = errno == EINVAL; /* a kernel without KSM */
+    return r->engine->ksm.absent;
+}
+
+/*
+ * Does KSM share any page of the chunk with another one?  A private page that
+ * is mapped more than once is one, as there are no forked copies; so is the
+ * kernel's page of zeros, if KSM uses it for this process.
+ */
+static bool shares_any(DedupRegion *r, uint32_t first, uint32_t n)
+{
+    DedupEngine *e = r->engine;
+    uint64_t entries[DEDUP_CHUNK_PAGES];
+    uint8_t flags[DEDUP_CHUNK_PAGES];
+    uint8_t wanted = DEDUP_PRESENT | (e->ksm.known && !e->ksm.zero
+                                      ? 0 : DEDUP_ZERO_MAPPED);
+    off_t at = ((uintptr_t)dedup_region_addr(r, first) >> DEDUP_PAGE_SHIFT) *
+               sizeof(entries[0]);
+
+    if (!dedup_presence(r, first, n, flags) ||
+        pread(e->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
+        (ssize_t)(n * sizeof(entries[0]))) {
+        return true;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        if ((flags[i] & wanted) && (entries[i] & PM_PRESENT) &&
+            !(entries[i] & (PM_FILE | PM_MMAP_EXCLUSIVE))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void dedup_ksm_take_chunk(DedupRegion *r, uint32_t first)
+{
+    DedupEngine *e = r->engine;
+    uint32_t n = MIN(DEDUP_CHUNK_PAGES, r->npages - first);
+    uint8_t *area = &r->area[first / DEDUP_CHUNK_PAGES];
+
+    if ((*area & DEDUP_AREA_UNKSM) && (e->ksm.absent || e->ksm.idle)) {
+        return;
+    }
+    /* it may have been made mergeable again */
+    *area &= ~DEDUP_AREA_UNKSM;
+    read_stat(e);
+    if ((!has_pages(e) || !shares_any(r, first, n)) && take(r, first, n)) {
+        *area |= DEDUP_AREA_UNKSM;
+    }
+}
+
+static bool is_taken(const DedupRegion *r, const DedupAction *a)
+{
+    return r->area[a->page / DEDUP_CHUNK_PAGES] & DEDUP_AREA_UNKSM;
+}
+
+/* Each run of pages; a mapping will begin and end there anyway. */
+static unsigned take_runs(DedupRegion *r, DedupAction **actions, unsigned n,
+                          unsigned *limits)
+{
+    unsigned kept = 0;
+
+    if (r->engine->ksm.no_room) {
+        *limits |= DEDUP_LIMIT_MEMORY;
+        return 0;
+    }
+    for (unsigned i = 0, j; i < n; i = j) {
+        for (j = i + 1; j < n &&
+             actions[j]->page == actions[i]->page + (j - i); j++) {
+            ;
+        }
+        if (take(r, actions[i]->page, j - i)) {
+            memmove(&actions[kept], &actions[i], (j - i) *
+                    sizeof(actions[0]));
+            kept += j - i;
+        } else {
+            *limits |= errno == ENOMEM ? DEDUP_LIMIT_MEMORY : 0;
+        }
+    }
+    return kept;
+}
+
+unsigned dedup_ksm_take_pages(DedupRegion *r, DedupAction **actions,
+                              unsigned n, unsigned *limits)
+{
+    uint32_t first = actions[0]->page;
+    bool taken = true;
+
+    if (r->engine->ksm.absent) {
+        return n;
+    }
+    for (unsigned i = 0; i < n; i++) {
+        taken &= is_taken(r, actions[i]);
+    }
+    if (!taken) {
+        return take_runs(r, actions, n, limits);
+    }
+    /* most often there is nothing to do, and one call says so */
+    return take(r, first, actions[n - 1]->page + 1 - first) ? n : 0;
+}
+
+void dedup_ksm_take_range(DedupRegion *r, uint32_t first, uint32_t n)
+{
+    take(r, first, n);
+}
+
+bool dedup_ksm_kept_out(DedupRegion *r, uint32_t first, uint32_t n,
+                        const bool *which)
+{
+    DedupEngine *e = r->engine;
+    uint64_t entries[DEDUP_WINDOW_PAGES];
+    off_t at = ((uintptr_t)dedup_region_addr(r, first) >> DEDUP_PAGE_SHIFT) *
+               sizeof(entries[0]);
+    bool kept_out = true;
+
+    if (e->ksm.absent || DEDUP_MUTANT(KSM_LEFT) || DEDUP_MUTANT(NO_FREEZE)) {
+        return true;
+    }
+    if (pread(e->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
+        (ssize_t)(n * sizeof(entries[0]))) {
+        return false;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        bool is_private = (entries[i] & (PM_PRESENT | PM_SWAPPED)) &&
+                          !(entries[i] & PM_FILE);
+
+        kept_out &= (which && !which[i]) || !is_private ||
+                    (entries[i] & PM_UFFD_WP);
+    }
+    return kept_out;
+}

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Keeping KSM, the kernel's own page merging, out of what the engine
+ * replaces; ksm.c says why and how.
+ */
+
+#ifndef DEDUP_KSM_H
+#define DEDUP_KSM_H
+
+#include "internal.h"
+
+/* Part of an engine's life.  The file is opened before a chroot. */
+void dedup_ksm_open(DedupEngine *e);
+void dedup_ksm_close(DedupEngine *e);
+
+/*
+ * Look at what KSM has of this process, and whether there is memory to take
+ * pages from it.  Before each batch; scanner's thread, remap lock not held.
+ */
+void dedup_ksm_look(DedupEngine *e);
+
+/* Bytes of this process that KSM shares: owed to it.  Any thread. */
+uint64_t dedup_ksm_shared_bytes(DedupEngine *e);
+
+/*
+ * A pass has come to the chunk that begins at @first: take all of it from
+ * KSM, if KSM saves nothing there.  Remap lock held.
+ */
+void dedup_ksm_take_chunk(DedupRegion *r, uint32_t first);
+
+/*
+ * Take the pages that a window is about to replace: KSM's savings there
+ * become ours at once.  Takes out of @actions what must be left to KSM, sets
+ * bits of @limits then, and returns how many are left.  Remap lock held.
+ */
+unsigned dedup_ksm_take_pages(DedupRegion *r, DedupAction **actions,
+                              unsigned n, unsigned *limits);
+
+/* Take what is about to be restored, as far as it can be.  Lock held. */
+void dedup_ksm_take_range(DedupRegion *r, uint32_t first, uint32_t n);
+
+/*
+ * In the frozen range: is each of these @n private pages, at most
+ * DEDUP_WINDOW_PAGES, protected still?  @which: those that matter; NULL: all.
+ * A page of a file counts as protected: KSM takes none.  Lock held.
+ */
+bool dedup_ksm_kept_out(DedupRegion *r, uint32_t first, uint32_t n,
+                        const bool *which);
+
+#endif /* DEDUP_KSM_H */

@@ -11,6 +11,7 @@
  */
 
 #include "qemu/osdep.h"
+#include <sys/prctl.h>
 #include "exec/cpu-common.h"
 #include "exec/ramblock.h"
 #include "hw/boards.h"
@@ -22,9 +23,23 @@
 #include "system/system.h"
 #include "dedup-internal.h"
 
+/* Linux 6.4 */
+#ifndef PR_GET_MEMORY_MERGE
+#define PR_GET_MEMORY_MERGE 68
+#endif
+
 static bool memory_is_locked(void)
 {
     return should_mlock(mlock_state) && !is_mlock_on_fault(mlock_state);
+}
+
+/*
+ * Each new mapping is KSM's as well, those that a window makes included: KSM
+ * would merge what we map, and we would take it from KSM again and again.
+ */
+static bool memory_is_ksm(void)
+{
+    return prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) > 0;
 }
 
 /* vm.overcommit_memory=2: every private mapping counts in full. */
@@ -95,6 +110,9 @@ uint32_t dedup_blockers(DedupScanner *ds)
     }
     if (memory_is_locked()) {
         r |= BIT(DEDUP_BLOCKED_REASON_MEM_LOCK);
+    }
+    if (memory_is_ksm()) {
+        r |= BIT(DEDUP_BLOCKED_REASON_MEMORY_KSM);
     }
     if (overcommit_is_strict(ds)) {
         r |= BIT(DEDUP_BLOCKED_REASON_OVERCOMMIT);
@@ -176,6 +194,9 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
         return g_strdup("start QEMU with -overcommit mem-lock=on-fault or "
                         "off (libvirt: take <locked/> out of "
                         "<memoryBacking>)");
+    case DEDUP_BLOCKED_REASON_MEMORY_KSM:
+        return g_strdup("start QEMU without prctl(PR_SET_MEMORY_MERGE): set "
+                        "MemoryKSM=no in the systemd unit that starts it");
     case DEDUP_BLOCKED_REASON_OVERCOMMIT:
         return g_strdup("set the sysctl vm.overcommit_memory to 0 or 1");
     case DEDUP_BLOCKED_REASON_CONFIDENTIAL:

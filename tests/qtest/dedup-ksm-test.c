@@ -7,8 +7,13 @@
  */
 
 #include "qemu/osdep.h"
+#include <sys/prctl.h>
 #include "qemu/cutils.h"
 #include "dedup-qtest.h"
+
+#ifndef PR_SET_MEMORY_MERGE
+#define PR_SET_MEMORY_MERGE 67
+#endif
 
 #define FIRST 0x1000000
 #define SECOND 0x2000000
@@ -122,6 +127,29 @@ static void test_prealloc(void)
     qtest_quit(qts);
 }
 
+/* As with MemoryKSM=yes in the systemd unit that starts QEMU */
+static void test_process(void)
+{
+    QTestState *qts;
+
+    if (dedup_skip()) {
+        return;
+    }
+    if (prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0) < 0) {
+        g_test_skip("this kernel cannot let KSM merge all of a process");
+        return;
+    }
+    qts = qtest_init("-machine pc -nodefaults -display none -m 64M "
+                     "-object dedup-scanner,id=ds0," DEDUP_FAST);
+    g_assert_cmpint(prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0), ==, 0);
+    if (mergeable(qts) < RAM_KB) {
+        g_test_skip("this kernel forgets it when a program is started");
+    } else {
+        dedup_assert_blocked(qts, "memory-ksm", "MemoryKSM=no");
+    }
+    qtest_quit(qts);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -129,5 +157,6 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/ksm/object-del", test_object_del);
     qtest_add_func("/dedup/ksm/merge-off", test_merge_off);
     qtest_add_func("/dedup/ksm/prealloc", test_prealloc);
+    qtest_add_func("/dedup/ksm/process", test_process);
     return g_test_run();
 }

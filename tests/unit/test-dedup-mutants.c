@@ -71,6 +71,10 @@ static const Case cases[] = {
       "/ksm/merge/inside/memfd", "lost store" },
     { DEDUP_MUTANT_KSM_LEFT, "test-dedup-ksm",
       "/ksm/restore/again/memfd", "lost store" },
+    { DEDUP_MUTANT_RESTORE_HELD, "test-dedup-pins",
+      "/pins/held/memfd", "lost read" },
+    { DEDUP_MUTANT_RESTORE_HELD, "test-dedup-pins",
+      "/pins/held/anon", "lost read" },
 };
 
 static char *program_dir;

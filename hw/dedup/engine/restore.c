@@ -50,16 +50,49 @@ static bool trim(Span *s)
     return s->n > 0;
 }
 
-/* Leave out what is pinned; returns how many pages are to be restored. */
-static unsigned choose(Span *s)
+/*
+ * May a device hold these pages to write to them?  Only where a pin counter
+ * is raised, and only a copy: to write to a segment's page the kernel makes a
+ * copy first, and in the freeze it makes none.  So a counter that nobody will
+ * lower again keeps no page that was not copied.  (A device that reads may
+ * hold the segment's page.  It goes on to see what was there, as if the guest
+ * had stored to the page; who reads for long gets a copy to hold.)
+ *
+ * Calls the kernel, takes no lock and no memory (I11).
+ */
+static void find_held(const Span *s, bool *held)
 {
-    unsigned taken = 0;
+    uint8_t flags[DEDUP_WINDOW_PAGES];
+    bool any = false;
 
     for (uint32_t i = 0; i < s->n; i++) {
         uint32_t entry = dedup_entry_at(s->r, s->first + i);
 
-        s->take[i] = dedup_entry_is_segment(entry) &&
-                     !dedup_region_pinned(s->r, s->first + i);
+        held[i] = dedup_entry_is_segment(entry) &&
+                  dedup_region_pinned(s->r, s->first + i);
+        any |= held[i];
+    }
+    /* after the counters: a copy made for a pin is there by now, or waits */
+    if (!any || !dedup_presence(s->r, s->first, s->n, flags)) {
+        return;
+    }
+    for (uint32_t i = 0; i < s->n; i++) {
+        held[i] &= (flags[i] & (DEDUP_PRESENT | DEDUP_SWAPPED)) &&
+                   !DEDUP_MUTANT(RESTORE_HELD);
+    }
+}
+
+/* Leave out what is held; returns how many pages are to be restored. */
+static unsigned choose(Span *s)
+{
+    bool held[DEDUP_WINDOW_PAGES];
+    unsigned taken = 0;
+
+    find_held(s, held);
+    for (uint32_t i = 0; i < s->n; i++) {
+        uint32_t entry = dedup_entry_at(s->r, s->first + i);
+
+        s->take[i] = dedup_entry_is_segment(entry) && !held[i];
         taken += s->take[i];
     }
     return taken;

@@ -19,6 +19,7 @@
 
 #include "engine-fixture.h"
 #include "freeze.h"
+#include "spare.h"
 
 #define PAGES 64
 
@@ -239,10 +240,12 @@ static void test_missing(void)
     int uffd = open_uffd();
     uint8_t *addr = fx_addr(ram, 4);
     Reader r = { .ram = ram, .page = 5 };
+    DedupSpare spare = { NULL };
     struct pollfd p = { .fd = uffd, .events = POLLIN };
     gint64 end;
     GThread *t;
 
+    g_assert_true(dedup_spare_ready(&spare));
     g_assert_true(dedup_freeze_begin(&uffd, addr, 4 * FX_PAGE, true));
     g_assert_cmpint(madvise(addr, 4 * FX_PAGE, MADV_DONTNEED), ==, 0);
     t = g_thread_new("reader", reader_main, &r);
@@ -250,7 +253,8 @@ static void test_missing(void)
     g_assert_cmpint(__atomic_load_n(&r.done, __ATOMIC_SEQ_CST), ==, 0);
     for (uint32_t i = 4; i < 8; i++) {
         g_assert_true(dedup_freeze_refill(uffd, fx_addr(ram, i),
-                                          ram->shadow + i * FX_PAGE));
+                                          ram->shadow + i * FX_PAGE,
+                                          dedup_spare_take(&spare, i)));
     }
     dedup_freeze_end(&uffd, addr, 4 * FX_PAGE);
     end = g_get_monotonic_time() + fx_hang_us();
@@ -263,6 +267,7 @@ static void test_missing(void)
     g_thread_join(t);
     g_assert_cmpuint(r.seen, ==, *(uint64_t *)(ram->shadow + 5 * FX_PAGE));
     fx_assert_bytes(ram);
+    dedup_spare_free(&spare);
     close(uffd);
     fx_ram_free(ram);
 }

@@ -4,6 +4,7 @@
  * bytes that it had, the ledger says what is mapped, nobody waits for ever.
  */
 
+#include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -33,6 +34,20 @@ static bool leaves_holes_and_no_memory(int what)
 static bool loses_userfaultfd(int what)
 {
     return what == DEDUP_FAIL_UNREGISTER && calls++ == 3;
+}
+
+/* Mapping a segment fails, and then there is no memory to fill the page. */
+static bool has_no_page(int what)
+{
+    return what == DEDUP_FAIL_COPY ||
+           (what == DEDUP_FAIL_MAP && calls++ % 3 == 0);
+}
+
+/* Nor can the engine's own be moved there; once. */
+static bool loses_page(int what)
+{
+    return what == DEDUP_FAIL_COPY || what == DEDUP_FAIL_MOVE ||
+           (what == DEDUP_FAIL_MAP && calls++ == 5);
 }
 
 static FxRam *ram_new(FxKind kind)
@@ -110,6 +125,81 @@ static void test_no_memory(gconstpointer data)
     FxRam *ram = ram_new(GPOINTER_TO_INT(data));
 
     end(merge_failing(ram, leaves_holes_and_no_memory), ram);
+}
+
+/* Does this kernel drop a window's pages before they are replaced? */
+static bool has_flush(FxEngine *fe)
+{
+    if (!fe->e->has_madvise_vector) {
+        g_test_skip("this kernel has no process_madvise() that drops pages");
+    }
+    return fe->e->has_madvise_vector;
+}
+
+/* Pages that were dropped come back, without a page from the kernel. */
+static void test_refill(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    FxEngine *fe;
+
+    calls = 0;
+    fe = merge_failing(ram, has_no_page);
+    if (has_flush(fe)) {
+        g_assert_cmpuint(calls, >, 3);
+    }
+    fx_assert_bytes(ram);
+    fx_set_run(fe, true);
+    fx_wait_scans(fe, 4);
+    stop(fe);
+    assert_ledger(ram);
+    end(fe, ram);
+}
+
+/* May a page be read?  Asked of the kernel, as a read would be the end. */
+static bool is_lost(const FxRam *ram, uint32_t page, int fd)
+{
+    ssize_t ret = pwrite(fd, fx_addr(ram, page), FX_PAGE, 0);
+
+    g_assert_true(ret == FX_PAGE || (ret < 0 && (errno == EFAULT ||
+                                                 errno == EHWPOISON)));
+    return ret < 0;
+}
+
+/*
+ * Where all fails, nobody sees other bytes: who touches the page is told by
+ * the kernel that the memory is lost, as of a broken one.
+ */
+static void test_lost(gconstpointer data)
+{
+    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    int fd = memfd_create("test-file", MFD_CLOEXEC);
+    unsigned lost = 0;
+    FxEngine *fe;
+
+    fe = fx_engine_new(NULL);
+    calls = 0;
+    dedup_fail_hook = loses_page;
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_scans(fe, 6);
+    stop(fe);
+    dedup_fail_hook = NULL;
+    for (uint32_t i = 0; i < PAGES; i++) {
+        if (is_lost(ram, i, fd)) {
+            lost++;
+            g_assert_false(fx_is_merged(ram, i));
+            g_assert_cmpint(madvise(fx_addr(ram, i), FX_PAGE, MADV_DONTNEED),
+                            ==, 0);
+            fx_page(ram, i, 5000 + i);
+        }
+    }
+    if (has_flush(fe)) {
+        g_assert_cmpuint(lost, >=, 1);
+        g_assert_cmpuint(lost, <=, DEDUP_WINDOW_PAGES);
+    }
+    assert_ledger(ram);
+    close(fd);
+    end(fe, ram);
 }
 
 static bool is_merged(void *opaque)
@@ -235,6 +325,8 @@ int main(int argc, char **argv)
     fx_init(&argc, &argv);
     add_tests("holes", test_holes, ~0);
     add_tests("no-memory", test_no_memory, 1 << FX_MEMFD | 1 << FX_TMPFS);
+    add_tests("refill", test_refill, 1 << FX_ANON | 1 << FX_ANON_THP);
+    add_tests("lost", test_lost, 1 << FX_ANON);
     add_tests("locked", test_locked, 1 << FX_MEMFD | 1 << FX_ANON);
     add_tests("zeroes", test_zeroes, 1 << FX_MEMFD | 1 << FX_ANON);
     g_test_add_func("/window/probe", test_probe);

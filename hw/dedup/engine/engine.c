@@ -281,6 +281,7 @@ void dedup_engine_free(DedupEngine *e)
     }
     dedup_scan_free(e);
     munmap(e->proof_buffer, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
+    dedup_spare_free(&e->spare);
     g_free(e->tick_scans);
     g_hash_table_destroy(e->failed_gids);
     g_hash_table_destroy(e->left_gids);

@@ -58,6 +58,26 @@
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
 #endif
 
+/* Linux 6.8 and 6.6; who drops pages in a window runs 6.16 or newer. */
+struct dedup_uffdio_move {
+    __u64 dst;
+    __u64 src;
+    __u64 len;
+    __u64 mode;
+    __s64 move;
+};
+#define DEDUP_UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct dedup_uffdio_move)
+
+struct dedup_uffdio_poison {
+    struct uffdio_range range;
+    __u64 mode;
+    __s64 updated;
+};
+#define DEDUP_UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct dedup_uffdio_poison)
+
+/* How often the kernel is asked to fill a page, in vain. */
+#define FILL_TRIES 16
+
 static bool kernel_is_older(unsigned major, unsigned minor)
 {
     struct utsname name;
@@ -229,20 +249,63 @@ void dedup_freeze_end(int *uffd, void *addr, size_t len)
     }
 }
 
-bool dedup_freeze_refill(int uffd, void *addr, const void *content)
+/* True: contents are there, those or others.  Does not try for ever. */
+static bool uffd_fill(int uffd, unsigned long request, void *arg)
+{
+    for (unsigned i = 0; i < FILL_TRIES; i++) {
+        if (ioctl(uffd, request, arg) == 0 || errno == EEXIST) {
+            return true;
+        }
+        if (errno != EAGAIN && errno != EBUSY && errno != ENOMEM) {
+            return false;
+        }
+    }
+    return false;
+}
+
+static bool uffd_copy(int uffd, void *addr, const void *content)
 {
     struct uffdio_copy copy = {
         .dst = (uintptr_t)addr,
         .src = (uintptr_t)content,
         .len = DEDUP_PAGE_SIZE,
     };
-    int ret;
 
-    do {
-        copy.copy = 0;
-        ret = ioctl(uffd, UFFDIO_COPY, &copy);
-    } while (ret < 0 && (errno == EAGAIN || errno == ENOMEM));
-    return ret == 0;
+    return !DEDUP_FAIL(COPY) && uffd_fill(uffd, UFFDIO_COPY, &copy);
+}
+
+static bool uffd_move(int uffd, void *addr, void *page)
+{
+    struct dedup_uffdio_move move = {
+        .dst = (uintptr_t)addr,
+        .src = (uintptr_t)page,
+        .len = DEDUP_PAGE_SIZE,
+    };
+
+    return !DEDUP_FAIL(MOVE) && uffd_fill(uffd, DEDUP_UFFDIO_MOVE, &move);
+}
+
+static void uffd_poison(int uffd, void *addr)
+{
+    struct dedup_uffdio_poison poison = {
+        .range = { .start = (uintptr_t)addr, .len = DEDUP_PAGE_SIZE },
+    };
+
+    uffd_fill(uffd, DEDUP_UFFDIO_POISON, &poison);
+}
+
+bool dedup_freeze_refill(int uffd, void *addr, const void *content,
+                         void *spare)
+{
+    if (uffd_copy(uffd, addr, content)) {
+        return true;
+    }
+    dedup_page_copy(spare, content);
+    if (uffd_move(uffd, addr, spare)) {
+        return true;
+    }
+    uffd_poison(uffd, addr);
+    return false;
 }
 
 /* Is the page at @addr write-protected?  False if that cannot be told. */

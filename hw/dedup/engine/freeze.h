@@ -60,8 +60,16 @@ void dedup_freeze_end(int *uffd, void *addr, size_t len);
 
 /*
  * Fill a page that was dropped inside a frozen range with contents again:
- * only for the path where mapping its replacement failed.
+ * only for the path where mapping its replacement failed.  A page that is
+ * still there stays as it is.
+ *
+ * If the kernel has no page to give, the caller's @spare is moved there: a
+ * private page, populated, that no other process has.  Where that fails, too,
+ * the page is marked as lost: who touches it gets a SIGBUS as of a broken
+ * one (BUS_MCEERR_AR), of which QEMU tells the guest.  Nobody waits, and
+ * nobody sees other bytes.  False: that happened.
  */
-bool dedup_freeze_refill(int uffd, void *addr, const void *content);
+bool dedup_freeze_refill(int uffd, void *addr, const void *content,
+                         void *spare);
 
 #endif /* DEDUP_FREEZE_H */

@@ -21,6 +21,7 @@
 #include "page.h"
 #include "room.h"
 #include "segment.h"
+#include "spare.h"
 
 /* Pages looked at together: the reach of one page table, 2 MiB. */
 #define DEDUP_CHUNK_PAGES 512
@@ -220,6 +221,7 @@ struct DedupEngine {
     unsigned pass_limits;
     DedupBatch batch[DEDUP_BATCHES];
     uint8_t *proof_buffer;    /* DEDUP_PROOF_PAGES pages */
+    DedupSpare spare;         /* for windows of anonymous memory */
     uint64_t index_limit;     /* entries, as of the last tick */
     int64_t index_room_us;    /* when its room was last looked at */
     bool index_short;         /* there is none: it does not grow */

@@ -82,6 +82,8 @@ enum {
     DEDUP_FAIL_SURVIVE,       /* freezing a part of a huge page that is split */
     DEDUP_FAIL_WRITE,         /* writing a restored page to the file */
     DEDUP_FAIL_MAP_BACK,      /* mapping the file there again */
+    DEDUP_FAIL_COPY,          /* filling a dropped page: there is no memory */
+    DEDUP_FAIL_MOVE,          /* filling it with memory that we have */
     DEDUP_FAILS
 };
 extern bool (*dedup_fail_hook)(int what);

@@ -73,6 +73,7 @@ static uint64_t private_metadata(DedupEngine *e)
     DedupRegion *r;
     uint32_t at = 0;
     uint64_t bytes = sizeof(*e) + dedup_scan_size() + dedup_zeroes_bytes(e) +
+                     dedup_spare_size(&e->spare) +
                      resident(e->proof_buffer,
                               DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
 

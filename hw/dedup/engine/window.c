@@ -32,7 +32,7 @@
  * writer finds the write protection, which survives in the page table).  An
  * anonymous page is gone: so there the range is first registered for missing
  * faults too, and a reader waits as well.  If then the mapping fails, the page
- * is filled again from the segment, which has the same bytes.
+ * is filled again from the segment, which has the same bytes (spare.h).
  */
 
 #include <errno.h>
@@ -67,6 +67,7 @@ typedef struct Window {
     unsigned nadmitted;
     Run runs[DEDUP_WINDOW_PAGES];
     unsigned nruns;
+    bool may_drop;            /* pages: there is memory to put them back */
 } Window;
 
 static bool is_broken(const DedupRegion *r, uint32_t page)
@@ -279,7 +280,7 @@ static Flushed flush_anon(Window *w)
     unsigned n = 0;
     long dropped;
 
-    if (!e->has_madvise_vector || !dedup_freeze_readers(e->uffd, addr, len)) {
+    if (!w->may_drop || !dedup_freeze_readers(e->uffd, addr, len)) {
         return FLUSHED_NONE;
     }
     for (unsigned i = 0; i < w->nruns; i++) {
@@ -374,6 +375,7 @@ static bool drop_zero(Window *w, const Run *run)
  */
 static void put_back(Window *w, Run *run, Flushed flushed)
 {
+    DedupEngine *e = w->r->engine;
     bool in_file = w->r->memory == DEDUP_MEMORY_SHARED && run->own;
     const uint8_t *content = run->segment && !in_file ?
         dedup_segment_page(run->segment, run->index) : NULL;
@@ -383,9 +385,10 @@ static void put_back(Window *w, Run *run, Flushed flushed)
         return;
     }
     for (uint32_t i = 0; i < run->n; i++) {
-        dedup_freeze_refill(w->r->engine->uffd,
-                            dedup_region_addr(w->r, run->page + i),
-                            content + ((size_t)i << DEDUP_PAGE_SHIFT));
+        dedup_freeze_refill(e->uffd, dedup_region_addr(w->r, run->page + i),
+                            content + ((size_t)i << DEDUP_PAGE_SHIFT),
+                            dedup_spare_take(&e->spare,
+                                             run->page + i - w->first));
     }
 }
 
@@ -495,6 +498,8 @@ static void window_locked(Window *w, unsigned *limits)
         DEDUP_MUTANT_DELAY();
     }
     DEDUP_MUTANT_HOOK(ADMITTED);
+    w->may_drop = r->memory == DEDUP_MEMORY_ANON && e->has_madvise_vector &&
+                  dedup_spare_ready(&e->spare);
     start = dedup_now_ns();
     if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
         /* ENOMEM: no map left to split off; EBUSY: somebody else's */

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Spare memory for a window that has to put pages back; see spare.h.
+ */
+
+#include <sys/mman.h>
+
+#include "engine.h"
+#include "page.h"
+#include "spare.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+#define SPARE_BYTES (DEDUP_WINDOW_PAGES * DEDUP_PAGE_SIZE)
+
+bool dedup_spare_ready(DedupSpare *s)
+{
+    if (s->whole) {
+        return true;
+    }
+    if (!s->pages) {
+        void *p = mmap(NULL, SPARE_BYTES, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+        if (p == MAP_FAILED) {
+            return false;
+        }
+        s->pages = p;
+        /* a page that a child or KSM has, too, cannot be moved */
+        madvise(p, SPARE_BYTES, MADV_DONTFORK);
+        madvise(p, SPARE_BYTES, MADV_UNMERGEABLE);
+        madvise(p, SPARE_BYTES, MADV_NOHUGEPAGE);
+        madvise(p, SPARE_BYTES, MADV_DONTDUMP);
+    }
+    s->whole = madvise(s->pages, SPARE_BYTES, MADV_POPULATE_WRITE) == 0;
+    return s->whole;
+}
+
+uint8_t *dedup_spare_take(DedupSpare *s, unsigned i)
+{
+    s->whole = false;
+    return s->pages + i * DEDUP_PAGE_SIZE;
+}
+
+size_t dedup_spare_size(const DedupSpare *s)
+{
+    return s->pages ? SPARE_BYTES : 0;
+}
+
+void dedup_spare_free(DedupSpare *s)
+{
+    if (s->pages) {
+        munmap(s->pages, SPARE_BYTES);
+    }
+}

@@ -2,6 +2,7 @@
 """What the host says about processes and memory, from outside QEMU."""
 
 import ctypes
+import fcntl
 import os
 import re
 import struct
@@ -155,6 +156,69 @@ def peek(pid, address, size):
     with open('/proc/%d/mem' % pid, 'rb', buffering=0) as f:
         f.seek(address)
         return f.read(size)
+
+
+class Ksm:
+    """The kernel's KSM.  It is one for the machine: who uses it holds a lock,
+    and its knobs are put back when the case has ended."""
+
+    DIR = '/sys/kernel/mm/ksm/'
+    QUICK = {'sleep_millisecs': '0', 'pages_to_scan': '20000',
+             'smart_scan': '0', 'use_zero_pages': '0'}
+
+    def __init__(self):
+        if not os.access(self.DIR + 'run', os.W_OK):
+            tap.skip('no KSM, or its knobs may not be set')
+        # pylint: disable=consider-using-with
+        self.lock = open(self.DIR + 'run', 'rb')
+        tap.cleanup(self.lock.close)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        if self.get('run') != '0':
+            tap.skip('KSM is in use on this machine')
+        self.saved = {name: self.get(name) for name in self.QUICK
+                      if os.path.exists(self.DIR + name)}
+        tap.cleanup(self._put_back)
+        for name in self.saved:
+            self._set(name, self.QUICK[name])
+
+    def get(self, name):
+        """A knob or a figure."""
+        with open(self.DIR + name, encoding='ascii') as f:
+            return f.read().strip()
+
+    def _set(self, name, value):
+        with open(self.DIR + name, 'w', encoding='ascii') as f:
+            f.write(value)
+
+    def _put_back(self):
+        self._set('run', '2')
+        for name, value in self.saved.items():
+            self._set(name, value)
+        self._set('run', '0')
+
+    def run(self, on):
+        """Switch ksmd on or off; what is merged stays."""
+        self._set('run', '1' if on else '0')
+
+    @staticmethod
+    def pages(pid):
+        """KSM's pages of a process."""
+        with open('/proc/%d/ksm_merging_pages' % pid, encoding='ascii') as f:
+            return int(f.read())
+
+    def merge(self, pids):
+        """Have it merge what it can of these processes: until two scans in a
+        row find nothing more."""
+        self.run(True)
+        before = -1
+        deadline = time.monotonic() + 120
+        while sum(map(self.pages, pids)) > before:
+            before = sum(map(self.pages, pids))
+            target = int(self.get('full_scans')) + 3
+            while int(self.get('full_scans')) < target:
+                tap.check(time.monotonic() < deadline, 'KSM does not scan')
+                time.sleep(0.02)
+        self.run(False)
 
 
 class Cgroup:

@@ -177,11 +177,11 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
 
     switch (reason) {
     case DEDUP_BLOCKED_REASON_USERFAULTFD:
-        return g_strdup_printf("%s; give QEMU access to /dev/userfaultfd or "
-                               "CAP_SYS_PTRACE, or set the sysctl "
-                               "vm.unprivileged_userfaultfd to 1",
-                               ds->userfaultfd_error ? ds->userfaultfd_error :
-                               "the userfaultfd was lost");
+        return g_strdup(ds->userfaultfd_error ? ds->userfaultfd_error :
+                        "the userfaultfd was lost, and no other is granted: "
+                        "give QEMU access to /dev/userfaultfd or "
+                        "CAP_SYS_PTRACE, or set the sysctl "
+                        "vm.unprivileged_userfaultfd to 1");
     case DEDUP_BLOCKED_REASON_GROUP:
         return group_detail(ds);
     case DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE:

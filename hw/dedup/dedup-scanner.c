@@ -250,11 +250,17 @@ static void machine_done(Notifier *n, void *data)
 
 /* Life cycle */
 
-/* Where is the group?  NULL and no error if there is none. */
+/*
+ * Where is the group?  NULL and no error if there is none.  A directory that
+ * is missing is made by the engine, if only its last part is; else the VM
+ * starts without it, and says what to do (I9).  The part of
+ * $XDG_RUNTIME_DIR that is for groups is the user's own, and gone after each
+ * logout: it is made, too.
+ */
 static bool find_group(DedupScanner *ds, Error **errp)
 {
     const char *xdg = g_getenv("XDG_RUNTIME_DIR");
-    g_autofree char *run_dir = NULL, *xdg_dir = NULL;
+    g_autofree char *run_dir = NULL, *xdg_dir = NULL, *xdg_parent = NULL;
 
     if (!ds->group || g_path_is_absolute(ds->group)) {
         ds->group_dir = g_strdup(ds->group);
@@ -262,29 +268,29 @@ static bool find_group(DedupScanner *ds, Error **errp)
     }
     if (!*ds->group || strchr(ds->group, '/') ||
         g_str_equal(ds->group, ".") || g_str_equal(ds->group, "..")) {
-        error_setg(errp, "group '%s' is neither an absolute path nor a name",
-                   ds->group);
+        error_setg(errp, "group '%s' is neither an absolute path nor a name: "
+                   "a name has no '/' and is not '.' or '..'", ds->group);
         return false;
     }
     run_dir = g_build_filename(DEDUP_RUN_DIR, ds->group, NULL);
-    if (g_file_test(run_dir, G_FILE_TEST_EXISTS)) {
+    if (g_file_test(run_dir, G_FILE_TEST_EXISTS) || !xdg || !*xdg) {
         ds->group_dir = g_steal_pointer(&run_dir);
         return true;
     }
-    xdg_dir = g_build_filename(xdg && *xdg ? xdg : "$XDG_RUNTIME_DIR",
-                               DEDUP_XDG_DIR, ds->group, NULL);
-    if (xdg && g_file_test(xdg_dir, G_FILE_TEST_EXISTS)) {
+    xdg_parent = g_build_filename(xdg, DEDUP_XDG_DIR, NULL);
+    xdg_dir = g_build_filename(xdg_parent, ds->group, NULL);
+    if (g_file_test(xdg_dir, G_FILE_TEST_EXISTS) ||
+        access(DEDUP_RUN_DIR, W_OK) < 0) {
+        mkdir(xdg_parent, 0700);
         ds->group_dir = g_steal_pointer(&xdg_dir);
-        return true;
+    } else {
+        ds->group_dir = g_steal_pointer(&run_dir);
     }
-    error_setg(errp, "group '%s' does not exist: neither '%s' nor '%s' does",
-               ds->group, run_dir, xdg_dir);
-    return false;
+    return true;
 }
 
 static bool make_engine(DedupScanner *ds, Error **errp)
 {
-    ERRP_GUARD();
     g_autoptr(GError) gerr = NULL;
     DedupConfig config = {
         .page_size = qemu_real_host_page_size(),
@@ -314,9 +320,6 @@ static bool make_engine(DedupScanner *ds, Error **errp)
         }
         error_setg(errp, "write-protect=userfaultfd is not possible: %s",
                    gerr->message);
-        error_append_hint(errp, "Give QEMU access to /dev/userfaultfd or "
-                          "CAP_SYS_PTRACE, or set the sysctl "
-                          "vm.unprivileged_userfaultfd to 1.\n");
         return false;
     }
     error_setg(errp, "%s", gerr->message);

@@ -106,7 +106,8 @@ static void test_userfaultfd(void)
     if (!qts) {
         return;
     }
-    dedup_assert_blocked(qts, "userfaultfd", "/dev/userfaultfd");
+    dedup_assert_blocked(qts, "userfaultfd",
+                         "/dev/userfaultfd may not be opened by user 65534");
     dedup_assert_blocked(qts, "userfaultfd", "CAP_SYS_PTRACE");
     dedup_assert_blocked(qts, "userfaultfd", "vm.unprivileged_userfaultfd");
     out = qtest_hmp(qts, "info dedup");
@@ -192,6 +193,34 @@ static void test_group_name(void)
     qtest_quit(qts);
     g_unsetenv("XDG_RUNTIME_DIR");
     dedup_remove_tree(xdg);
+}
+
+/* After a boot /run is empty: a VM starts all the same, and joins later. */
+static void test_group_missing(void)
+{
+    g_autofree char *dir = NULL, *parent = NULL, *group = NULL;
+    g_autofree char *out = NULL;
+    QTestState *qts;
+
+    if (dedup_skip()) {
+        return;
+    }
+    dir = dedup_tmpdir("/tmp");
+    parent = g_strdup_printf("%s/not", dir);
+    group = g_strdup_printf("%s/there", parent);
+    qts = qtest_initf(DEDUP_MACHINE "-object dedup-scanner,id=ds0,group=%s",
+                      group);
+    dedup_wait_state(qts, "blocked");
+    dedup_assert_blocked(qts, "group", "mkdir -p -m 700");
+    dedup_assert_blocked(qts, "group", group);
+    /* somebody makes the parent: the rest is made */
+    g_assert_cmpint(mkdir(parent, 0700), ==, 0);
+    dedup_wait_at_least(qts, "full-scans", 1);
+    g_assert_true(g_file_test(group, G_FILE_TEST_IS_DIR));
+    out = dedup_blocked(qts, "group");
+    g_assert_null(out);
+    qtest_quit(qts);
+    dedup_remove_tree(dir);
 }
 
 /* The least that QEMU accepts as a vhost-user back end. */
@@ -438,6 +467,22 @@ static void test_nested(void)
     qtest_quit(qts);
 }
 
+/* A private /dev without the device, as libvirt makes it. */
+static void test_userfaultfd_missing(void)
+{
+    QTestState *qts = start_as("unshare -m sh -c 'mount -t tmpfs none /dev && "
+                               "exec " NOBODY "\"$0\" \"$@\"' ", SCANNER);
+
+    if (!qts) {
+        return;
+    }
+    dedup_assert_blocked(qts, "userfaultfd", "/dev/userfaultfd is not there");
+    dedup_assert_blocked(qts, "userfaultfd", "cgroup_device_acl");
+    dedup_assert_blocked(qts, "userfaultfd", "the system call is not "
+                         "permitted");
+    qtest_quit(qts);
+}
+
 /* Without a /proc nobody can tell which pages are there. */
 static void test_pagemap(void)
 {
@@ -526,12 +571,15 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/blocked/group/unreadable", test_group_unreadable);
     qtest_add_func("/dedup/blocked/group/foreign", test_group_foreign);
     qtest_add_func("/dedup/blocked/group/name", test_group_name);
+    qtest_add_func("/dedup/blocked/group/missing", test_group_missing);
     qtest_add_func("/dedup/blocked/ram-exported", test_ram_exported);
     qtest_add_func("/dedup/blocked/migration/incoming", test_incoming);
     qtest_add_func("/dedup/blocked/migration/outgoing", test_outgoing);
     qtest_add_func("/dedup/blocked/background-snapshot",
                    test_background_snapshot);
     qtest_add_func("/dedup/blocked/nested", test_nested);
+    qtest_add_func("/dedup/blocked/userfaultfd-missing",
+                   test_userfaultfd_missing);
     qtest_add_func("/dedup/blocked/pagemap", test_pagemap);
     qtest_add_func("/dedup/blocked/no-eligible-memory",
                    test_no_eligible_memory);

@@ -292,11 +292,11 @@ static void test_errors(void)
           "" },
         { "group=..", "group '..' is neither an absolute path nor a name",
           "" },
-        { "group=", "group '' is neither an absolute path nor a name", "" },
-        { "group=no-such-group-here", "neither '/run/qemu-dedup/"
-          "no-such-group-here' nor '/nowhere/qemu-dedup/no-such-group-here'"
-          " does", "" },
-        { "group=/nowhere/at/all", "/nowhere/at/all", "" },
+        { "group=", "group '' is neither an absolute path nor a name: a name "
+          "has no '/'", "" },
+        { "group=/", "'/' is the root directory", "" },
+        { "group=/proc/tty", "on a file system of the kernel's own", "" },
+        { "group=/dev/null", "is not a directory", "" },
     };
     int i;
 

@@ -100,6 +100,11 @@ static const DedupGroupOps ops = {
     .segment_fd = segment_fd,
 };
 
+const DedupGroupOps *test_ops(void)
+{
+    return &ops;
+}
+
 TestMember *test_member_new(const char *dir, unsigned seed)
 {
     g_autoptr(GError) error = NULL;

@@ -31,6 +31,8 @@ typedef struct TestMember {
 /* Page @i of every member starts as test_fill(page, seed + i). */
 void test_fill(uint8_t *page, unsigned seed);
 TestMember *test_member_new(const char *dir, unsigned seed);
+/* What a TestMember joins with. */
+const DedupGroupOps *test_ops(void);
 /* For a join that fails: returns the message, to be freed. */
 char *test_join_error(const char *dir);
 void test_member_free(TestMember *m);

@@ -23,6 +23,7 @@
 
 #include "freeze.h"
 #include "internal.h"
+#include "rejoin.h"
 #include "ksm.h"
 
 /* How often to try again for what could not be had. */
@@ -308,23 +309,6 @@ void dedup_engine_free(DedupEngine *e)
     g_free(e);
 }
 
-static void join(DedupEngine *e)
-{
-    g_autoptr(GError) error = NULL;
-    bool ok = dedup_group_join(e->group, &group_ops, e, &error);
-
-    g_mutex_lock(&e->control);
-    g_free(e->group_error);
-    e->group_error = ok ? NULL : g_strdup(error->message);
-    g_mutex_unlock(&e->control);
-    if (!ok) {
-        return;
-    }
-    e->index = dedup_group_index(e->group);
-    e->salt = dedup_group_salt(e->group);
-    __atomic_store_n(&e->joined, true, __ATOMIC_RELEASE);
-}
-
 /* Have we what scanning needs? */
 static bool is_complete(DedupEngine *e)
 {
@@ -350,7 +334,7 @@ static void reopen(DedupEngine *e)
 static void complete(DedupEngine *e)
 {
     if (!e->joined) {
-        join(e);
+        dedup_join(e, &group_ops);
     }
     reopen(e);
 }
@@ -449,11 +433,14 @@ void dedup_engine_run(DedupEngine *e)
     dedup_lock(e);
     e->scanner = g_thread_self();
     dedup_unlock(e);
-    join(e);
+    dedup_join(e, &group_ops);
     e->pass_start_us = g_get_monotonic_time();
 
     for (;;) {
-        Task task = next_task(e, &state);
+        Task task;
+
+        dedup_watch_group(e);
+        task = next_task(e, &state);
 
         if (task == TASK_STOP) {
             break;

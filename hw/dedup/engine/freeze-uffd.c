@@ -90,18 +90,64 @@ static bool kernel_is_older(unsigned major, unsigned minor)
     return has_major < major || (has_major == major && has_minor < minor);
 }
 
-static int uffd_open(void)
+#define DEVICE "/dev/userfaultfd"
+
+/* Why the device gives none, and what to do about it. */
+static char *device_error(int error)
 {
-    int dev = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    switch (error) {
+    case ENOENT:
+        return g_strdup(DEVICE " is not there: make it visible to QEMU "
+                        "(libvirt: cgroup_device_acl in qemu.conf)");
+    case EACCES:
+    case EPERM:
+        return g_strdup_printf(DEVICE " may not be opened by user %u: give "
+                               "it the right to read and write it, and allow "
+                               "it in the device cgroup",
+                               (unsigned)geteuid());
+    default:
+        return g_strdup_printf(DEVICE ": %s", g_strerror(error));
+    }
+}
+
+/* The same for the system call. */
+static char *call_error(int error)
+{
+    switch (error) {
+    case EPERM:
+        return g_strdup("the system call is not permitted: give QEMU "
+                        "CAP_SYS_PTRACE, or set the sysctl "
+                        "vm.unprivileged_userfaultfd to 1");
+    case ENOSYS:
+        return g_strdup("the system call is not there: the kernel lacks "
+                        "CONFIG_USERFAULTFD, or a seccomp filter hides it");
+    default:
+        return g_strdup_printf("the system call: %s", g_strerror(error));
+    }
+}
+
+static int uffd_open(GError **error)
+{
+    g_autofree char *device = NULL, *call = NULL;
+    int dev = open(DEVICE, O_RDWR | O_CLOEXEC);
     int fd = -1;
 
     if (dev >= 0) {
         fd = ioctl(dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    }
+    device = fd < 0 ? device_error(errno) : NULL;
+    if (dev >= 0) {
         close(dev);
     }
     if (fd < 0) {
         /* without UFFD_USER_MODE_ONLY: CAP_SYS_PTRACE or the sysctl */
         fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    }
+    if (fd < 0) {
+        call = call_error(errno);
+        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
+                    "no userfaultfd that covers kernel faults can be had. "
+                    "Either: %s. Or: %s", device, call);
     }
     return fd;
 }
@@ -121,11 +167,8 @@ int dedup_freeze_open(GError **error)
                     "memory");
         return -1;
     }
-    fd = uffd_open();
+    fd = uffd_open(error);
     if (fd < 0) {
-        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
-                    "no userfaultfd that covers kernel faults: %s",
-                    g_strerror(errno));
         return -1;
     }
     if (ioctl(fd, UFFDIO_API, &api) < 0) {

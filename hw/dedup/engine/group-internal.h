@@ -8,8 +8,15 @@
 #ifndef DEDUP_GROUP_INTERNAL_H
 #define DEDUP_GROUP_INTERNAL_H
 
+#include <sys/un.h>
+
 #include "group.h"
 #include "peer.h"
+
+/* In the group's directory: one for each protocol version and page size */
+#define DEDUP_GROUP_SUBDIR "v1-4k"
+/* In it: where a member listens */
+#define DEDUP_GROUP_SOCKET "m%u.sock"
 
 /*
  * The shared file, all offsets in bytes:
@@ -83,10 +90,20 @@ struct DedupGroup {
     bool joined;
     unsigned self;
     uint64_t incarnation;
-    DedupPeerServer *server;    /* atomic: dedup_group_cpu_ns() */
+    ino_t socket_ino;           /* of its name, as we made it */
+    DedupPeerServer *server;
+    uint64_t cpu_ns;            /* of all servers; atomic, read by anyone */
 
-    bool alive[DEDUP_MAX_MEMBERS];
-    unsigned members;
+    /*
+     * What we were before our files went (dedup_group_detach()): if we find
+     * the same group again, or nobody, we are that again.
+     */
+    DedupGroupFile kept;        /* fd -1: nothing */
+    unsigned kept_self;
+    bool resumed;               /* the last join did that */
+
+    bool alive[DEDUP_MAX_MEMBERS]; /* atomic, as any thread may find one */
+    unsigned members;           /* of them; likewise */
     unsigned members_incompatible;
 
     struct {
@@ -121,7 +138,21 @@ bool dedup_group_slot_clear(DedupGroup *g, GError **error);
 /* group-table.c: does @member use @gid, by its own word? */
 bool dedup_group_uses(const DedupGroup *g, unsigned member, uint32_t gid);
 
+/* group-dir.c */
+/*
+ * Open the directory anew, and make it if it is missing.  False and @error if
+ * nobody can mean that; other failures are in @open_errno.
+ */
+bool dedup_group_open_path(DedupGroup *g, GError **error);
+void dedup_group_socket_address(const DedupGroup *g,
+                                struct sockaddr_un *addr);
+/* The name is there: remember it; and later, is it still ours? */
+void dedup_group_note_socket(DedupGroup *g);
+bool dedup_group_is_socket(const DedupGroup *g);
+
 /* group-join.c */
+/* Which slots living processes hold; our own reads as free. */
+void dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS]);
 bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
                                 void *opaque, GError **error);
 void dedup_group_leave_directory(DedupGroup *g);

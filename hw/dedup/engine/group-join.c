@@ -32,7 +32,7 @@
 #include "engine.h"
 #include "group-internal.h"
 
-#define SUBDIR "v1-4k"
+#define SUBDIR DEDUP_GROUP_SUBDIR
 #define TABLE_BYTE 4096
 
 /* A join gives up after this: somebody was stopped in the middle of it. */
@@ -67,6 +67,42 @@ bool dedup_group_slot_locked(int slots_fd, unsigned member)
 
     return fcntl(slots_fd, F_OFD_GETLK, &lock) == 0 &&
            lock.l_type != F_UNLCK;
+}
+
+/*
+ * The kernel names one lock of a range, whichever: so a range is split at it.
+ * That takes two questions for each member, not one for each slot.
+ */
+static void find_locks(int slots_fd, unsigned first, unsigned end,
+                       bool *locked)
+{
+    while (first < end) {
+        struct flock lock = {
+            .l_type = F_WRLCK,
+            .l_whence = SEEK_SET,
+            .l_start = first,
+            .l_len = end - first,
+        };
+        unsigned start, stop;
+
+        if (fcntl(slots_fd, F_OFD_GETLK, &lock) < 0 ||
+            lock.l_type == F_UNLCK) {
+            return;
+        }
+        start = MAX(lock.l_start, first);
+        stop = lock.l_len ? MIN(lock.l_start + lock.l_len, end) : end;
+        for (unsigned k = start; k < stop; k++) {
+            locked[k] = true;
+        }
+        find_locks(slots_fd, first, start, locked);
+        first = MAX(stop, start + 1);
+    }
+}
+
+void dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS])
+{
+    memset(locked, 0, DEDUP_MAX_MEMBERS * sizeof(locked[0]));
+    find_locks(slots_fd, 0, DEDUP_MAX_MEMBERS, locked);
 }
 
 bool dedup_group_table_lock(DedupGroup *g)
@@ -138,6 +174,21 @@ static bool check_owner(const DedupGroup *g, int fd, const char *name,
 
 static bool open_directory(DedupGroup *g, GError **error)
 {
+    struct stat held, seen;
+
+    /* somebody may have made it, or put another in its place */
+    if (g->dirfd < 0 || fstat(g->dirfd, &held) < 0 || !held.st_nlink ||
+        (lstat(g->path, &seen) == 0 && (seen.st_dev != held.st_dev ||
+                                        seen.st_ino != held.st_ino))) {
+        if (!dedup_group_open_path(g, error)) {
+            return false;
+        }
+    }
+    if (g->open_errno == ENOENT) {
+        return group_error(g, error, "it is not there and cannot be made:"
+                           " run mkdir -p -m 700 %s as user %u", g->path,
+                           (unsigned)geteuid());
+    }
     if (g->open_errno) {
         return group_error(g, error, "cannot open it as user %u: %s",
                            (unsigned)geteuid(), g_strerror(g->open_errno));
@@ -156,6 +207,11 @@ static bool open_directory(DedupGroup *g, GError **error)
         return group_error(g, error, "cannot open '" SUBDIR "' in it as user"
                            " %u: %s", (unsigned)geteuid(),
                            g_strerror(errno));
+    }
+    if (access("/proc/self/fd", F_OK) < 0) {
+        return group_error(g, error, "it is reached by way of /proc/self/fd,"
+                           " which is not there: mount /proc where"
+                           " -run-with chroot= leads");
     }
     return check_owner(g, g->subfd, "'" SUBDIR "' in it", error);
 }
@@ -215,7 +271,21 @@ static int join_lock(DedupGroup *g, const Patience *patience, GError **error)
 
 static void socket_name(char *name, size_t size, unsigned member)
 {
-    snprintf(name, size, "m%u.sock", member);
+    snprintf(name, size, DEDUP_GROUP_SOCKET, member);
+}
+
+/*
+ * Is there a member that holds no lock that we see?  Its "slots" was deleted,
+ * and it has not noticed yet.
+ */
+static bool is_hidden(const DedupGroup *g, unsigned member)
+{
+    struct stat st;
+    char name[16];
+
+    socket_name(name, sizeof(name), member);
+    return fstatat(g->subfd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+           dedup_peer_is_listening(g->subfd, member);
 }
 
 /*
@@ -228,9 +298,12 @@ static bool find_file(DedupGroup *g, const Patience *patience,
     bool refused[DEDUP_MAX_MEMBERS] = { false };
 
     for (;;) {
+        bool locked[DEDUP_MAX_MEMBERS];
         GError *local = NULL;
         unsigned live = 0;
         bool left = false;
+
+        dedup_group_locked_slots(g->slots_fd, locked);
 
         for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
             int64_t ms = (patience->deadline - g_get_monotonic_time()) /
@@ -238,7 +311,7 @@ static bool find_file(DedupGroup *g, const Patience *patience,
             DedupPeer peer = DEDUP_PEER_INIT;
             int fd = -1;
 
-            if (!dedup_group_slot_locked(g->slots_fd, k)) {
+            if (!locked[k] && !is_hidden(g, k)) {
                 continue;
             }
             live++;
@@ -276,39 +349,94 @@ static bool find_file(DedupGroup *g, const Patience *patience,
     }
 }
 
-static bool take_slot(DedupGroup *g, GError **error)
+/* Take slot @k, and remove what a dead member left there. */
+static bool try_slot(DedupGroup *g, unsigned k)
 {
-    bool taken = false;
+    char name[16];
 
+    if (byte_lock(g->slots_fd, F_WRLCK, k) != 0) {
+        return false;
+    }
+    if (is_hidden(g, k)) {
+        byte_lock(g->slots_fd, F_UNLCK, k);
+        return false;
+    }
+    socket_name(name, sizeof(name), k);
+    unlinkat(g->subfd, name, 0);
+    g->self = k;
+    return true;
+}
+
+/* Names that dead members left. */
+static void remove_stale(DedupGroup *g)
+{
+    bool locked[DEDUP_MAX_MEMBERS];
+
+    dedup_group_locked_slots(g->slots_fd, locked);
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         char name[16];
 
-        if (dedup_group_slot_locked(g->slots_fd, k)) {
-            continue;
+        if (k != g->self && !locked[k] && !is_hidden(g, k)) {
+            socket_name(name, sizeof(name), k);
+            unlinkat(g->subfd, name, 0);
         }
-        socket_name(name, sizeof(name), k);
-        unlinkat(g->subfd, name, 0);
-        if (!taken && byte_lock(g->slots_fd, F_WRLCK, k) == 0) {
-            taken = true;
-            g->self = k;
-        }
+    }
+}
+
+static bool take_slot(DedupGroup *g, GError **error)
+{
+    bool taken = g->resumed && try_slot(g, g->kept_self);
+
+    g->resumed = taken;
+    for (unsigned k = 0; !taken && k < DEDUP_MAX_MEMBERS; k++) {
+        taken = try_slot(g, k);
     }
     if (!taken) {
         return group_error(g, error, "the group is full (%u members)",
                            DEDUP_MAX_MEMBERS);
+    }
+    remove_stale(g);
+    return true;
+}
+
+/*
+ * The shared file: another member's, or the one that we had before our files
+ * went, or a new one.
+ */
+static bool get_file(DedupGroup *g, const Patience *patience, GError **error)
+{
+    struct stat kept, found;
+
+    g->resumed = false;
+    if (!find_file(g, patience, error)) {
+        return false;
+    }
+    if (g->kept.fd < 0) {
+        return g->file.fd >= 0 || dedup_group_file_create(&g->file, error);
+    }
+    if (g->file.fd < 0) {
+        g->resumed = true;
+    } else if (fstat(g->kept.fd, &kept) == 0 &&
+               fstat(g->file.fd, &found) == 0) {
+        g->resumed = kept.st_ino == found.st_ino &&
+                     kept.st_dev == found.st_dev;
+    }
+    if (g->resumed) {
+        /* what the index is mapped at is in use */
+        dedup_group_file_close(&g->file);
+        g->file = g->kept;
+        g->kept = (DedupGroupFile) { .fd = -1 };
     }
     return true;
 }
 
 static int listen_socket(DedupGroup *g, GError **error)
 {
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    struct sockaddr_un addr;
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
                     0);
 
-    /* The directory's own path may be longer than a socket's may be. */
-    snprintf(addr.sun_path, sizeof(addr.sun_path),
-             "/proc/self/fd/%d/m%u.sock", g->subfd, g->self);
+    dedup_group_socket_address(g, &addr);
     if (fd < 0 ||
         bind(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
         listen(fd, DEDUP_MAX_MEMBERS) < 0) {
@@ -319,6 +447,7 @@ static int listen_socket(DedupGroup *g, GError **error)
         }
         return -1;
     }
+    dedup_group_note_socket(g);
     return fd;
 }
 
@@ -331,7 +460,6 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
         .ops = ops,
         .opaque = opaque,
     };
-    DedupPeerServer *server;
     int lock = -1, sock = -1;
     bool ok = false;
 
@@ -343,26 +471,30 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
         goto out;
     }
     g->slots_fd = open_file(g, "slots", error);
-    if (g->slots_fd < 0 ||
-        !find_file(g, &patience, error) ||
-        (g->file.fd < 0 && !dedup_group_file_create(&g->file, error)) ||
+    if (g->slots_fd < 0 || !get_file(g, &patience, error) ||
         !take_slot(g, error)) {
         goto out;
     }
     g->joined = true;           /* the slot is ours to give back */
-    if (!dedup_group_slot_clear(g, error)) {
+    if (!g->resumed && !dedup_group_slot_clear(g, error)) {
         goto out;
     }
     sock = listen_socket(g, error);
     if (sock < 0) {
         goto out;
     }
-    server = dedup_peer_server_new(sock, g->file.fd, g->self, ops, opaque,
-                                   error);
-    __atomic_store_n(&g->server, server, __ATOMIC_RELEASE);
-    ok = server != NULL;
+    g->server = dedup_peer_server_new(sock, g->file.fd, g->self, ops, opaque,
+                                      &g->cpu_ns, error);
+    ok = g->server != NULL;
+    if (ok) {
+        dedup_group_file_close(&g->kept);
+    }
 out:
     if (!ok) {
+        if (g->joined && g->resumed) {
+            /* for the next try */
+            dedup_group_detach(g);
+        }
         dedup_group_leave_directory(g);
     }
     if (lock >= 0) {
@@ -381,11 +513,17 @@ void dedup_group_leave_directory(DedupGroup *g)
 
         /* All before the slot is given back: then it may be another's. */
         socket_name(name, sizeof(name), g->self);
-        unlinkat(g->subfd, name, 0);
-        dedup_group_file_write(&g->file, &none, sizeof(none),
-                               DEDUP_FILE_SLOTS + g->self * sizeof(none));
-        fallocate(g->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW, DEDUP_FILE_ROW);
+        if (dedup_group_is_socket(g)) {
+            unlinkat(g->subfd, name, 0);
+        }
+        if (g->file.fd >= 0) {
+            dedup_group_file_write(&g->file, &none, sizeof(none),
+                                   DEDUP_FILE_SLOTS +
+                                   g->self * sizeof(none));
+            fallocate(g->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW,
+                      DEDUP_FILE_ROW);
+        }
         g->joined = false;
     }
     if (g->slots_fd >= 0) {
@@ -397,6 +535,25 @@ void dedup_group_leave_directory(DedupGroup *g)
         g->subfd = -1;
     }
     dedup_group_file_close(&g->file);
+}
+
+bool dedup_group_resumed(const DedupGroup *g)
+{
+    return g->resumed;
+}
+
+void dedup_group_detach(DedupGroup *g)
+{
+    g_assert(g->joined && g->kept.fd < 0);
+    g->kept = g->file;
+    g->kept_self = g->self;
+    g->file = (DedupGroupFile) { .fd = -1 };
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        dedup_peer_close(&g->client[k].peer);
+        __atomic_store_n(&g->alive[k], false, __ATOMIC_RELAXED);
+    }
+    __atomic_store_n(&g->members, 0, __ATOMIC_RELAXED);
+    dedup_group_leave_directory(g);
 }
 
 unsigned dedup_group_count_incompatible(const DedupGroup *g)
@@ -429,8 +586,11 @@ unsigned dedup_group_count_incompatible(const DedupGroup *g)
             continue;
         }
         if (fstat(slots, &st) == 0 && S_ISREG(st.st_mode)) {
+            bool locked[DEDUP_MAX_MEMBERS];
+
+            dedup_group_locked_slots(slots, locked);
             for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-                n += dedup_group_slot_locked(slots, k);
+                n += locked[k];
             }
         }
         close(slots);

@@ -29,6 +29,11 @@
 
 G_STATIC_ASSERT(DEDUP_MAX_SEGMENTS == 1u << 18);
 
+static bool is_alive(const DedupGroup *g, unsigned member)
+{
+    return __atomic_load_n(&g->alive[member], __ATOMIC_RELAXED);
+}
+
 static uint64_t table_offset(uint32_t slot)
 {
     return DEDUP_FILE_TABLE + (uint64_t)slot * sizeof(DedupTableEntry);
@@ -193,7 +198,8 @@ bool dedup_group_clear_use(DedupGroup *g, uint32_t gid)
     static const DedupSegmentUse none;
     uint32_t slot = DEDUP_GID_SLOT(gid);
 
-    return slot >= g->rows ||
+    /* the place may have been taken by another segment since */
+    return slot >= g->rows || !dedup_group_uses(g, g->self, gid) ||
            dedup_group_file_write(&g->file, &none, sizeof(none),
                                   use_offset(g->self, slot));
 }
@@ -223,11 +229,11 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
 
     memset(use, 0, sizeof(*use));
     use->gid = gid;
-    if (g->members < 2) {
+    if (dedup_group_members(g) < 2) {
         return;
     }
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-        if (k != g->self && g->alive[k] &&
+        if (k != g->self && is_alive(g, k) &&
             dedup_group_file_read(&g->file, &one, sizeof(one),
                                   use_offset(k, DEDUP_GID_SLOT(gid))) &&
             one.gid == gid) {
@@ -271,7 +277,7 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
     GArray *orphans = g_array_new(false, false, sizeof(uint32_t));
 
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-        if (g->alive[k] && !dedup_group_slot_read(g, k, &slots[k])) {
+        if (is_alive(g, k) && !dedup_group_slot_read(g, k, &slots[k])) {
             slots[k].rows = 0;
         }
     }
@@ -285,7 +291,7 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
         memset(sum, 0, n * sizeof(*sum));
         memset(own, 0, n * sizeof(*own));
         for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-            uint32_t rows = g->alive[k] ? slots[k].rows : 0;
+            uint32_t rows = is_alive(g, k) ? slots[k].rows : 0;
             DedupSegmentUse *into = k == g->self ? own : sum;
 
             rows = rows > base ? MIN(rows - base, n) : 0;
@@ -309,7 +315,7 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
             }
             sum[i].gid = e->gid;
             own[i].gid = e->gid;
-            gone = !g->alive[e->member] ||
+            gone = !is_alive(g, e->member) ||
                    slots[e->member].incarnation != e->incarnation;
             held = fn(opaque, e->gid, e->npages, &own[i], &sum[i]);
             if (sum[i].mapped == 0 && own[i].mapped == 0 &&

@@ -8,10 +8,10 @@
  * asked any more until the next refresh: it would hold up our scan.
  * Connections are kept open from one refresh to the next.
  *
- * Thread: the scanner's, but for dedup_group_cpu_ns().
+ * Thread: the scanner's, but for what its comment in group.h says.  Who lives
+ * may be found out by any thread, so it is kept in atomics.
  */
 
-#include <errno.h>
 #include <fcntl.h>
 #include <stddef.h>
 #include <string.h>
@@ -34,6 +34,7 @@ DedupGroup *dedup_group_new(const char *dir, GError **error)
     g->subfd = -1;
     g->slots_fd = -1;
     g->file.fd = -1;
+    g->kept.fd = -1;
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         g->client[k].peer = (DedupPeer) DEDUP_PEER_INIT;
     }
@@ -42,15 +43,9 @@ DedupGroup *dedup_group_new(const char *dir, GError **error)
         return g;
     }
     g->path = g_strdup(dir);
-    g->dirfd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (g->dirfd < 0) {
-        g->open_errno = errno;
-        if (errno == ENOENT || errno == ENOTDIR) {
-            g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_GROUP,
-                        "group directory '%s': %s", dir, g_strerror(errno));
-            dedup_group_free(g);
-            return NULL;
-        }
+    if (!dedup_group_open_path(g, error)) {
+        dedup_group_free(g);
+        return NULL;
     }
     return g;
 }
@@ -81,6 +76,7 @@ void dedup_group_free(DedupGroup *g)
         dedup_peer_close(&g->client[k].peer);
     }
     dedup_group_leave_directory(g);
+    dedup_group_file_close(&g->kept);
     if (g->dirfd >= 0) {
         close(g->dirfd);
     }
@@ -111,9 +107,7 @@ DedupIndex *dedup_group_index(const DedupGroup *g)
 
 uint64_t dedup_group_cpu_ns(const DedupGroup *g)
 {
-    DedupPeerServer *s = __atomic_load_n(&g->server, __ATOMIC_ACQUIRE);
-
-    return s ? dedup_peer_server_cpu_ns(s) : 0;
+    return __atomic_load_n(&g->cpu_ns, __ATOMIC_RELAXED);
 }
 
 uint64_t dedup_group_shared_bytes(const DedupGroup *g)
@@ -123,18 +117,27 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g)
     return fstat(g->file.fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
 }
 
+/* Whoever changes it counts it, whatever others find at the same time. */
+static void set_alive(DedupGroup *g, unsigned member, bool alive)
+{
+    if (__atomic_exchange_n(&g->alive[member], alive, __ATOMIC_RELAXED) !=
+        alive) {
+        __atomic_fetch_add(&g->members, alive ? 1 : -1, __ATOMIC_RELAXED);
+    }
+}
+
 void dedup_group_refresh(DedupGroup *g)
 {
-    unsigned members = 0;
+    bool locked[DEDUP_MAX_MEMBERS] = { false };
 
     g->free_hint = 0;
+    if (g->slots_fd >= 0) {
+        dedup_group_locked_slots(g->slots_fd, locked);
+    }
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-        bool alive = k == g->self ||
-                     (g->slots_fd >= 0 &&
-                      dedup_group_slot_locked(g->slots_fd, k));
+        bool alive = k == g->self || locked[k];
 
-        __atomic_store_n(&g->alive[k], alive, __ATOMIC_RELAXED);
-        members += alive;
+        set_alive(g, k, alive);
         if (!alive || !g->client[k].used) {
             dedup_peer_close(&g->client[k].peer);
         }
@@ -143,7 +146,6 @@ void dedup_group_refresh(DedupGroup *g)
         g->client[k].asked = 0;
         g->client[k].waited_us = 0;
     }
-    __atomic_store_n(&g->members, members, __ATOMIC_RELAXED);
     g->members_incompatible = g->path ? dedup_group_count_incompatible(g) : 0;
 }
 
@@ -159,8 +161,7 @@ bool dedup_group_alive(DedupGroup *g, unsigned member)
     if (g->slots_fd < 0 || !dedup_group_slot_locked(g->slots_fd, member)) {
         return false;
     }
-    __atomic_fetch_add(&g->members, 1, __ATOMIC_RELAXED);
-    __atomic_store_n(&g->alive[member], true, __ATOMIC_RELAXED);
+    set_alive(g, member, true);
     return true;
 }
 
@@ -199,6 +200,27 @@ bool dedup_group_member(DedupGroup *g, unsigned member,
     }
     *info = slot.info;
     return true;
+}
+
+void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
+                                void *opaque)
+{
+    bool locked[DEDUP_MAX_MEMBERS] = { false };
+
+    if (g->slots_fd >= 0) {
+        dedup_group_locked_slots(g->slots_fd, locked);
+    }
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        DedupSlot slot;
+
+        if (k != g->self && !locked[k]) {
+            continue;
+        }
+        set_alive(g, k, true);
+        if (dedup_group_slot_read(g, k, &slot) && slot.written) {
+            fn(opaque, k, &slot.info);
+        }
+    }
 }
 
 /* It was asked at @start; did it not answer, or does it take too long? */
@@ -305,7 +327,8 @@ void dedup_group_fetch(DedupGroup *g, unsigned member, DedupFetch *items,
     left -= fetch_from(g, member, items, n, true);
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS && left &&
          g_get_monotonic_time() < end; k++) {
-        if (k != member && k != g->self && g->alive[k]) {
+        if (k != member && k != g->self &&
+            __atomic_load_n(&g->alive[k], __ATOMIC_RELAXED)) {
             left -= fetch_from(g, k, items, n, false);
         }
     }

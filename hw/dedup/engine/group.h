@@ -94,10 +94,12 @@ typedef struct DedupFetch {
 #define DEDUP_PEER_BATCH 128
 
 /*
- * Make a group.  @dir NULL: this process only.  A directory is opened here
- * and joined later.  NULL and DEDUP_ERROR_GROUP when it does not exist or is
- * no directory.  One that cannot be read or is not ours is reported by
- * dedup_group_join() instead: the VM must start (I9).
+ * Make a group.  @dir NULL: this process only.  A directory is opened here,
+ * made if only its last part is missing, and joined later.  NULL and
+ * DEDUP_ERROR_GROUP when nobody can mean it: no directory, a symbolic link,
+ * the root, a file system of the kernel's.  One that cannot be made or read or
+ * is not ours is reported by dedup_group_join() instead: the VM must start
+ * (I9).
  */
 DedupGroup *dedup_group_new(const char *dir, GError **error);
 
@@ -105,10 +107,30 @@ DedupGroup *dedup_group_new(const char *dir, GError **error);
  * Join: find a live member and take the shared file from it, or make it;
  * take a slot; listen; start the peer thread.  Removes stale socket names.
  * The directory must belong to our effective uid or root and be writable by
- * its owner only.  May be called again after it failed.
+ * its owner only.  May be called again after it failed or was undone by
+ * dedup_group_detach().
  */
 bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
                       GError **error);
+
+/*
+ * Is what we hold open still what the directory has?  False: somebody deleted
+ * or replaced its files; whoever joins now does not find us.
+ */
+bool dedup_group_is_current(const DedupGroup *g);
+
+/*
+ * Let go of the directory, to join again.  Stops the peer thread; nothing
+ * else may be called but join and free.
+ */
+void dedup_group_detach(DedupGroup *g);
+
+/*
+ * Did the last join find the group that we were in, and us in it?  If not the
+ * index is another one, segments have no names in it, and our number may be
+ * another one.
+ */
+bool dedup_group_resumed(const DedupGroup *g);
 
 /* Leave and free; stops the peer thread, removes our socket's name. */
 void dedup_group_free(DedupGroup *g);
@@ -127,14 +149,27 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g);
  * versions.  Call once a pass, and after a peer did not answer.
  */
 void dedup_group_refresh(DedupGroup *g);
+/* Any thread. */
 bool dedup_group_alive(DedupGroup *g, unsigned member);
 unsigned dedup_group_members(const DedupGroup *g);
 unsigned dedup_group_members_incompatible(const DedupGroup *g);
 
-/* The own slot out, and another's in (false: not alive or not written). */
+/*
+ * The own slot out, and another's in (false: not alive or not written).  Any
+ * thread, one at a time.
+ */
 bool dedup_group_publish(DedupGroup *g, const DedupMemberInfo *info);
 bool dedup_group_member(DedupGroup *g, unsigned member,
                         DedupMemberInfo *info);
+
+/*
+ * Calls @fn for each member that lives and has written its slot, this one
+ * included.  As dedup_group_member(), but asks the kernel once for all.
+ */
+typedef void (*DedupMemberFn)(void *opaque, unsigned member,
+                              const DedupMemberInfo *info);
+void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
+                                void *opaque);
 
 /*
  * The table of segments.  alloc: a free gid for a new segment of this member

@@ -172,7 +172,8 @@ struct DedupEngine {
     DedupHostMem *hostmem;
     DedupKsm ksm;             /* scanner's own, but "absent": remap lock */
     DedupGroup *group;
-    bool joined;
+    bool joined;              /* atomic; becomes false under group_lock */
+    int64_t watched_us;       /* when the group's files were looked at */
 
     GMutex turn;              /* makes the remap lock fair, see dedup_lock() */
     GMutex remap;
@@ -214,7 +215,7 @@ struct DedupEngine {
     struct DedupChunk *chunk; /* scan.c's work space */
     DedupIndex *index;        /* of the group, once joined */
     uint64_t salt;
-    uint32_t pass_at;         /* where the pass is: member page number; atomic */
+    uint32_t pass_at;         /* where it is: member page number; atomic */
     int64_t pass_start_us;
     uint64_t pass_found;      /* pages merged or dropped in this pass */
     unsigned idle_passes;     /* full passes in a row that found nothing */

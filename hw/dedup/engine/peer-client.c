@@ -58,18 +58,44 @@ static bool receive(DedupPeer *p, DedupMessage *m, DedupMessageType type,
     }
 }
 
+static void socket_address(struct sockaddr_un *addr, int dirfd,
+                           unsigned member)
+{
+    /* The directory's own path may be longer than a socket's may be. */
+    *addr = (struct sockaddr_un) { .sun_family = AF_UNIX };
+    snprintf(addr->sun_path, sizeof(addr->sun_path),
+             "/proc/self/fd/%d/m%u.sock", dirfd, member);
+}
+
+bool dedup_peer_is_listening(int dirfd, unsigned member)
+{
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
+                    0);
+    struct sockaddr_un addr;
+    bool listening;
+
+    socket_address(&addr, dirfd, member);
+    /* in doubt it is: a queue that is full, no descriptor for us */
+    listening = fd < 0 ||
+                connect(fd, (struct sockaddr *)&addr, sizeof(addr)) == 0 ||
+                (errno != ENOENT && errno != ECONNREFUSED &&
+                 errno != ENOTSOCK && errno != EPROTOTYPE);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return listening;
+}
+
 bool dedup_peer_connect(DedupPeer *p, int dirfd, unsigned member,
                         unsigned timeout_ms)
 {
     int64_t deadline = deadline_after(timeout_ms);
-    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    struct sockaddr_un addr;
     DedupMessage m;
     unsigned nfds;
 
     g_assert(p->fd < 0);
-    /* The directory's own path may be longer than a socket's may be. */
-    snprintf(addr.sun_path, sizeof(addr.sun_path),
-             "/proc/self/fd/%d/m%u.sock", dirfd, member);
+    socket_address(&addr, dirfd, member);
     p->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (p->fd < 0) {
         return false;

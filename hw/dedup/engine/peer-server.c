@@ -48,7 +48,8 @@ struct DedupPeerServer {
     unsigned self;
     DedupGroupOps ops;
     void *opaque;
-    uint64_t cpu_ns;            /* atomic */
+    uint64_t *cpu_ns;           /* atomic; what servers before us took, too */
+    uint64_t cpu_before;
 
     Client client[MAX_CLIENTS];
     unsigned clients;
@@ -238,8 +239,8 @@ static void note_cpu_time(DedupPeerServer *s)
     struct timespec ts;
 
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
-    __atomic_store_n(&s->cpu_ns, ts.tv_sec * 1000000000ull + ts.tv_nsec,
-                     __ATOMIC_RELAXED);
+    __atomic_store_n(s->cpu_ns, s->cpu_before + ts.tv_nsec +
+                     ts.tv_sec * 1000000000ull, __ATOMIC_RELAXED);
 }
 
 static void *peer_thread(void *opaque)
@@ -290,7 +291,7 @@ static void *peer_thread(void *opaque)
 DedupPeerServer *dedup_peer_server_new(int listen_fd, int shared_fd,
                                        unsigned self,
                                        const DedupGroupOps *ops, void *opaque,
-                                       GError **error)
+                                       uint64_t *cpu_ns, GError **error)
 {
     DedupPeerServer *s = g_new0(DedupPeerServer, 1);
     sigset_t all, old;
@@ -300,6 +301,8 @@ DedupPeerServer *dedup_peer_server_new(int listen_fd, int shared_fd,
     s->self = self;
     s->ops = *ops;
     s->opaque = opaque;
+    s->cpu_ns = cpu_ns;
+    s->cpu_before = *cpu_ns;
     s->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->stop < 0) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
@@ -331,9 +334,4 @@ void dedup_peer_server_free(DedupPeerServer *s)
     }
     close(s->listen_fd);
     g_free(s);
-}
-
-uint64_t dedup_peer_server_cpu_ns(const DedupPeerServer *s)
-{
-    return __atomic_load_n(&s->cpu_ns, __ATOMIC_RELAXED);
 }

@@ -153,15 +153,15 @@ typedef struct DedupPeerServer DedupPeerServer;
 
 /*
  * Starts the thread, with all signals blocked.  Takes @listen_fd; @shared_fd
- * is handed out to those that say hello and stays the caller's.
+ * is handed out to those that say hello and stays the caller's.  Adds its CPU
+ * time to *@cpu_ns, for anyone to read (atomic).
  */
 DedupPeerServer *dedup_peer_server_new(int listen_fd, int shared_fd,
                                        unsigned self,
                                        const DedupGroupOps *ops, void *opaque,
-                                       GError **error);
+                                       uint64_t *cpu_ns, GError **error);
 /* Stops the thread; no callback runs when it returns. */
 void dedup_peer_server_free(DedupPeerServer *s);
-uint64_t dedup_peer_server_cpu_ns(const DedupPeerServer *s);
 
 /* peer-client.c */
 
@@ -179,6 +179,8 @@ typedef struct DedupPeer {
 bool dedup_peer_connect(DedupPeer *p, int dirfd, unsigned member,
                         unsigned timeout_ms);
 void dedup_peer_close(DedupPeer *p);
+/* Does somebody listen there, who may be stopped?  In doubt: yes. */
+bool dedup_peer_is_listening(int dirfd, unsigned member);
 /* Returns the fd of the shared file, unchecked, or -1. */
 int dedup_peer_hello(DedupPeer *p, unsigned timeout_ms);
 /* @fd is -1 where the other side gives none (and on failure). */

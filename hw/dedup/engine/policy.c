@@ -23,6 +23,8 @@
  * Also here: what a window may spend of the process's maps.
  */
 
+#include <string.h>
+
 #include "internal.h"
 #include "zeroes.h"
 
@@ -65,6 +67,26 @@ static bool pays(const DedupSegment *s)
                                    maps * DEDUP_MAP_COST;
 }
 
+typedef struct Tick {
+    DedupEngine *e;
+    uint64_t pages;           /* of all members */
+    bool all;                 /* others have made a pass */
+    uint64_t scans[DEDUP_MAX_MEMBERS];
+} Tick;
+
+static void tick_member(void *opaque, unsigned member,
+                        const DedupMemberInfo *info)
+{
+    Tick *t = opaque;
+
+    t->pages += MIN(info->pages_total, 1ULL << DEDUP_MEMBER_PAGE_BITS);
+    t->scans[member] = info->full_scans;
+    if (member != dedup_group_self(t->e->group) && info->scanning) {
+        /* "not equal": a slot may have got a new owner */
+        t->all &= info->full_scans != t->e->tick_scans[member];
+    }
+}
+
 /*
  * Has every member made a pass since the last tick?  The same look at the
  * members tells how large the index needs to be.
@@ -72,43 +94,26 @@ static bool pays(const DedupSegment *s)
 static void tick(DedupEngine *e)
 {
     int64_t now = g_get_monotonic_time();
-    uint64_t pages = 0;
-    bool all = true;
+    Tick t = { .e = e, .all = true };
+    uint64_t pages;
 
     g_mutex_lock(&e->group_lock);
-    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
-        DedupMemberInfo info;
-
-        if (!dedup_group_member(e->group, m, &info)) {
-            continue;
-        }
-        pages += MIN(info.pages_total, 1ULL << DEDUP_MEMBER_PAGE_BITS);
-        if (m != dedup_group_self(e->group) && info.scanning) {
-            /* "not equal": a slot may have got a new owner */
-            all &= info.full_scans != e->tick_scans[m];
-        }
-    }
+    dedup_group_foreach_member(e->group, tick_member, &t);
     /*
      * Hints of what was there once fill the index; it need not grow on.  0
      * would stop it where no slot can be read yet; more than the host can
      * have is a lie.
      */
-    pages = MIN(pages, RAM_MAX * (dedup_hostmem_total(e->hostmem) >>
+    pages = MIN(t.pages, RAM_MAX * (dedup_hostmem_total(e->hostmem) >>
                                   DEDUP_PAGE_SHIFT));
     e->index_limit = MAX(pages * 2, 1);
     if (!e->index_short) {
         dedup_index_set_limit(e->index, e->index_limit);
     }
-    all |= now - e->tick_us > TICK_MAX_US;
-    if (all) {
+    if (t.all || now - e->tick_us > TICK_MAX_US) {
         e->tick_us = now;
         e->generation++;
-        for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
-            DedupMemberInfo info;
-
-            e->tick_scans[m] = dedup_group_member(e->group, m, &info) ?
-                               info.full_scans : 0;
-        }
+        memcpy(e->tick_scans, t.scans, sizeof(t.scans));
         if (e->generation % FORGET_TICKS == 0) {
             g_hash_table_remove_all(e->left_gids);
         }
@@ -142,15 +147,18 @@ void dedup_policy_drop_unused(DedupEngine *e)
             continue;
         }
         gid = s->gid;
-        dedup_group_clear_use(e->group, gid);
-        dedup_group_others_use(e->group, gid, &others);
-        if (!others.mapped) {
+        others.mapped = 0;
+        if (gid) {
+            dedup_group_clear_use(e->group, gid);
+            dedup_group_others_use(e->group, gid, &others);
+        }
+        if (gid && !others.mapped) {
             withdraw(e, s);
         }
         dedup_lock(e);
         dedup_segments_drop(e, s);
         dedup_unlock(e);
-        if (!others.mapped) {
+        if (gid && !others.mapped) {
             dedup_group_segment_release(e->group, gid);
         }
     }
@@ -186,7 +194,9 @@ static uint64_t find_lean(DedupEngine *e)
         } else if (e->generation - s->lean_since >= LEAN_TICKS &&
                    left < most) {
             s->leaving = true;
-            g_hash_table_add(e->left_gids, GUINT_TO_POINTER(s->gid));
+            if (s->gid) {
+                g_hash_table_add(e->left_gids, GUINT_TO_POINTER(s->gid));
+            }
             left++;
         }
     }

@@ -247,7 +247,7 @@ DedupPair dedup_publish_pair(DedupEngine *e, DedupRegion *r, uint32_t page,
             .where = s->gid,
             .page = dedup_entry_page(entry),
         };
-        bool same = !s->zeroes && !s->leaving &&
+        bool same = s->gid && !s->leaving &&
                     dedup_page_hash(dedup_segment_page(s, published.page),
                                     e->salt) == hash;
 

@@ -70,69 +70,81 @@ static bool is_in(const DedupMemberInfo *info, uint64_t cgroup)
     return false;
 }
 
-static bool other_member(DedupEngine *e, unsigned m, DedupMemberInfo *info)
+/* What is taken off for the other members. */
+typedef struct Claims {
+    unsigned self;
+    DedupClaim kind;
+    DedupCgroupRoom *rooms;   /* @n of them, each less the claims in it */
+    unsigned n;
+    uint64_t host;            /* less all claims */
+} Claims;
+
+static void take_off(void *opaque, unsigned member,
+                     const DedupMemberInfo *info)
 {
-    return m != dedup_group_self(e->group) &&
-           dedup_group_member(e->group, m, info);
+    Claims *c = opaque;
+    uint64_t bytes = claim(info, c->kind);
+
+    if (member == c->self) {
+        return;
+    }
+    c->host -= MIN(c->host, bytes);
+    for (unsigned i = 0; i < c->n; i++) {
+        if (is_in(info, c->rooms[i].id)) {
+            c->rooms[i].bytes -= MIN(c->rooms[i].bytes, bytes);
+        }
+    }
+}
+
+static void take_off_claims(DedupEngine *e, Claims *c)
+{
+    g_mutex_lock(&e->group_lock);
+    if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
+        c->self = dedup_group_self(e->group);
+        dedup_group_foreach_member(e->group, take_off, c);
+    }
+    g_mutex_unlock(&e->group_lock);
+}
+
+static uint64_t least_room(const Claims *c)
+{
+    uint64_t least = UINT64_MAX;
+
+    for (unsigned i = 0; i < c->n; i++) {
+        least = MIN(least, c->rooms[i].bytes);
+    }
+    return least;
 }
 
 uint64_t dedup_cgroup_room(DedupEngine *e, DedupClaim kind)
 {
     DedupCgroupRoom rooms[DEDUP_CGROUP_LEVELS];
-    unsigned n = dedup_hostmem_cgroup_rooms(e->hostmem, rooms);
-    uint64_t least = UINT64_MAX;
+    Claims c = { .kind = kind, .rooms = rooms };
 
-    g_mutex_lock(&e->group_lock);
-    for (unsigned m = 0; n && m < DEDUP_MAX_MEMBERS &&
-         __atomic_load_n(&e->joined, __ATOMIC_ACQUIRE); m++) {
-        DedupMemberInfo info;
-
-        if (!other_member(e, m, &info)) {
-            continue;
-        }
-        for (unsigned i = 0; i < n; i++) {
-            if (is_in(&info, rooms[i].id)) {
-                rooms[i].bytes -= MIN(rooms[i].bytes, claim(&info, kind));
-            }
-        }
+    c.n = dedup_hostmem_cgroup_rooms(e->hostmem, rooms);
+    if (c.n) {
+        take_off_claims(e, &c);
     }
-    g_mutex_unlock(&e->group_lock);
-    for (unsigned i = 0; i < n; i++) {
-        least = MIN(least, rooms[i].bytes);
-    }
-    return least;
-}
-
-/* What the host can give, less what other members have reserved. */
-static uint64_t host_room(DedupEngine *e)
-{
-    uint64_t host = dedup_hostmem_available(e->hostmem);
-
-    host -= host == UINT64_MAX ? 0 : MIN(host, DEDUP_SPARE_BYTES);
-    g_mutex_lock(&e->group_lock);
-    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS &&
-         __atomic_load_n(&e->joined, __ATOMIC_ACQUIRE); m++) {
-        DedupMemberInfo info;
-
-        if (other_member(e, m, &info)) {
-            host -= MIN(host, claim(&info, DEDUP_CLAIM_RESERVED));
-        }
-    }
-    g_mutex_unlock(&e->group_lock);
-    return host;
+    return least_room(&c);
 }
 
 /* What is there for the holder of @res, and who has the least: *@who. */
 static uint64_t room_for(DedupEngine *e, const DedupReservation *res,
                          const char **who)
 {
-    uint64_t host = host_room(e);
-    uint64_t room = dedup_cgroup_room(e, DEDUP_CLAIM_RESERVED);
     uint64_t taken = __atomic_load_n(&e->reserved_bytes, __ATOMIC_RELAXED);
+    DedupCgroupRoom rooms[DEDUP_CGROUP_LEVELS];
+    Claims c = { .kind = DEDUP_CLAIM_RESERVED, .rooms = rooms };
+    uint64_t room;
 
+    c.n = dedup_hostmem_cgroup_rooms(e->hostmem, rooms);
+    c.host = dedup_hostmem_available(e->hostmem);
+    c.host -= c.host == UINT64_MAX ? 0 : MIN(c.host, DEDUP_SPARE_BYTES);
+    take_off_claims(e, &c);
+    room = least_room(&c);
     taken -= MIN(taken, res->bytes);
-    *who = room < host ? "the memory cgroup" : "the host";
-    room = MIN(host, room);
+    *who = room < c.host ? "the memory cgroup" : "the host";
+    room = MIN(c.host, room);
     return room - MIN(room, taken);
 }
 

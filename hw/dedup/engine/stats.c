@@ -117,7 +117,9 @@ void dedup_stats_publish(DedupEngine *e)
     info.owed_bytes = dedup_owed_bytes(e);
     g_mutex_unlock(&e->stats_lock);
     g_mutex_lock(&e->group_lock);
-    dedup_group_publish(e->group, &info);
+    if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
+        dedup_group_publish(e->group, &info);
+    }
     g_mutex_unlock(&e->group_lock);
 }
 
@@ -129,7 +131,7 @@ static void publish_use(DedupEngine *e)
         DedupSegmentUse use = { 0 };
         bool ok;
 
-        if (!s || !__atomic_load_n(&s->dirty, __ATOMIC_RELAXED)) {
+        if (!s || !s->gid || !__atomic_load_n(&s->dirty, __ATOMIC_RELAXED)) {
             continue;
         }
         dedup_lock(e);
@@ -196,28 +198,36 @@ static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
     return true;
 }
 
+typedef struct Sums {
+    uint64_t zero;
+    uint64_t overhead;
+} Sums;
+
+static void add_member(void *opaque, unsigned member,
+                       const DedupMemberInfo *info)
+{
+    Sums *sums = opaque;
+
+    sums->zero += info->zero_pages;
+    sums->overhead += info->overhead_bytes;
+}
+
 static void group_figures(DedupEngine *e, const Walk *w,
                           DedupGroupStats *group)
 {
-    uint64_t zero = 0, overhead = 0;
+    Sums sums = { 0 };
 
     g_mutex_lock(&e->group_lock);
-    for (unsigned m = 0; m < DEDUP_MAX_MEMBERS; m++) {
-        DedupMemberInfo info;
-
-        if (dedup_group_member(e->group, m, &info)) {
-            zero += info.zero_pages;
-            overhead += info.overhead_bytes;
-        }
-    }
+    dedup_group_foreach_member(e->group, add_member, &sums);
     group->members = dedup_group_members(e->group);
     group->members_incompatible =
         dedup_group_members_incompatible(e->group);
     g_mutex_unlock(&e->group_lock);
     group->pages_shared = w->shared;
     group->pages_sharing = w->mapped - MIN(w->shared, w->mapped);
-    group->bytes_saved = (int64_t)((w->mapped + zero) << DEDUP_PAGE_SHIFT) -
-                         (int64_t)w->cost - (int64_t)overhead;
+    group->bytes_saved = (int64_t)((w->mapped + sums.zero) <<
+                                   DEDUP_PAGE_SHIFT) -
+                         (int64_t)w->cost - (int64_t)sums.overhead;
 }
 
 static void count_maps(DedupEngine *e)

@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Joining a group, once or again.
+ *
+ * The files of a group's directory may be deleted or replaced under live
+ * members (group-dir.c).  Who notices lets go of them, says so, and joins
+ * anew.  Nothing that is merged is touched: segments are held by what is
+ * mapped, not by names.  Two cases:
+ *
+ *   resumed   nobody has begun another group meanwhile, or who did has taken
+ *             our shared file: all names stay as they were
+ *   moved     there is another group by now: each segment that we hold gets a
+ *             name in its table, as if we had published it, and its pages are
+ *             announced in its index, a slice with each pass (policy.c).  One
+ *             that finds no room in the table stays nameless: what is mapped to
+ *             it stays merged, and nobody else finds it.
+ */
+
+#include <string.h>
+
+#include "rejoin.h"
+
+#define WATCH_US G_TIME_SPAN_SECOND
+
+/* The segment's name in the group that we are in now; remap lock held. */
+static void rename_segment(DedupEngine *e, DedupSegment *s)
+{
+    s->gid = dedup_group_segment_alloc(e->group, s->npages);
+    s->mine = s->gid != 0;
+    s->others = 0;
+    s->lean_since = 0;
+    s->dirty = true;
+    if (s->gid) {
+        g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
+    }
+}
+
+/* Everything that is known by a name, or by the old index, is forgotten. */
+static void move(DedupEngine *e)
+{
+    dedup_lock(e);
+    g_hash_table_remove_all(e->by_gid);
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+
+        if (s && !s->zeroes) {
+            rename_segment(e, s);
+        }
+    }
+    dedup_unlock(e);
+    g_hash_table_remove_all(e->left_gids);
+    g_hash_table_remove_all(e->failed_gids);
+    memset(e->tick_scans, 0, DEDUP_MAX_MEMBERS * sizeof(e->tick_scans[0]));
+    e->sweep_cursor = 0;
+    e->index_short = false;
+    e->announced_growths = dedup_index_growths(e->index);
+    e->announce_left = e->segments->len;
+}
+
+void dedup_join(DedupEngine *e, const DedupGroupOps *ops)
+{
+    g_autoptr(GError) error = NULL;
+    bool ok = dedup_group_join(e->group, ops, e, &error);
+
+    g_mutex_lock(&e->control);
+    g_free(e->group_error);
+    e->group_error = ok ? NULL : g_strdup(error->message);
+    g_mutex_unlock(&e->control);
+    if (!ok) {
+        return;
+    }
+    e->index = dedup_group_index(e->group);
+    e->salt = dedup_group_salt(e->group);
+    if (!dedup_group_resumed(e->group)) {
+        move(e);
+    }
+    __atomic_store_n(&e->joined, true, __ATOMIC_RELEASE);
+}
+
+void dedup_watch_group(DedupEngine *e)
+{
+    int64_t now = g_get_monotonic_time();
+
+    if (!e->joined || now - e->watched_us < WATCH_US) {
+        return;
+    }
+    e->watched_us = now;
+    if (dedup_group_is_current(e->group)) {
+        return;
+    }
+    /* while the index is there: what we claimed is not published */
+    dedup_publish_abandon(e);
+    g_mutex_lock(&e->group_lock);
+    __atomic_store_n(&e->joined, false, __ATOMIC_RELEASE);
+    g_mutex_unlock(&e->group_lock);
+    dedup_group_detach(e->group);
+    g_mutex_lock(&e->control);
+    g_free(e->group_error);
+    e->group_error = g_strdup_printf("its files were deleted or replaced while"
+                                     " they were in use; joining it again");
+    g_mutex_unlock(&e->control);
+}

@@ -221,6 +221,29 @@ class Ksm:
         self.run(False)
 
 
+def set_sysctl(path, value):
+    """Set a knob of the whole host until the case ends; one test at a time,
+    whatever checkout it is of.  Skips where that may not be done."""
+    # pylint: disable=consider-using-with
+    lock = open(path, encoding='ascii')
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    old = lock.read()
+
+    def write(text):
+        with open(path, 'w', encoding='ascii') as f:
+            f.write(text)
+
+    def put_back():
+        write(old)
+        lock.close()
+    try:
+        write(value)
+    except OSError as e:
+        lock.close()
+        tap.skip('cannot set %s: %s' % (path, e))
+    tap.cleanup(put_back)
+
+
 class Cgroup:
     """A fresh memory cgroup below this process's own; version 1 or 2."""
 

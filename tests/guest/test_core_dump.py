@@ -22,25 +22,14 @@ START = MIB
 
 def core_file():
     """Where the kernel puts a core dump from now on; put back at the end."""
-    with open(PATTERN, encoding='ascii') as f:
-        old = f.read()
-
-    def write(text):
-        with open(PATTERN, 'w', encoding='ascii') as f:
-            f.write(text)
     path = os.path.join(tempfile.mkdtemp(prefix='qemu-dedup-core-'), 'core')
 
     def clean():
-        write(old)
         if os.path.exists(path):
             os.unlink(path)
         os.rmdir(os.path.dirname(path))
-    try:
-        write(path)
-    except OSError as e:
-        os.rmdir(os.path.dirname(path))
-        tap.skip('cannot set %s: %s' % (PATTERN, e))
     tap.cleanup(clean)
+    host.set_sysctl(PATTERN, path)
     return path
 
 

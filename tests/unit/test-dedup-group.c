@@ -75,56 +75,6 @@ static void test_alone(Fixture *f, gconstpointer data)
     test_member_free(m);
 }
 
-static void check_refused(const char *dir, const char *why)
-{
-    g_autoptr(GError) error = NULL;
-
-    g_assert_null(dedup_group_new(dir, &error));
-    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_GROUP);
-    g_test_message("%s", error->message);
-    g_assert_nonnull(strstr(error->message, dir));
-    g_assert_nonnull(strstr(error->message, why));
-}
-
-/* What nobody can mean by a group is refused, and nothing is made there. */
-static void test_refused(Fixture *f, gconstpointer data)
-{
-    g_autofree char *file = g_strdup_printf("%s/file", f->dir);
-    g_autofree char *link = g_strdup_printf("%s/link", f->dir);
-    g_autofree char *into = g_strdup_printf("%s/v1-4k", f->dir);
-
-    g_assert_true(g_file_set_contents(file, "x", 1, NULL));
-    check_refused(file, "is not a directory");
-    g_assert_cmpint(symlink(f->dir, link), ==, 0);
-    check_refused(link, "is a symbolic link");
-    check_refused("/", "is the root directory");
-    check_refused("/proc/tty", "kernel's own");
-    check_refused("/sys/kernel", "kernel's own");
-    g_assert_cmpint(access(into, F_OK), <, 0);
-    unlink(link);
-}
-
-/* One that is missing is made, one level; else it is said what to do. */
-static void test_missing(Fixture *f, gconstpointer data)
-{
-    g_autofree char *none = g_strdup_printf("%s/none", f->dir);
-    g_autofree char *deep = g_strdup_printf("%s/no/such", f->dir);
-    g_autofree char *no = g_strdup_printf("%s/no", f->dir);
-    g_autofree char *why = NULL;
-    TestMember *m;
-    struct stat st;
-
-    m = test_member_new(none, 0);
-    g_assert_cmpint(stat(none, &st), ==, 0);
-    g_assert_cmpint(st.st_mode & 07777, ==, 0700);
-    test_member_free(m);
-
-    why = test_join_error(deep);
-    g_test_message("%s", why);
-    g_assert_nonnull(strstr(why, "mkdir -p -m 700"));
-    g_assert_cmpint(access(no, F_OK), <, 0);
-}
-
 static void test_join_leave(Fixture *f, gconstpointer data)
 {
     TestMember *a = test_member_new(f->dir, 0), *b, *c;
@@ -595,8 +545,6 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     umask(022);
     add("/group/alone", test_alone);
-    add("/group/refused", test_refused);
-    add("/group/missing", test_missing);
     add("/group/join-leave", test_join_leave);
     add("/group/long-path", test_long_path);
     add("/group/kill", test_kill);

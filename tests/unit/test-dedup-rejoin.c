@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The files of a group are deleted or replaced under live members, as
- * systemd-tmpfiles, a logout or an rm does: a newcomer does no harm, members
- * notice, say so and join again, and what is merged stays so.
+ * The directory of a group: which may be one, and what if it is missing.
+ *
+ * Its files are deleted or replaced under live members, as systemd-tmpfiles, a
+ * logout or an rm does: a newcomer does no harm, members notice, say so and
+ * join again, and what is merged stays so.
  *
  * Two engines of one process stand for two virtual machines.
  */
@@ -33,6 +35,55 @@ static void delete(const TestPair *f, const char *name)
     g_autofree char *path = inside(f, name);
 
     g_assert_cmpint(unlink(path), ==, 0);
+}
+
+static void check_refused(const char *dir, const char *why)
+{
+    g_autoptr(GError) error = NULL;
+
+    g_assert_null(dedup_group_new(dir, &error));
+    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_GROUP);
+    g_test_message("%s", error->message);
+    g_assert_nonnull(strstr(error->message, dir));
+    g_assert_nonnull(strstr(error->message, why));
+}
+
+/* What nobody can mean by a group is refused, and nothing is made there. */
+static void test_refused(TestPair *f, gconstpointer data)
+{
+    g_autofree char *file = g_strdup_printf("%s/file", f->dir);
+    g_autofree char *link = g_strdup_printf("%s/link", f->dir);
+
+    g_assert_true(g_file_set_contents(file, "x", 1, NULL));
+    check_refused(file, "is not a directory");
+    g_assert_cmpint(symlink(f->dir, link), ==, 0);
+    check_refused(link, "is a symbolic link");
+    check_refused("/", "is the root directory");
+    check_refused("/proc/tty", "kernel's own");
+    check_refused("/sys/kernel", "kernel's own");
+    g_assert_cmpint(access("/v1-4k", F_OK), <, 0);
+    unlink(link);
+}
+
+/* One that is missing is made, one level; else it is said what to do. */
+static void test_missing(TestPair *f, gconstpointer data)
+{
+    g_autofree char *none = g_strdup_printf("%s/none", f->dir);
+    g_autofree char *deep = g_strdup_printf("%s/no/such", f->dir);
+    g_autofree char *no = g_strdup_printf("%s/no", f->dir);
+    g_autofree char *why = NULL;
+    TestMember *m;
+    struct stat st;
+
+    m = test_member_new(none, 0);
+    g_assert_cmpint(stat(none, &st), ==, 0);
+    g_assert_cmpint(st.st_mode & 07777, ==, 0700);
+    test_member_free(m);
+
+    why = test_join_error(deep);
+    g_test_message("%s", why);
+    g_assert_nonnull(strstr(why, "mkdir -p -m 700"));
+    g_assert_cmpint(access(no, F_OK), <, 0);
 }
 
 /* Can others see where a member listens?  systemd-tmpfiles asks that. */
@@ -336,6 +387,8 @@ static void test_third(void)
 int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
+    test_pair_add("/rejoin/refused", test_refused);
+    test_pair_add("/rejoin/missing", test_missing);
     test_pair_add("/rejoin/visible", test_visible);
     test_pair_add("/rejoin/newcomer", test_newcomer);
     test_pair_add("/rejoin/resume", test_resume);

@@ -56,6 +56,7 @@
  * @from_ksm: the engine took it from KSM, and it was not given back yet
  * @named: the file outlives the block
  * @error: why the last attempts of the worker to remove it failed; lock
+ * @pinned: the last one failed for pages that a device writes to; lock
  * @tries: how many did so far; lock
  * @retry_ms: when it tries again; lock
  * @pages_merged: last known figure, for when @busy
@@ -70,6 +71,7 @@ typedef struct DedupBlock {
     unsigned flags;
     bool leaving;
     bool closed;
+    bool pinned;
     bool busy;
     bool leased;
     bool from_ksm;

@@ -127,9 +127,12 @@ static DedupBlock *worker_next(DedupRam *ram, int *timeout)
 /* On the worker; lock held. */
 static void restore_failed(DedupBlock *block, GError *error)
 {
-    bool busy = g_error_matches(error, DEDUP_ERROR, DEDUP_ERROR_STATE) &&
+    bool pinned = g_error_matches(error, DEDUP_ERROR, DEDUP_ERROR_PINNED);
+    bool busy = (pinned ||
+                 g_error_matches(error, DEDUP_ERROR, DEDUP_ERROR_STATE)) &&
                 ++block->tries < DEDUP_BUSY_TRIES;
 
+    block->pinned = pinned;
     block->retry_ms = g_get_monotonic_time() / 1000 +
                       (busy ? DEDUP_BUSY_MS : DEDUP_RETRY_MS);
     if (busy) {
@@ -169,6 +172,7 @@ static void worker_restore(DedupScanner *ds, DedupBlock *block)
         g_clear_error(&block->error);
         block->leaving = false;
         block->closed = false;
+        block->pinned = false;
         block->tries = 0;
         lease_release(block);
     } else {

@@ -301,7 +301,7 @@ static bool is_pinned(DedupRam *ram)
                             !block->tries && !block->error)) {
             return false;
         }
-        pinned = pinned || (block->leaving && block->tries);
+        pinned = pinned || (block->leaving && block->pinned);
     }
     return pinned;
 }
@@ -324,7 +324,7 @@ static void retry_drained(DedupScanner *ds)
         unsigned attempts = ram->attempts;
 
         QTAILQ_FOREACH(block, &ram->blocks, next) {
-            if (block->leaving && block->tries) {
+            if (block->leaving && block->pinned) {
                 block->retry_ms = 0;
             }
         }
@@ -464,7 +464,8 @@ static void try_again(DedupScanner *ds, bool (*needed)(RAMBlock *rb))
     DedupBlock *block;
 
     QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
-        if (block->leaving && block->error && needed(block->rb)) {
+        if (block->leaving && block->error &&
+            (!needed || needed(block->rb))) {
             g_clear_error(&block->error);
             block->tries = 0;
             block->retry_ms = 0;

@@ -395,7 +395,7 @@ static void test_held(gconstpointer data)
         }
         fx_shadow_page(ram, page, 500 + i);
     }
-    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_STATE);
+    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_PINNED);
     for (uint32_t i = 96; i < 160; i++) {
         g_assert_true(fx_is_merged(ram, i) ==
                       (i / CHUNK == 7 && i % 4 != 3));

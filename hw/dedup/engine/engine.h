@@ -58,6 +58,7 @@ typedef struct DedupRegion DedupRegion;
  * @DEDUP_ERROR_MEMORY: the host or the memory cgroup lacks the memory
  * @DEDUP_ERROR_SYSTEM: any other system call that failed
  * @DEDUP_ERROR_STATE: not possible in the state that the engine is in
+ * @DEDUP_ERROR_PINNED: a device writes to the pages, and nothing else is wrong
  */
 typedef enum DedupError {
     DEDUP_ERROR_USERFAULTFD,
@@ -65,6 +66,7 @@ typedef enum DedupError {
     DEDUP_ERROR_MEMORY,
     DEDUP_ERROR_SYSTEM,
     DEDUP_ERROR_STATE,
+    DEDUP_ERROR_PINNED,
 } DedupError;
 
 #define DEDUP_ERROR (dedup_error_quark())
@@ -319,12 +321,13 @@ DedupRegion *dedup_region_add(DedupEngine *engine,
  *     them.
  *
  * Waits for a window that is open.  Returns false, and removes nothing, if
- * @keep_contents was asked for and failed: DEDUP_ERROR_MEMORY where the host,
- * the memory cgroup or the file's file system lacks the memory (if that was
- * seen at the start nothing was restored), DEDUP_ERROR_STATE where pages are
- * pinned or mappings are short, which may pass.  Nothing is merged in the
- * region from then on, so that another try finds no more to do than this one,
- * until its owner calls dedup_region_open().
+ * @keep_contents was asked for and failed: DEDUP_ERROR_MEMORY where the
+ * host, the memory cgroup or the file's file system lacks the memory (if
+ * that was seen at the start nothing was restored), DEDUP_ERROR_PINNED where
+ * pages are pinned, DEDUP_ERROR_STATE where mappings are short; both may
+ * pass.  Nothing is merged in the region from then on, so that another try
+ * finds no more to do than this one, until its owner calls
+ * dedup_region_open().
  */
 bool dedup_region_remove(DedupRegion *region, bool keep_contents,
                          GError **error);

@@ -34,8 +34,9 @@ void dedup_restore_error(uint64_t left, unsigned lacks, GError **error)
         }
     }
     g_set_error(error, DEDUP_ERROR,
-                lacks & DEDUP_LACK_FILE ? DEDUP_ERROR_MEMORY
-                                        : DEDUP_ERROR_STATE,
+                lacks & DEDUP_LACK_FILE ? DEDUP_ERROR_MEMORY :
+                lacks == DEDUP_LACK_UNPINNED ? DEDUP_ERROR_PINNED
+                                             : DEDUP_ERROR_STATE,
                 "%" G_GUINT64_FORMAT " pages cannot have their own memory "
                 "now: %s", left,
                 text->len ? text->str : "the kernel refused it");

@@ -383,6 +383,11 @@ static bool dedup_scanner_prepare_delete(UserCreatable *uc, Error **errp)
     /* Nothing may be merged between the look and the end. */
     dedup_engine_block(ds->engine, true, ds->hard);
     if (dedup_engine_lean(ds->engine)) {
+        /* An unmerge has ended by that, whether it was said or not. */
+        dedup_scanner_send_events(ds);
+        if (ds->unmerging) {
+            unmerge_ended(ds, 0, NULL);
+        }
         return true;
     }
     dedup_engine_block(ds->engine, ds->blocked, ds->hard);

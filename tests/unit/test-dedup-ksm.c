@@ -359,9 +359,76 @@ static void savings_in_cgroup(void *opaque)
     fx_engine_free(fe);
 }
 
-static void test_savings(gconstpointer data)
+/* ---- restoring among pages that KSM shares with memory that is not ours */
+
+#define EVERY 8                 /* of these pages one is merged by us */
+#define UNIQUE 100000
+
+static unsigned mixed_content(uint32_t i)
 {
-    Savings in = *(const Savings *)data;
+    return i % EVERY ? UNIQUE + i : i / EVERY % 16 + 1;
+}
+
+static void restore_beside(void *opaque)
+{
+    Savings *in = opaque;
+    FxRam *ram = fx_ram_new(in->kind, MANY);
+    uint8_t *others = mmap(NULL, (size_t)MANY * FX_PAGE,
+                           PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    g_autoptr(GError) error = NULL;
+    uint64_t usage, after, by_ksm;
+    uint8_t page[FX_PAGE];
+    DedupStats stats;
+    FxEngine *fe;
+
+    g_assert_true(fx_cgroup_enter(in->cg));
+    g_assert_true(others != MAP_FAILED);
+    madvise(others, (size_t)MANY * FX_PAGE, MADV_NOHUGEPAGE);
+    for (uint32_t i = 0; i < MANY; i++) {
+        fx_content(fx_addr(ram, i), mixed_content(i));
+        if (i % EVERY) {
+            fx_content(others + (size_t)i * FX_PAGE, mixed_content(i));
+        }
+    }
+    make_twins();
+    ksm_merge(ram->host, (size_t)MANY * FX_PAGE);
+    ksm_merge(others, (size_t)MANY * FX_PAGE);
+    fe = fx_engine_new(NULL);
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_settled(fe);
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    fx_stats(fe, &stats);
+    by_ksm = ksm_pages();
+    /* what we replaced, and what KSM saves: both are there */
+    g_assert_cmpuint(stats.pages_merged, >=, MANY / EVERY / 16 * 15);
+    g_assert_cmpuint(by_ksm, >=, MANY / 16 * 13);
+    usage = fx_cgroup_usage(in->cg);
+    g_assert_true(fx_cgroup_limit(in->cg, usage + in->room));
+    if (!dedup_engine_restore_range(fe->e, ram->host,
+                                    (uint64_t)MANY * FX_PAGE, &error)) {
+        fx_fail("not restored", "%s", error->message);
+    }
+    after = fx_cgroup_usage(in->cg);
+    g_test_message("%u pages were merged; %u MiB, then %u MiB; KSM had %u "
+                   "pages, then %u", (unsigned)stats.pages_merged,
+                   (unsigned)(usage / MIB), (unsigned)(after / MIB),
+                   (unsigned)by_ksm, (unsigned)ksm_pages());
+    if (after > usage + stats.pages_merged * FX_PAGE + SLACK) {
+        fx_fail("KSM's savings lost", "%u MiB more",
+                (unsigned)((after - usage) / MIB));
+    }
+    for (uint32_t i = 0; i < MANY; i++) {
+        fx_content(page, mixed_content(i));
+        fx_assert_page(ram, i, page);
+    }
+    fx_engine_free(fe);
+}
+
+static void in_cgroup(void (*body)(void *opaque), Savings in)
+{
     int status;
 
     if (!ksm_begin()) {
@@ -371,11 +438,21 @@ static void test_savings(gconstpointer data)
     if (!in.cg) {
         return;
     }
-    status = fx_in_child(savings_in_cgroup, &in, 60);
+    status = fx_in_child(body, &in, 60);
     fx_cgroup_free(in.cg);
     if (status) {
         fx_fail("killed", "wait status 0x%x", status);
     }
+}
+
+static void test_savings(gconstpointer data)
+{
+    in_cgroup(savings_in_cgroup, *(const Savings *)data);
+}
+
+static void test_restore(gconstpointer data)
+{
+    in_cgroup(restore_beside, *(const Savings *)data);
 }
 
 static const Savings savings[] = {
@@ -383,6 +460,12 @@ static const Savings savings[] = {
     { NULL, FX_ANON, 400 * MIB, true },
     { NULL, FX_PRIVATE, 40 * MIB, false },
     { NULL, FX_PRIVATE, 400 * MIB, true },
+};
+
+/* room for what we merged, not for what KSM shares */
+static const Savings beside[] = {
+    { NULL, FX_ANON, (MANY / EVERY * FX_PAGE) + 24 * MIB, false },
+    { NULL, FX_PRIVATE, (MANY / EVERY * FX_PAGE) + 24 * MIB, false },
 };
 
 static const Opened opened[] = {
@@ -425,6 +508,12 @@ int main(int argc, char **argv)
             fx_kind_name(savings[i].kind));
 
         g_test_add_data_func(path, &savings[i], test_savings);
+    }
+    for (unsigned i = 0; i < G_N_ELEMENTS(beside); i++) {
+        g_autofree char *path = g_strdup_printf(
+            "/ksm/beside/%s", fx_kind_name(beside[i].kind));
+
+        g_test_add_data_func(path, &beside[i], test_restore);
     }
     return g_test_run();
 }

@@ -75,6 +75,10 @@ static const Case cases[] = {
       "/pins/held/memfd", "lost read" },
     { DEDUP_MUTANT_RESTORE_HELD, "test-dedup-pins",
       "/pins/held/anon", "lost read" },
+    { DEDUP_MUTANT_RESTORE_KSM, "test-dedup-ksm",
+      "/ksm/beside/anon", "not restored|killed" },
+    { DEDUP_MUTANT_RESTORE_KSM, "test-dedup-ksm",
+      "/ksm/beside/private-memfd", "not restored|killed" },
 };
 
 static char *program_dir;

@@ -155,7 +155,7 @@ typedef struct DedupKsm {
     bool absent;              /* this kernel has none */
     bool known;               /* the figures are */
     bool idle;                /* it knows no page of this process */
-    bool no_room;             /* to take pages from it */
+    uint64_t may_take;        /* pages, until the next look */
     uint64_t shared;          /* atomic: pages that it has merged */
     uint64_t zero;            /* pages that it found to be zero */
 } DedupKsm;
@@ -323,6 +323,12 @@ DedupSegment *dedup_entry_segment(DedupEngine *e, uint32_t entry);
 static inline uint8_t *dedup_region_addr(const DedupRegion *r, uint32_t page)
 {
     return r->host + ((uint64_t)page << DEDUP_PAGE_SHIFT);
+}
+
+/* Pages with a segment's mapping, copied or not. */
+static inline uint64_t dedup_region_mapped(const DedupRegion *r)
+{
+    return r->merged + r->broken + r->zero_mapped;
 }
 
 static inline uint32_t dedup_region_chunks(const DedupRegion *r)

@@ -24,7 +24,9 @@
  * - else the pages are read where KSM has them, which costs nothing, and a
  *   window takes just those that it replaces, at most DEDUP_WINDOW_PAGES.
  *   What we find no use for stays with KSM, where it saves memory.
- * - the host must have the memory for that moment, or all is left to KSM.
+ * - the host must have the memory for that moment, or all is left to KSM; and
+ *   for what windows took that came to nothing, as pages changed or were
+ *   pinned: that is bounded until the room is looked at again.
  *
  * A page that KSM shares is owed to its guest as a merged one is (room.c).
  * The kernel's figure is too high until ksmd has come by and noticed what it
@@ -43,7 +45,9 @@
 #include "ksm.h"
 #include "pagemap.h"
 
-#define CHUNK_BYTES ((uint64_t)DEDUP_CHUNK_PAGES << DEDUP_PAGE_SHIFT)
+/* Of the room, what windows that fail may take from KSM until the next look. */
+#define FAILED_SHARE 8
+#define FAILED_MOST (64ULL << 20)
 
 void dedup_ksm_open(DedupEngine *e)
 {
@@ -72,12 +76,13 @@ static void read_stat(DedupEngine *e)
     char text[512];
     ssize_t n = pread(k->stat_fd, text, sizeof(text) - 1, 0);
 
-    k->known = n > 0;
-    if (!k->known) {
+    __atomic_store_n(&k->known, n > 0, __ATOMIC_RELAXED);
+    if (n <= 0) {
         return;
     }
     text[n] = 0;
-    k->zero = figure(text, "ksm_zero_pages ");
+    __atomic_store_n(&k->zero, figure(text, "ksm_zero_pages "),
+                     __ATOMIC_RELAXED);
     __atomic_store_n(&k->shared, figure(text, "ksm_merging_pages "),
                      __ATOMIC_RELAXED);
     k->idle = !k->shared && !k->zero && !figure(text, "ksm_rmap_items ");
@@ -92,7 +97,9 @@ static bool has_pages(const DedupEngine *e)
 void dedup_ksm_look(DedupEngine *e)
 {
     read_stat(e);
-    e->ksm.no_room = has_pages(e) && dedup_restore_room(e) < CHUNK_BYTES;
+    e->ksm.may_take = !has_pages(e) ? UINT64_MAX :
+                      MIN(dedup_restore_room(e) / FAILED_SHARE,
+                          FAILED_MOST) >> DEDUP_PAGE_SHIFT;
 }
 
 uint64_t dedup_ksm_shared_bytes(DedupEngine *e)
@@ -115,23 +122,19 @@ static bool take(DedupRegion *r, uint32_t page, uint32_t n)
     return r->engine->ksm.absent;
 }
 
-/*
- * Does KSM share any page of the chunk with another one?  A private page that
- * is mapped more than once is one, as there are no forked copies; so is the
- * kernel's page of zeros, if KSM uses it for this process.
- */
-static bool shares_any(DedupRegion *r, uint32_t first, uint32_t n)
+bool dedup_ksm_shares_any(DedupRegion *r, uint32_t first, uint32_t n,
+                          const uint8_t *flags)
 {
     DedupEngine *e = r->engine;
     uint64_t entries[DEDUP_CHUNK_PAGES];
-    uint8_t flags[DEDUP_CHUNK_PAGES];
-    uint8_t wanted = DEDUP_PRESENT | (e->ksm.known && !e->ksm.zero
-                                      ? 0 : DEDUP_ZERO_MAPPED);
+    bool zeroes = !__atomic_load_n(&e->ksm.known, __ATOMIC_RELAXED) ||
+                  __atomic_load_n(&e->ksm.zero, __ATOMIC_RELAXED);
+    uint8_t wanted = DEDUP_PRESENT | (zeroes ? DEDUP_ZERO_MAPPED : 0);
     off_t at = ((uintptr_t)dedup_region_addr(r, first) >> DEDUP_PAGE_SHIFT) *
                sizeof(entries[0]);
 
-    if (!dedup_presence(r, first, n, flags) ||
-        pread(e->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
+    g_assert(n <= DEDUP_CHUNK_PAGES);
+    if (pread(e->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
         (ssize_t)(n * sizeof(entries[0]))) {
         return true;
     }
@@ -142,6 +145,14 @@ static bool shares_any(DedupRegion *r, uint32_t first, uint32_t n)
         }
     }
     return false;
+}
+
+static bool chunk_shares_any(DedupRegion *r, uint32_t first, uint32_t n)
+{
+    uint8_t flags[DEDUP_CHUNK_PAGES];
+
+    return !dedup_presence(r, first, n, flags) ||
+           dedup_ksm_shares_any(r, first, n, flags);
 }
 
 void dedup_ksm_take_chunk(DedupRegion *r, uint32_t first)
@@ -156,7 +167,8 @@ void dedup_ksm_take_chunk(DedupRegion *r, uint32_t first)
     /* it may have been made mergeable again */
     *area &= ~DEDUP_AREA_UNKSM;
     read_stat(e);
-    if ((!has_pages(e) || !shares_any(r, first, n)) && take(r, first, n)) {
+    if ((!has_pages(e) || !chunk_shares_any(r, first, n)) &&
+        take(r, first, n)) {
         *area |= DEDUP_AREA_UNKSM;
     }
 }
@@ -170,12 +182,18 @@ static bool is_taken(const DedupRegion *r, const DedupAction *a)
 static unsigned take_runs(DedupRegion *r, DedupAction **actions, unsigned n,
                           unsigned *limits)
 {
+    DedupKsm *k = &r->engine->ksm;
     unsigned kept = 0;
+    uint64_t news = 0;
 
-    if (r->engine->ksm.no_room) {
+    for (unsigned i = 0; i < n; i++) {
+        news += !is_taken(r, actions[i]);
+    }
+    if (news > k->may_take) {
         *limits |= DEDUP_LIMIT_MEMORY;
         return 0;
     }
+    k->may_take -= news;
     for (unsigned i = 0, j; i < n; i = j) {
         for (j = i + 1; j < n &&
              actions[j]->page == actions[i]->page + (j - i); j++) {
@@ -209,6 +227,15 @@ unsigned dedup_ksm_take_pages(DedupRegion *r, DedupAction **actions,
     }
     /* most often there is nothing to do, and one call says so */
     return take(r, first, actions[n - 1]->page + 1 - first) ? n : 0;
+}
+
+void dedup_ksm_replaced(DedupRegion *r, const DedupAction *actions,
+                        unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        r->engine->ksm.may_take += actions[i].done &&
+                                   !is_taken(r, &actions[i]);
+    }
 }
 
 void dedup_ksm_take_range(DedupRegion *r, uint32_t first, uint32_t n)

@@ -36,7 +36,23 @@ void dedup_ksm_take_chunk(DedupRegion *r, uint32_t first);
 unsigned dedup_ksm_take_pages(DedupRegion *r, DedupAction **actions,
                               unsigned n, unsigned *limits);
 
-/* Take what is about to be restored, as far as it can be.  Lock held. */
+/*
+ * Does KSM share any of these pages, at most a chunk, with another one?
+ * @flags: their presence.  A private page that is mapped more than once is
+ * one, as there are no forked copies; so is the kernel's page of zeros, if KSM
+ * uses it for this process.  Allocates nothing, takes no lock.  Lock held.
+ */
+bool dedup_ksm_shares_any(DedupRegion *r, uint32_t first, uint32_t n,
+                          const uint8_t *flags);
+
+/* A window has ended: what it replaced costs nothing any more.  Lock held. */
+void dedup_ksm_replaced(DedupRegion *r, const DedupAction *actions,
+                        unsigned n);
+
+/*
+ * Take what is about to be restored, as far as it can be.  What KSM shares
+ * there gets memory of its own at once.  Remap lock held.
+ */
 void dedup_ksm_take_range(DedupRegion *r, uint32_t first, uint32_t n);
 
 /*

@@ -33,6 +33,7 @@ enum {
     DEDUP_MUTANT_PUNCH_ZEROES = 14,   /* zero pages of any file are punched */
     DEDUP_MUTANT_KSM_LEFT = 15,       /* KSM's pages are not refused */
     DEDUP_MUTANT_RESTORE_HELD = 16,   /* pinned and copied, restored anyway */
+    DEDUP_MUTANT_RESTORE_KSM = 17,    /* KSM's pages in between, too */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS

@@ -123,14 +123,13 @@ static bool walk_window(DedupEngine *e, Walk *w)
         r = NULL;
     }
     if (r) {
-        uint64_t before = r->merged + r->zero_mapped;
+        uint64_t before = dedup_region_mapped(r);
         uint32_t end = first + n;
 
         first = dedup_ledger_next(r, first, end);
         n = MIN(end - first, DEDUP_WINDOW_PAGES);
         w->left += dedup_restore_locked(r, first, n);
-        w->taken += (before - (r->merged + r->zero_mapped)) <<
-                    DEDUP_PAGE_SHIFT;
+        w->taken += (before - dedup_region_mapped(r)) << DEDUP_PAGE_SHIFT;
         w->lacks |= r->lacks;
         r->lacks = 0;
         w->at = dedup_region_addr(r, first + n);

@@ -110,6 +110,18 @@ static bool next_run(const Span *s, uint32_t *i, uint32_t *n)
     return *n > 0;
 }
 
+/* Before the freeze: what is to be copied, and no page of KSM's besides. */
+static void take_from_ksm(const Span *s, bool whole)
+{
+    if (whole || DEDUP_MUTANT(RESTORE_KSM)) {
+        dedup_ksm_take_range(s->r, s->first, s->n);
+        return;
+    }
+    for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
+        dedup_ksm_take_range(s->r, s->first + i, n);
+    }
+}
+
 static void enter_own(Span *s, uint32_t i, uint32_t n)
 {
     for (uint32_t k = i; k < i + n; k++) {
@@ -195,6 +207,7 @@ static void restore_shared(Span *s)
     uint64_t before = file_pages(r);
     uint64_t written = 0;
 
+    take_from_ksm(s, false);
     if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
         r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
         return;
@@ -254,7 +267,8 @@ static uint8_t *staging_new(const DedupRegion *r, uint32_t page, size_t len)
 /*
  * Moving memory costs a mapping for each piece.  In anonymous memory the own
  * pages between the pieces are moved along, so that a window ends as one
- * mapping.  Not where one of them is pinned, on swap or part of a huge page.
+ * mapping.  Not where one of them is pinned, on swap, part of a huge page, or
+ * shared by KSM: that would take memory which nobody has reserved.
  * Sets @move to the pages that have contents to copy.
  */
 static bool choose_whole(Span *s, bool *move)
@@ -262,7 +276,9 @@ static bool choose_whole(Span *s, bool *move)
     uint8_t flags[DEDUP_WINDOW_PAGES];
     bool whole = s->r->memory == DEDUP_MEMORY_ANON &&
                  s->r->engine->zero_anon &&
-                 dedup_presence(s->r, s->first, s->n, flags);
+                 dedup_presence(s->r, s->first, s->n, flags) &&
+                 (DEDUP_MUTANT(RESTORE_KSM) ||
+                  !dedup_ksm_shares_any(s->r, s->first, s->n, flags));
 
     for (uint32_t i = 0; i < s->n; i++) {
         bool own = !dedup_entry_is_segment(dedup_entry_at(s->r, s->first + i));
@@ -366,12 +382,14 @@ static void restore_private(Span *s)
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
     uint8_t *staging = staging_new(r, s->first, len);
     bool move[DEDUP_WINDOW_PAGES];
+    bool whole;
 
     if (!staging) {
         r->lacks |= DEDUP_LACK_MAPS;
         return;
     }
-    choose_whole(s, move);
+    whole = choose_whole(s, move);
+    take_from_ksm(s, whole);
     for (uint32_t i = 0; i < s->n; i++) {
         if (move[i]) {
             /* populate, so that the copy below need not */
@@ -386,7 +404,8 @@ static void restore_private(Span *s)
         return;
     }
     choose(s);
-    if (choose_whole(s, move)) {
+    /* own pages that were not taken from KSM stay */
+    if (choose_whole(s, move) && whole) {
         memset(s->take, true, s->n * sizeof(s->take[0]));
     }
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
@@ -460,7 +479,6 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
                 dedup_page_touch(dedup_region_addr(r, s.first + i));
             }
         }
-        dedup_ksm_take_range(r, s.first, s.n);
         if (r->memory == DEDUP_MEMORY_SHARED) {
             restore_shared(&s);
         } else {

@@ -168,19 +168,16 @@ static uint64_t file_room(int fd)
     return sfs.f_blocks ? (uint64_t)sfs.f_bavail * sfs.f_bsize : UINT64_MAX;
 }
 
-/* Pages of @r that have no memory in its file, and may come back there. */
-static uint64_t pages_owed_to_file(const DedupRegion *r)
-{
-    return r->merged + r->broken + r->zero_mapped;
-}
-
 void dedup_need_add(DedupNeed *need, DedupRegion *r, uint64_t pages)
 {
-    uint64_t bytes = MIN(pages, pages_owed_to_file(r)) << DEDUP_PAGE_SHIFT;
+    /* none of them has memory in the file */
+    uint64_t bytes = MIN(pages, dedup_region_mapped(r)) << DEDUP_PAGE_SHIFT;
+    uint64_t broken = MIN(r->broken, dedup_ksm_shared_bytes(r->engine) >>
+                                     DEDUP_PAGE_SHIFT);
     unsigned i;
 
-    /* broken pages have their memory already */
-    need->memory += MIN(pages, r->merged + r->zero_mapped) <<
+    /* broken pages have their memory already, unless KSM shares it */
+    need->memory += MIN(pages, r->merged + r->zero_mapped + broken) <<
                     DEDUP_PAGE_SHIFT;
     if (!r->bounded || !bytes) {
         return;
@@ -213,7 +210,7 @@ bool dedup_file_has_room(DedupRegion *r)
         const DedupRegion *other = g_ptr_array_index(regions, i);
 
         if (other->bounded && other->dev == r->dev) {
-            owed += pages_owed_to_file(other);
+            owed += dedup_region_mapped(other);
         }
     }
     return file_room(r->fd) >= owed << DEDUP_PAGE_SHIFT;

@@ -88,10 +88,10 @@ static bool restore_next(DedupEngine *e, uint64_t *taken)
         uint32_t page = dedup_ledger_next(r, dedup_region_at(r, e->restore_at),
                                           r->npages);
         unsigned n = MIN(DEDUP_WINDOW_PAGES, r->npages - page);
-        uint64_t before = r->merged + r->zero_mapped;
+        uint64_t before = dedup_region_mapped(r);
 
         dedup_restore_locked(r, page, n);
-        *taken = (before - (r->merged + r->zero_mapped)) << DEDUP_PAGE_SHIFT;
+        *taken = (before - dedup_region_mapped(r)) << DEDUP_PAGE_SHIFT;
         e->restore_lacks |= r->lacks;
         r->lacks = 0;
         e->restore_at = (uint64_t)r->base + page + n;

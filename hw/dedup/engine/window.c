@@ -553,6 +553,7 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
             dedup_policy_maps(r, w.admitted, &w.nadmitted, limits) &&
             split_huge(&w) && take_from_ksm(&w, limits)) {
             window_locked(&w, limits);
+            dedup_ksm_replaced(r, actions, n);
         }
         for (unsigned i = 0; i < n; i++) {
             done += actions[i].done;

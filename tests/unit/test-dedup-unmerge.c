@@ -131,6 +131,29 @@ static void test_whole(gconstpointer data)
     end(fe, ram);
 }
 
+/* The last region goes: its metadata and segments go at once, run or not. */
+static void test_removed(gconstpointer data)
+{
+    for (int run = 0; run < 2; run++) {
+        FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), PAGES);
+        FxEngine *fe = fx_engine_new(NULL);
+
+        start_mixed(fe, ram);
+        g_assert_false(no_segments(NULL));
+        if (!run) {
+            fx_set_run(fe, false);
+            fx_wait_state(fe, DEDUP_STATE_STOPPED);
+        }
+        g_assert_true(dedup_region_remove(ram->region, true, NULL));
+        ram->region = NULL;
+        fx_wait_until(no_segments, NULL, run ? "segments stay, scanning"
+                                             : "segments stay, at rest");
+        fx_assert_bytes(ram);
+        fx_engine_free(fe);
+        fx_ram_free(ram);
+    }
+}
+
 static void test_half(gconstpointer data)
 {
     FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), PAGES);
@@ -442,6 +465,7 @@ int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
     add_tests("whole", test_whole);
+    add_tests("removed", test_removed);
     add_tests("half", test_half);
     add_tests("discard", test_discard);
     add_tests("foreign-uffd", test_foreign_uffd);

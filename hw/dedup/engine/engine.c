@@ -445,13 +445,13 @@ void dedup_engine_run(DedupEngine *e)
         if (task == TASK_STOP) {
             break;
         }
-        if (task != TASK_SCAN) {
+        if (task != TASK_SCAN || !has_regions(e)) {
             /* what waits for a segment would wait for long */
             dedup_publish_abandon(e);
         }
         enter_state(e, state);
-        if (!dedup_publish_waiting(e)) {
-            dedup_regions_reap(e);
+        if (!dedup_publish_waiting(e) && dedup_regions_reap(e)) {
+            dedup_policy_drop_unused(e); /* no pass may come by */
         }
         switch (task) {
         case TASK_RESTORE:

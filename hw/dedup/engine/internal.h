@@ -379,8 +379,11 @@ bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n);
 /* The chunks from @first on, before @last, have no memory of their own now. */
 void dedup_region_forget(DedupRegion *r, uint32_t first, uint32_t last);
 
-/* Free what was removed; the scanner, which calls it, holds no region now. */
-void dedup_regions_reap(DedupEngine *e);
+/*
+ * Free what was removed; the scanner, which calls it, holds no region now.
+ * True: there was something, and segments may be unused now.
+ */
+bool dedup_regions_reap(DedupEngine *e);
 /* Free all: the engine ends.  Mappings stay as they are. */
 void dedup_regions_free(DedupEngine *e);
 

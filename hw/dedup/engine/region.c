@@ -187,6 +187,7 @@ bool dedup_region_remove(DedupRegion *r, bool keep_contents, GError **error)
     __atomic_fetch_sub(&e->zero_mapped, r->zero_mapped, __ATOMIC_RELAXED);
     g_ptr_array_add(e->dead, r);
     dedup_unlock(e);
+    dedup_kick(e); /* who is at rest frees it, too */
     return true;
 }
 
@@ -250,11 +251,14 @@ static bool reap_some(DedupEngine *e)
     return more;
 }
 
-void dedup_regions_reap(DedupEngine *e)
+bool dedup_regions_reap(DedupEngine *e)
 {
+    bool any = false;
+
     while (reap_some(e)) {
-        ;
+        any = true;
     }
+    return any;
 }
 
 static void free_all(GPtrArray *regions)

@@ -30,7 +30,7 @@ bool dedup_file_is_bounded(int fd, dev_t *dev)
 {
     g_autoptr(GError) error = NULL;
     DedupSegment *memfd = dedup_segment_new_zeroes(&error);
-    struct stat st, kernel;
+    struct stat st = { 0 }, kernel; /* unknown ones count as one */
     bool bounded;
 
     bounded = fstat(fd, &st) < 0 || !memfd ||

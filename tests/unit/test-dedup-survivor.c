@@ -3,7 +3,7 @@
  * Who is left when the other members of a group are gone: what was shared
  * with them saves nothing any more, so its segments are left (I8), also by
  * one that finds nothing new to merge.  And what saves within the one that is
- * left stays.
+ * left stays.  Only a region that is closed is left alone.
  *
  * The other member is a child that is killed.
  */
@@ -16,11 +16,13 @@
 #include "engine-fixture.h"
 
 #define PAGES 4096
+#define SECOND 1000000          /* contents of the second region begin here */
 
 typedef struct Scene {
     FxKind kind;
     bool isolated;            /* between any two is a page of its own */
     unsigned nth;             /* each n-th is there once more; 0: none */
+    bool two;                 /* regions */
 } Scene;
 
 static uint64_t seed_of(const Scene *s, uint32_t page, unsigned member)
@@ -46,6 +48,18 @@ static unsigned add_copies(const Scene *s, FxRam *ram)
     return n;
 }
 
+/* As much again, with other contents. */
+static FxRam *add_second(FxEngine *fe, const Scene *s)
+{
+    FxRam *ram = fx_ram_new(s->kind, PAGES);
+
+    for (uint32_t i = 0; i < PAGES; i++) {
+        fx_page(ram, i, SECOND + i);
+    }
+    fx_add(fe, ram);
+    return ram;
+}
+
 static FxEngine *start(const Scene *s, const char *dir, unsigned member,
                        FxRam **ram)
 {
@@ -63,6 +77,7 @@ static FxEngine *start(const Scene *s, const char *dir, unsigned member,
 
 static pid_t start_other(const Scene *s, const char *dir)
 {
+    FxEngine *fe;
     pid_t pid;
     FxRam *ram;
 
@@ -70,7 +85,10 @@ static pid_t start_other(const Scene *s, const char *dir)
     pid = fork();
     g_assert_cmpint(pid, >=, 0);
     if (!pid) {
-        start(s, dir, 1, &ram);
+        fe = start(s, dir, 1, &ram);
+        if (s->two) {
+            add_second(fe, s);
+        }
         for (;;) {
             pause();
         }
@@ -142,6 +160,54 @@ static void test_survivor(gconstpointer data)
     fx_group_dir_free(dir);
 }
 
+static bool second_left(void *opaque)
+{
+    FxView view;
+
+    fx_view(opaque, &view);
+    return !view.segment_pages;
+}
+
+/*
+ * A region that its owner wants back, and that could not be restored: there
+ * nothing is published anew, so to leave its segments would take memory only.
+ * A second one, which is open, tells when they would have been left.
+ */
+static void test_closed(gconstpointer data)
+{
+    const Scene *scene = data;
+    char *dir = fx_group_dir();
+    pid_t other = start_other(scene, dir);
+    Survivor s = { .shared = 2 * PAGES };
+    g_autoptr(GError) error = NULL;
+    FxRam *second;
+    FxView view;
+
+    s.fe = start(scene, dir, 0, &s.ram);
+    second = add_second(s.fe, scene);
+    fx_wait_until(all_shared, &s, "not merged");
+    dedup_engine_cancel_restore(s.fe->e, s.ram->host);
+    g_assert_false(dedup_region_remove(s.ram->region, true, &error));
+    g_assert_nonnull(error);
+    kill(other, SIGKILL);
+    g_assert_cmpint(waitpid(other, NULL, 0), ==, other);
+    fx_wait_until(second_left, second, "what saves nothing stays");
+    fx_view(s.ram, &view);
+    if (view.segment_pages != PAGES) {
+        fx_fail("left", "%u of %u pages are merged",
+                (unsigned)view.segment_pages, PAGES);
+    }
+    dedup_region_open(s.ram->region);
+    fx_wait_until(is_worth_it, &s, "what saves nothing stays");
+    fx_assert_bytes(s.ram);
+    fx_assert_bytes(second);
+    fx_engine_free(s.fe);
+    s.ram->region = second->region = NULL;
+    fx_ram_free(s.ram);
+    fx_ram_free(second);
+    fx_group_dir_free(dir);
+}
+
 int main(int argc, char **argv)
 {
     static const Scene scenes[] = {
@@ -150,6 +216,8 @@ int main(int argc, char **argv)
         /* too few to pay for the mappings of all */
         { .kind = FX_MEMFD, .isolated = true, .nth = 20 },
         { .kind = FX_ANON, .isolated = true, .nth = 20 },
+        { .kind = FX_ANON, .two = true },
+        { .kind = FX_MEMFD, .two = true },
     };
 
     fx_init(&argc, &argv);
@@ -159,5 +227,7 @@ int main(int argc, char **argv)
                          test_survivor);
     g_test_add_data_func("/survivor/few-within/anon", &scenes[3],
                          test_survivor);
+    g_test_add_data_func("/survivor/closed/anon", &scenes[4], test_closed);
+    g_test_add_data_func("/survivor/closed/memfd", &scenes[5], test_closed);
     return g_test_run();
 }

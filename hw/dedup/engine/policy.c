@@ -209,6 +209,15 @@ static bool is_leaving(DedupEngine *e, uint32_t entry)
            dedup_entry_segment(e, entry)->leaving;
 }
 
+/*
+ * May pages of the region get their own memory?  In a closed one nothing
+ * would be published anew: that would take memory, and never give any.
+ */
+static bool may_leave(DedupEngine *e, DedupRegion *r)
+{
+    return !e->blocked && !r->closing && dedup_file_has_room(r);
+}
+
 /* Restore what is mapped to segments that we leave, window by window. */
 static void leave_segments(DedupEngine *e)
 {
@@ -226,8 +235,7 @@ static void leave_segments(DedupEngine *e)
         }
         page = dedup_ledger_next(r, dedup_region_at(r, at), r->npages);
         end = MIN(page + DEDUP_WINDOW_PAGES, r->npages);
-        for (uint32_t i = page, j;
-             !e->blocked && i < end && dedup_file_has_room(r); i = j) {
+        for (uint32_t i = page, j; i < end && may_leave(e, r); i = j) {
             for (j = i; j < end && is_leaving(e, dedup_entry_at(r, j)); j++) {
                 ;
             }

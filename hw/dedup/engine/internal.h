@@ -183,7 +183,8 @@ struct DedupEngine {
     GPtrArray *dead;          /* removed regions that the scanner may hold */
     GPtrArray *segments;      /* of DedupSegment, by number; holes are NULL */
     unsigned segment_hint;    /* no hole before this one */
-    GHashTable *by_gid;       /* gid -> DedupSegment */
+    unsigned segments_held;   /* but for that of zeros */
+    GHashTable *by_gid;       /* gid -> DedupSegment, of those with a name */
     DedupSegment *zeroes;     /* scanner's own, NULL: nothing needs it */
     bool blocked;
     bool hard_blocked;

@@ -233,7 +233,7 @@ uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page, uint32_t end)
 
 uint64_t dedup_ledger_maps(DedupEngine *e)
 {
-    uint64_t n = g_hash_table_size(e->by_gid);
+    uint64_t n = e->segments_held;
 
     for (unsigned i = 0; i < e->regions->len; i++) {
         DedupRegion *r = g_ptr_array_index(e->regions, i);
@@ -259,6 +259,7 @@ void dedup_segments_add(DedupEngine *e, DedupSegment *s)
     }
     s->no = no;
     e->segment_hint = no + 1;
+    e->segments_held += !s->zeroes;
     if (s->gid) {
         g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
     }
@@ -269,6 +270,7 @@ void dedup_segments_drop(DedupEngine *e, DedupSegment *s)
     g_assert(s->refs == 0);
     g_ptr_array_index(e->segments, s->no) = NULL;
     e->segment_hint = MIN(e->segment_hint, s->no);
+    e->segments_held -= !s->zeroes;
     g_hash_table_remove(e->by_gid, GUINT_TO_POINTER(s->gid));
     dedup_segment_free(s);
 }

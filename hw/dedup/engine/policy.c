@@ -26,6 +26,7 @@
 #include <string.h>
 
 #include "internal.h"
+#include "rejoin.h"
 #include "zeroes.h"
 
 #define LEAN_TICKS 3
@@ -391,6 +392,7 @@ void dedup_policy_pass_end(DedupEngine *e)
     }
     dedup_unreserve(e, &reserved);
     dedup_policy_drop_unused(e);
+    dedup_name_segments(e);
     sweep(e);
     announce_again(e);
 }

@@ -57,7 +57,7 @@ static bool fds_left(DedupEngine *e)
     uint64_t sockets = 2 * dedup_group_members(e->group);
 
     return getrlimit(RLIMIT_NOFILE, &limit) < 0 ||
-           g_hash_table_size(e->by_gid) + MIN(sockets, limit.rlim_cur / 4) <
+           e->segments_held + MIN(sockets, limit.rlim_cur / 4) <
            limit.rlim_cur / 2;
 }
 

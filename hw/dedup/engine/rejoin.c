@@ -12,8 +12,9 @@
  *   moved     there is another group by now: each segment that we hold gets a
  *             name in its table, as if we had published it, and its pages are
  *             announced in its index, a slice with each pass (policy.c).  One
- *             that finds no room in the table stays nameless: what is mapped to
- *             it stays merged, and nobody else finds it.
+ *             that finds no room in the table stays nameless, until a later
+ *             pass: what is mapped to it stays merged, and nobody else finds
+ *             it.
  */
 
 #include <string.h>
@@ -22,16 +23,48 @@
 
 #define WATCH_US G_TIME_SPAN_SECOND
 
-/* The segment's name in the group that we are in now; remap lock held. */
-static void rename_segment(DedupEngine *e, DedupSegment *s)
+/* Nobody finds it, or can ask for it.  Remap lock held. */
+static void forget_name(DedupEngine *e, DedupSegment *s)
 {
-    s->gid = dedup_group_segment_alloc(e->group, s->npages);
-    s->mine = s->gid != 0;
+    g_hash_table_remove(e->by_gid, GUINT_TO_POINTER(s->gid));
+    s->gid = 0;
+    s->mine = false;
     s->others = 0;
     s->lean_since = 0;
-    s->dirty = true;
-    if (s->gid) {
-        g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
+}
+
+/* A name in the group that we are in now; false: none can be had. */
+static bool give_name(DedupEngine *e, DedupSegment *s)
+{
+    /* without the remap lock: the table's may be waited for */
+    uint32_t gid = dedup_group_segment_alloc(e->group, s->npages);
+
+    if (!gid) {
+        return false;
+    }
+    dedup_lock(e);
+    s->gid = gid;
+    s->mine = true;
+    __atomic_store_n(&s->dirty, true, __ATOMIC_RELAXED);
+    g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(gid), s);
+    dedup_unlock(e);
+    return true;
+}
+
+void dedup_name_segments(DedupEngine *e)
+{
+    bool more = true;
+
+    for (unsigned i = 0; more && i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+
+        if (s && !s->zeroes && !s->gid) {
+            /* the next one would wait as long, and in vain */
+            more = give_name(e, s);
+            if (more) {
+                e->announce_left = e->segments->len;
+            }
+        }
     }
 }
 
@@ -39,12 +72,11 @@ static void rename_segment(DedupEngine *e, DedupSegment *s)
 static void move(DedupEngine *e)
 {
     dedup_lock(e);
-    g_hash_table_remove_all(e->by_gid);
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
 
         if (s && !s->zeroes) {
-            rename_segment(e, s);
+            forget_name(e, s);
         }
     }
     dedup_unlock(e);
@@ -54,7 +86,7 @@ static void move(DedupEngine *e)
     e->sweep_cursor = 0;
     e->index_short = false;
     e->announced_growths = dedup_index_growths(e->index);
-    e->announce_left = e->segments->len;
+    dedup_name_segments(e);
 }
 
 void dedup_join(DedupEngine *e, const DedupGroupOps *ops)

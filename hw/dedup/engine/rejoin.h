@@ -20,4 +20,10 @@ void dedup_join(DedupEngine *e, const DedupGroupOps *ops);
  */
 void dedup_watch_group(DedupEngine *e);
 
+/*
+ * Give names to the segments that have none, as many as can be had now: the
+ * group's table may be full, or locked by somebody who was stopped.
+ */
+void dedup_name_segments(DedupEngine *e);
+
 #endif /* DEDUP_REJOIN_H */

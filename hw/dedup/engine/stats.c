@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "internal.h"
+#include "rejoin.h"
 #include "zeroes.h"
 
 #define FIGURES_US (500 * 1000)
@@ -89,8 +90,7 @@ static uint64_t private_metadata(DedupEngine *e)
         at = r->base + r->npages;
     }
     /* a segment's struct, and the page table of its read-only view */
-    bytes += g_hash_table_size(e->by_gid) * (sizeof(DedupSegment) +
-                                             DEDUP_PAGE_SIZE);
+    bytes += e->segments_held * (sizeof(DedupSegment) + DEDUP_PAGE_SIZE);
     return bytes;
 }
 
@@ -123,25 +123,32 @@ void dedup_stats_publish(DedupEngine *e)
     g_mutex_unlock(&e->group_lock);
 }
 
+static DedupSegmentUse own_use(DedupEngine *e, const DedupSegment *s)
+{
+    DedupSegmentUse use = { .gid = s->gid };
+
+    dedup_lock(e);
+    use.mapped = s->mapped;
+    for (unsigned p = 0; p < s->npages; p++) {
+        use.pages[p / 64] |= (uint64_t)!!s->use[p] << (p % 64);
+    }
+    dedup_unlock(e);
+    return use;
+}
+
 /* Tell the group which segment pages we use. */
 static void publish_use(DedupEngine *e)
 {
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
-        DedupSegmentUse use = { 0 };
+        DedupSegmentUse use;
         bool ok;
 
         if (!s || !s->gid || !__atomic_load_n(&s->dirty, __ATOMIC_RELAXED)) {
             continue;
         }
-        dedup_lock(e);
-        use.gid = s->gid;
-        use.mapped = s->mapped;
-        for (unsigned p = 0; p < s->npages; p++) {
-            use.pages[p / 64] |= (uint64_t)!!s->use[p] << (p % 64);
-        }
-        s->dirty = false;
-        dedup_unlock(e);
+        __atomic_store_n(&s->dirty, false, __ATOMIC_RELAXED);
+        use = own_use(e, s);
         g_mutex_lock(&e->group_lock);
         ok = dedup_group_publish_use(e->group, &use);
         g_mutex_unlock(&e->group_lock);
@@ -163,12 +170,11 @@ typedef struct Walk {
     uint64_t between;
 } Walk;
 
-static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
-                         const DedupSegmentUse *own,
-                         const DedupSegmentUse *others)
+/* @s: as we hold it, or NULL. */
+static void add_segment(Walk *w, DedupSegment *s, unsigned npages,
+                        const DedupSegmentUse *own,
+                        const DedupSegmentUse *others)
 {
-    Walk *w = opaque;
-    DedupSegment *s = dedup_segments_find(w->e, gid);
     uint64_t cost = npages * DEDUP_PAGE_SIZE + DEDUP_SEGMENT_SLAB;
     uint64_t total = (uint64_t)own->mapped + others->mapped;
 
@@ -179,11 +185,11 @@ static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
     }
     if (total) {
         w->own_cost += (double)cost * own->mapped / total;
-    } else if (s && s->mine) {
+    } else if (s && (s->mine || !s->gid)) {
         w->own_cost += cost;
     }
     if (!s) {
-        return false;
+        return;
     }
     s->others = others->mapped;
     for (unsigned i = 0; i < s->npages; i++) {
@@ -195,7 +201,33 @@ static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
             w->within += n;
         }
     }
-    return true;
+}
+
+static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
+                         const DedupSegmentUse *own,
+                         const DedupSegmentUse *others)
+{
+    Walk *w = opaque;
+    DedupSegment *s = dedup_segments_find(w->e, gid);
+
+    add_segment(w, s, npages, own, others);
+    return s != NULL;
+}
+
+/* What is in no group's table we bear alone. */
+static void walk_nameless(Walk *w)
+{
+    static const DedupSegmentUse none;
+
+    for (unsigned i = 0; i < w->e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(w->e->segments, i);
+
+        if (s && !s->zeroes && !s->gid) {
+            DedupSegmentUse own = own_use(w->e, s);
+
+            add_segment(w, s, s->npages, &own, &none);
+        }
+    }
 }
 
 typedef struct Sums {
@@ -260,6 +292,7 @@ static void costly_figures(DedupEngine *e)
 
     publish_use(e);
     dedup_group_foreach_segment(e->group, walk_segment, &w);
+    walk_nameless(&w);
     count_maps(e);
     members = MAX(dedup_group_members(e->group), 1);
     dedup_lock(e);

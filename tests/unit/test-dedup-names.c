@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Names of segments in a group's table: what if they get lost, or cannot be
+ * had.
+ *
+ * Most tests have an engine without its thread, and do what the thread would.
+ */
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "engine-fixture.h"
+#include "group-util.h"
+#include "internal.h"
+#include "rejoin.h"
+
+#define SEGMENTS 200
+/* Of the table of segments; group-join.c has it. */
+#define TABLE_BYTE 4096
+
+/* ---- an engine without its thread ---- */
+
+typedef struct Engine {
+    char *dir;
+    FxEngine *fe;
+    DedupEngine *e;
+    TestMember *other;      /* NULL: none yet */
+} Engine;
+
+static bool no_hash(void *opaque, uint32_t page, const uint8_t *secret,
+                    DedupHash128 *hash)
+{
+    return false;
+}
+
+static int no_fd(void *opaque, uint32_t gid, uint32_t page,
+                 const uint8_t *secret, DedupHash128 *hash)
+{
+    return -1;
+}
+
+static const DedupGroupOps ops = {
+    .keyed_hash = no_hash,
+    .segment_fd = no_fd,
+};
+
+static void join(Engine *t)
+{
+    dedup_join(t->e, &ops);
+    g_assert_true(t->e->joined);
+}
+
+/* As published by this engine, and mapped somewhere. */
+static DedupSegment *add_segment(DedupEngine *e, unsigned seed)
+{
+    g_autoptr(GError) error = NULL;
+    DedupBuilder *b = dedup_builder_new(&error);
+    uint8_t page[DEDUP_PAGE_SIZE];
+    DedupSegment *s;
+
+    g_assert_no_error(error);
+    test_fill(page, seed);
+    g_assert_cmpint(dedup_builder_append(b, page), ==, 0);
+    s = dedup_builder_finish(b, dedup_group_segment_alloc(e->group, 1),
+                             &error);
+    g_assert_no_error(error);
+    g_assert_cmpuint(s->gid, !=, 0);
+    s->refs = 1;
+    dedup_lock(e);
+    dedup_segments_add(e, s);
+    dedup_unlock(e);
+    return s;
+}
+
+static void engine_new(Engine *t, unsigned segments)
+{
+    *t = (Engine) { .dir = fx_group_dir() };
+    t->fe = fx_engine_new(t->dir);
+    t->e = t->fe->e;
+    join(t);
+    for (unsigned i = 0; i < segments; i++) {
+        add_segment(t->e, i);
+    }
+}
+
+static void engine_free(Engine *t)
+{
+    fx_engine_free(t->fe);
+    if (t->other) {
+        test_member_free(t->other);
+    }
+    fx_group_dir_free(t->dir);
+}
+
+static void delete(const char *dir)
+{
+    g_autofree char *command = g_strdup_printf("rm -r %s/v1-4k", dir);
+
+    g_assert_cmpint(system(command), ==, 0);
+}
+
+/* The group's files go, the engine notices, somebody begins another group. */
+static void lose_group(Engine *t)
+{
+    delete(t->dir);
+    t->e->watched_us = 0;
+    dedup_watch_group(t->e);
+    g_assert_false(t->e->joined);
+    t->other = test_member_new(t->dir, 0);
+}
+
+static unsigned count_named(DedupEngine *e)
+{
+    unsigned n = 0, member, npages;
+
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+
+        if (!s->gid) {
+            continue;
+        }
+        n++;
+        g_assert_true(dedup_segments_find(e, s->gid) == s);
+        g_assert_true(dedup_group_segment_lookup(e->group, s->gid, &member,
+                                                 &npages));
+        g_assert_cmpuint(member, ==, dedup_group_self(e->group));
+        g_assert_cmpuint(npages, ==, s->npages);
+    }
+    g_assert_cmpuint(n, ==, g_hash_table_size(e->by_gid));
+    return n;
+}
+
+static void pass(DedupEngine *e, DedupStats *stats)
+{
+    e->figures_pause_us = 0;
+    g_assert_true(dedup_stats_pass(e));
+    dedup_policy_pass_end(e);
+    dedup_engine_get_stats(e, stats, false);
+}
+
+static void check_saved(const DedupStats *a, const DedupStats *b)
+{
+    /* the shared file's own pages make it differ a little */
+    g_assert_cmpint(llabs((long long)(a->bytes_saved - b->bytes_saved)), <,
+                    SEGMENTS * DEDUP_PAGE_SIZE / 4);
+}
+
+/* ---- no name can be had ---- */
+
+/* Somebody who is stopped while it holds the table's lock. */
+static int hold_table(const Engine *t)
+{
+    g_autofree char *path = g_strdup_printf("%s/v1-4k/slots", t->dir);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    struct flock lock = {
+        .l_type = F_WRLCK,
+        .l_whence = SEEK_SET,
+        .l_start = TABLE_BYTE,
+        .l_len = 1,
+    };
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(fcntl(fd, F_OFD_SETLK, &lock), ==, 0);
+    return fd;
+}
+
+typedef struct Visitor {
+    DedupEngine *e;
+    bool stop;
+    int64_t waited_us;      /* longest */
+} Visitor;
+
+/* What a vCPU does that discards memory. */
+static gpointer visit(gpointer opaque)
+{
+    Visitor *v = opaque;
+
+    while (!__atomic_load_n(&v->stop, __ATOMIC_RELAXED)) {
+        int64_t start = g_get_monotonic_time();
+
+        dedup_lock(v->e);
+        dedup_unlock(v->e);
+        v->waited_us = MAX(v->waited_us, g_get_monotonic_time() - start);
+        g_usleep(500);
+    }
+    return NULL;
+}
+
+/*
+ * Another group, whose table is locked: nobody waits for that.  What has no
+ * name is counted, and named when that is possible.
+ */
+static void test_locked(void)
+{
+    DedupStats named, nameless, again;
+    Visitor v = { 0 };
+    GThread *thread;
+    Engine t;
+    int lock;
+
+    engine_new(&t, SEGMENTS);
+    pass(t.e, &named);
+    g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
+    lose_group(&t);
+    lock = hold_table(&t);
+    v.e = t.e;
+    thread = g_thread_new("visitor", visit, &v);
+    join(&t);
+    __atomic_store_n(&v.stop, true, __ATOMIC_RELAXED);
+    g_thread_join(thread);
+    g_test_message("waited for the remap lock for %" G_GINT64_FORMAT " us",
+                   v.waited_us);
+    g_assert_cmpint(v.waited_us, <, 300 * G_TIME_SPAN_MILLISECOND);
+    g_assert_cmpuint(count_named(t.e), ==, 0);
+
+    pass(t.e, &nameless);
+    g_assert_cmpuint(count_named(t.e), ==, 0);
+    check_saved(&nameless, &named);
+    dedup_lock(t.e);
+    g_assert_cmpuint(dedup_ledger_maps(t.e), >=, SEGMENTS);
+    dedup_unlock(t.e);
+
+    close(lock);
+    pass(t.e, &again);
+    g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
+    pass(t.e, &again);
+    check_saved(&again, &named);
+    engine_free(&t);
+}
+
+int main(int argc, char **argv)
+{
+    fx_init(&argc, &argv);
+    g_test_add_func("/names/locked", test_locked);
+    return g_test_run();
+}

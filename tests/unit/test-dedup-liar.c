@@ -98,7 +98,7 @@ static void look_into(Liar *l, int fd, unsigned npages)
 }
 
 static bool collect(void *opaque, uint32_t gid, unsigned npages,
-                    const DedupSegmentUse *own,
+                    bool ours, const DedupSegmentUse *own,
                     const DedupSegmentUse *others)
 {
     GArray *gids = opaque;

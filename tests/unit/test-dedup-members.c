@@ -343,7 +343,7 @@ static int gives_none(void *opaque, uint32_t gid, uint32_t page,
 }
 
 static bool note_gid(void *opaque, uint32_t gid, unsigned npages,
-                     const DedupSegmentUse *own,
+                     bool ours, const DedupSegmentUse *own,
                      const DedupSegmentUse *others)
 {
     g_array_append_val((GArray *)opaque, gid);

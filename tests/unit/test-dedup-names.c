@@ -16,6 +16,7 @@
 #include "rejoin.h"
 
 #define SEGMENTS 200
+#define PAGES 1024
 /* Of the table of segments; group-join.c has it. */
 #define TABLE_BYTE 4096
 
@@ -229,9 +230,199 @@ static void test_locked(void)
     engine_free(&t);
 }
 
+/* ---- names get lost ---- */
+
+/* Somebody releases a name, and another segment takes the place. */
+static void test_lost(void)
+{
+    DedupTableEntry entry;
+    DedupStats before, after;
+    DedupSegment *s;
+    uint32_t gid, taken;
+    Engine t;
+
+    engine_new(&t, SEGMENTS);
+    pass(t.e, &before);
+    t.other = test_member_new(t.dir, 0);
+    s = g_ptr_array_index(t.e->segments, 5);
+    gid = s->gid;
+    entry = (DedupTableEntry) { .gid = gid };
+    g_assert_true(dedup_group_file_write(&t.e->group->file, &entry,
+                                         sizeof(entry), DEDUP_FILE_TABLE +
+                                         DEDUP_GID_SLOT(gid) *
+                                         sizeof(entry)));
+    /* looks for a free place from the first one on */
+    dedup_group_refresh(t.other->g);
+    taken = dedup_group_segment_alloc(t.other->g, 1);
+    g_assert_cmpuint(DEDUP_GID_SLOT(taken), ==, DEDUP_GID_SLOT(gid));
+    pass(t.e, &after);
+    g_assert_cmpuint(s->gid, !=, 0);
+    g_assert_cmpuint(s->gid, !=, gid);
+    g_assert_null(dedup_segments_find(t.e, gid));
+    g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
+    check_saved(&after, &before);
+    pass(t.e, &after);
+    g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
+    check_saved(&after, &before);
+    /* the rows are whole */
+    g_assert_true(dedup_group_uses(t.e->group, 0, s->gid));
+    engine_free(&t);
+}
+
+/* What a part of the table that cannot be read says of names: nothing. */
+static void test_unread(void)
+{
+    g_autofree char *path = NULL;
+    DedupStats stats;
+    uint32_t first;
+    Engine t;
+    int fd;
+
+    engine_new(&t, SEGMENTS);
+    first = ((DedupSegment *)g_ptr_array_index(t.e->segments, 0))->gid;
+    fd = t.e->group->file.fd;
+    path = g_strdup_printf("/proc/self/fd/%d", fd);
+    t.e->group->file.fd = open(path, O_WRONLY | O_CLOEXEC);
+    g_assert_cmpint(t.e->group->file.fd, >=, 0);
+    t.e->figures_pause_us = 0;
+    g_assert_true(dedup_stats_pass(t.e));
+    close(t.e->group->file.fd);
+    t.e->group->file.fd = fd;
+    pass(t.e, &stats);
+    g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
+    g_assert_true(dedup_segments_find(t.e, first));
+    engine_free(&t);
+}
+
+typedef struct Names {
+    unsigned n;
+    uint64_t mapped;
+} Names;
+
+static bool count_name(void *opaque, uint32_t gid, unsigned npages,
+                       bool ours, const DedupSegmentUse *own,
+                       const DedupSegmentUse *others)
+{
+    Names *names = opaque;
+
+    names->n++;
+    names->mapped += others->mapped;
+    return false;
+}
+
+/* By a member that has nothing to do with them. */
+static void look(TestMember *m, Names *names)
+{
+    *names = (Names) { 0 };
+    dedup_group_refresh(m->g);
+    g_assert_true(dedup_group_foreach_segment(m->g, count_name, names));
+}
+
+typedef struct Wanted {
+    FxEngine *fe;
+    TestMember *member;     /* NULL: nobody looks at the table */
+    Names names;
+    DedupStats stats;
+} Wanted;
+
+static bool is_merged(void *opaque)
+{
+    Wanted *w = opaque;
+
+    fx_stats(w->fe, &w->stats);
+    return w->stats.pages_merged_within == PAGES;
+}
+
+/* What the figures of all three are at rest. */
+static bool is_settled(void *opaque)
+{
+    Wanted *w = opaque;
+
+    fx_stats(w->fe, &w->stats);
+    look(w->member, &w->names);
+    return w->stats.pages_merged_within == PAGES &&
+           w->stats.group.members == 3 &&
+           w->stats.group.pages_shared == PAGES && w->names.n == 2 &&
+           w->names.mapped == 2 * PAGES;
+}
+
+static bool is_restored(void *opaque)
+{
+    Wanted *w = opaque;
+    DedupStats now;
+    Names names;
+
+    fx_stats(w->fe, &now);
+    look(w->member, &names);
+    return now.state != DEDUP_STATE_BLOCKED &&
+           now.group.members == w->stats.group.members &&
+           now.pages_merged_within == w->stats.pages_merged_within &&
+           now.group.pages_shared == w->stats.group.pages_shared &&
+           now.group.pages_sharing == w->stats.group.pages_sharing &&
+           now.bytes_saved >= w->stats.bytes_saved - (1 << 20) &&
+           now.bytes_saved <= w->stats.bytes_saved + (1 << 20) &&
+           names.n == w->names.n && names.mapped == w->names.mapped;
+}
+
+/*
+ * Two members have let go of files that were deleted; a third has not noticed
+ * yet, takes them for dead, and releases what only they use.
+ */
+static void test_released(void)
+{
+    char *dir = fx_group_dir();
+    Wanted wanted[2];
+    FxRam *ram[2];
+    TestMember *c;
+    Names names;
+
+    for (unsigned i = 0; i < 2; i++) {
+        ram[i] = fx_ram_new(FX_MEMFD, PAGES);
+        for (uint32_t k = 0; k < PAGES; k++) {
+            fx_page(ram[i], k, 1000 * (i + 1) + k % (PAGES / 2));
+        }
+        wanted[i].fe = fx_engine_new(dir);
+        fx_add(wanted[i].fe, ram[i]);
+        fx_engine_start(wanted[i].fe);
+        fx_wait_until(is_merged, &wanted[i], "not merged");
+    }
+    c = test_member_new(dir, 0);
+    for (unsigned i = 0; i < 2; i++) {
+        wanted[i].member = c;
+        fx_wait_until(is_settled, &wanted[i], "not settled");
+    }
+    delete(dir);
+    for (unsigned i = 0; i < 2; i++) {
+        fx_wait_state(wanted[i].fe, DEDUP_STATE_BLOCKED);
+    }
+    look(c, &names);
+    look(c, &names);
+    look(c, &names);
+    g_test_message("%u names are left", names.n);
+    dedup_group_detach(c->g);
+    g_assert_true(dedup_group_join(c->g, test_ops(), c, NULL));
+    g_assert_true(dedup_group_resumed(c->g));
+    for (unsigned i = 0; i < 2; i++) {
+        fx_wait_until(is_restored, &wanted[i], "names and figures are lost");
+        fx_assert_bytes(ram[i]);
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        fx_unmerge(wanted[i].fe);
+        fx_assert_bytes(ram[i]);
+        fx_engine_free(wanted[i].fe);
+        ram[i]->region = NULL;
+        fx_ram_free(ram[i]);
+    }
+    test_member_free(c);
+    fx_group_dir_free(dir);
+}
+
 int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
     g_test_add_func("/names/locked", test_locked);
+    g_test_add_func("/names/lost", test_lost);
+    g_test_add_func("/names/unread", test_unread);
+    g_test_add_func("/names/released", test_released);
     return g_test_run();
 }

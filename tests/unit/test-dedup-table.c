@@ -195,7 +195,8 @@ typedef struct Walk {
 } Walk;
 
 static bool walk(void *opaque, uint32_t gid, unsigned npages,
-                 const DedupSegmentUse *own, const DedupSegmentUse *others)
+                 bool ours, const DedupSegmentUse *own,
+                 const DedupSegmentUse *others)
 {
     Walk *w = opaque;
 

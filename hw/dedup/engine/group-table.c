@@ -265,7 +265,7 @@ static void release_orphans(DedupGroup *g, GArray *now)
     g->orphans = now;
 }
 
-void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
+bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
                                  void *opaque)
 {
     uint32_t extent = table_extent(g);
@@ -275,6 +275,7 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
     DedupSegmentUse *own = g_new(DedupSegmentUse, CHUNK);
     DedupSlot *slots = g_new0(DedupSlot, DEDUP_MAX_MEMBERS);
     GArray *orphans = g_array_new(false, false, sizeof(uint32_t));
+    bool complete = true;
 
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         if (is_alive(g, k) && !dedup_group_slot_read(g, k, &slots[k])) {
@@ -286,6 +287,7 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
 
         if (!dedup_group_file_read(&g->file, entries, n * sizeof(*entries),
                                    table_offset(base))) {
+            complete = false;
             continue;
         }
         memset(sum, 0, n * sizeof(*sum));
@@ -308,7 +310,7 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
         }
         for (uint32_t i = 0; i < n; i++) {
             DedupTableEntry *e = &entries[i];
-            bool gone, held;
+            bool gone, ours, held;
 
             if (!entry_valid(e, base + i)) {
                 continue;
@@ -317,7 +319,8 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
             own[i].gid = e->gid;
             gone = !is_alive(g, e->member) ||
                    slots[e->member].incarnation != e->incarnation;
-            held = fn(opaque, e->gid, e->npages, &own[i], &sum[i]);
+            ours = e->member == g->self && e->incarnation == g->incarnation;
+            held = fn(opaque, e->gid, e->npages, ours, &own[i], &sum[i]);
             if (sum[i].mapped == 0 && own[i].mapped == 0 &&
                 (gone || (e->member == g->self && !held))) {
                 g_array_append_val(orphans, e->gid);
@@ -330,4 +333,5 @@ void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
     g_free(sum);
     g_free(own);
     g_free(slots);
+    return complete;
 }

@@ -194,17 +194,18 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
 
 /*
  * Walk all segments that exist (for the figures and for what becomes of
- * them): calls @fn with the segment's length, this member's usage as it was
- * published, and that of all other live members together.  @fn returns
- * whether this member holds the segment, mapped or not.
+ * them): calls @fn with the segment's length, whether this member published
+ * it, this member's usage as it was published, and that of all other live
+ * members together.  @fn returns whether this member holds the segment, mapped
+ * or not.  False: a part of the table could not be read.
  *
  * A segment that nobody maps is released when it is found so in two walks, if
  * its publisher is gone, or is this member and does not hold it any more.
  */
 typedef bool (*DedupSegmentFn)(void *opaque, uint32_t gid, unsigned npages,
-                               const DedupSegmentUse *own,
+                               bool ours, const DedupSegmentUse *own,
                                const DedupSegmentUse *others);
-void dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
+bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
                                  void *opaque);
 
 /*

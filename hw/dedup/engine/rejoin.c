@@ -8,7 +8,8 @@
  * mapped, not by names.  Two cases:
  *
  *   resumed   nobody has begun another group meanwhile, or who did has taken
- *             our shared file: all names stay as they were
+ *             our shared file: names stay as they were, but for what those
+ *             who took us for dead have released
  *   moved     there is another group by now: each segment that we hold gets a
  *             name in its table, as if we had published it, and its pages are
  *             announced in its index, a slice with each pass (policy.c).  One
@@ -66,6 +67,26 @@ void dedup_name_segments(DedupEngine *e)
             }
         }
     }
+}
+
+bool dedup_forget_lost_names(DedupEngine *e)
+{
+    bool any = false;
+
+    for (unsigned i = 0; i < e->segments->len; i++) {
+        DedupSegment *s = g_ptr_array_index(e->segments, i);
+
+        if (s && s->gid && !s->met) {
+            dedup_lock(e);
+            forget_name(e, s);
+            dedup_unlock(e);
+            any = true;
+        }
+        if (s) {
+            s->met = false;
+        }
+    }
+    return any;
 }
 
 /* Everything that is known by a name, or by the old index, is forgotten. */

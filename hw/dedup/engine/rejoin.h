@@ -26,4 +26,11 @@ void dedup_watch_group(DedupEngine *e);
  */
 void dedup_name_segments(DedupEngine *e);
 
+/*
+ * All of the table was walked: what was not met under its name has none any
+ * more.  Others release the names of a member that they take for dead.  True:
+ * there are such segments.
+ */
+bool dedup_forget_lost_names(DedupEngine *e);
+
 #endif /* DEDUP_REJOIN_H */

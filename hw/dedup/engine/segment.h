@@ -44,6 +44,7 @@ typedef struct DedupSegment {
     uint32_t others;      /* pages that other members merged to it */
     uint64_t lean_since;  /* policy's memory, see policy.c; 0: it pays */
     bool leaving;         /* does not pay: nothing is merged to it any more */
+    bool met;             /* in the last walk of the group's table */
     bool dirty;           /* @mapped or @use changed since it was published */
     uint32_t use[DEDUP_SEGMENT_PAGES]; /* guest pages merged to each page */
 } DedupSegment;

@@ -204,12 +204,18 @@ static void add_segment(Walk *w, DedupSegment *s, unsigned npages,
 }
 
 static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
-                         const DedupSegmentUse *own,
+                         bool ours, const DedupSegmentUse *own,
                          const DedupSegmentUse *others)
 {
     Walk *w = opaque;
     DedupSegment *s = dedup_segments_find(w->e, gid);
 
+    if (s && (s->npages != npages || (s->mine && !ours))) {
+        s = NULL; /* another one, which has got its name */
+    }
+    if (s) {
+        s->met = true;
+    }
     add_segment(w, s, npages, own, others);
     return s != NULL;
 }
@@ -289,10 +295,15 @@ static void costly_figures(DedupEngine *e)
     uint64_t shared = dedup_group_shared_bytes(e->group);
     uint64_t maps;
     unsigned members;
+    bool lost;
 
     publish_use(e);
-    dedup_group_foreach_segment(e->group, walk_segment, &w);
+    lost = dedup_group_foreach_segment(e->group, walk_segment, &w) &&
+           dedup_forget_lost_names(e);
     walk_nameless(&w);
+    if (lost) {
+        dedup_name_segments(e);
+    }
     count_maps(e);
     members = MAX(dedup_group_members(e->group), 1);
     dedup_lock(e);

@@ -94,11 +94,16 @@ static void engine_free(Engine *t)
     fx_group_dir_free(t->dir);
 }
 
-static void delete(const char *dir)
+static void run(const char *format, const char *dir)
 {
-    g_autofree char *command = g_strdup_printf("rm -r %s/v1-4k", dir);
+    g_autofree char *command = g_strdup_printf(format, dir);
 
     g_assert_cmpint(system(command), ==, 0);
+}
+
+static void delete(const char *dir)
+{
+    run("rm -r %s/v1-4k", dir);
 }
 
 /* The group's files go, the engine notices, somebody begins another group. */
@@ -118,7 +123,7 @@ static unsigned count_named(DedupEngine *e)
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
 
-        if (!s->gid) {
+        if (!s || !s->gid) {
             continue;
         }
         n++;
@@ -417,6 +422,84 @@ static void test_released(void)
     fx_group_dir_free(dir);
 }
 
+/* ---- away from the group ---- */
+
+/* There is no group any more: unmerge gives all memory back all the same. */
+static void test_unmerge(void)
+{
+    char *dir = fx_group_dir();
+    FxRam *ram = fx_ram_new(FX_MEMFD, PAGES);
+    Wanted w = { .fe = fx_engine_new(dir) };
+    FxSegments segments;
+
+    for (uint32_t k = 0; k < PAGES; k++) {
+        fx_page(ram, k, 1000 + k % (PAGES / 2));
+    }
+    fx_add(w.fe, ram);
+    fx_engine_start(w.fe);
+    fx_wait_until(is_merged, &w, "not merged");
+    fx_segments(&segments);
+    g_assert_cmpuint(segments.pages, >=, PAGES / 2);
+    run("rm -r %1$s && touch %1$s", dir);
+    fx_wait_state(w.fe, DEDUP_STATE_BLOCKED);
+    fx_unmerge(w.fe);
+    fx_assert_bytes(ram);
+    fx_segments(&segments);
+    g_assert_cmpuint(segments.files, ==, 0);
+    g_assert_cmpuint(segments.pages, ==, 0);
+    run("rm %1$s && mkdir -m 700 %1$s", dir);
+    fx_set_run(w.fe, true);
+    fx_wait_until(is_merged, &w, "not merged again");
+    fx_unmerge(w.fe);
+    fx_assert_bytes(ram);
+    fx_engine_free(w.fe);
+    ram->region = NULL;
+    fx_ram_free(ram);
+    fx_group_dir_free(dir);
+}
+
+/* What was let go of meanwhile leaves the table when we are back. */
+static void test_back(void)
+{
+    DedupSegmentUse others;
+    DedupSegment *s;
+    DedupStats stats;
+    uint32_t gid;
+    Engine t;
+
+    engine_new(&t, SEGMENTS);
+    s = g_ptr_array_index(t.e->segments, 7);
+    gid = s->gid;
+    s->mapped = 5;
+    s->dirty = true;
+    pass(t.e, &stats);
+    delete(t.dir);
+    t.e->watched_us = 0;
+    dedup_watch_group(t.e);
+    g_assert_false(t.e->joined);
+    g_assert_null(t.e->index);
+    s->mapped = 0;
+    s->refs = 0;
+    dedup_policy_drop_unused(t.e);
+    g_assert_cmpuint(t.e->segments_held, ==, SEGMENTS - 1);
+    join(&t);
+    g_assert_true(dedup_group_resumed(t.e->group));
+    g_assert_nonnull(t.e->index);
+    t.other = test_member_new(t.dir, 0);
+    dedup_group_others_use(t.other->g, gid, &others);
+    g_assert_cmpuint(others.mapped, ==, 5);
+    for (unsigned i = 0; i < 3; i++) {
+        pass(t.e, &stats);
+        g_assert_cmpuint(count_named(t.e), ==, SEGMENTS - 1);
+        dedup_group_others_use(t.other->g, gid, &others);
+        g_assert_cmpuint(others.mapped, ==, 0);
+    }
+    g_assert_false(dedup_group_segment_lookup(t.e->group, gid,
+                                              &(unsigned) { 0 },
+                                              &(unsigned) { 0 }));
+    engine_free(&t);
+}
+
 int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
@@ -424,5 +507,7 @@ int main(int argc, char **argv)
     g_test_add_func("/names/lost", test_lost);
     g_test_add_func("/names/unread", test_unread);
     g_test_add_func("/names/released", test_released);
+    g_test_add_func("/names/unmerge", test_unmerge);
+    g_test_add_func("/names/back", test_back);
     return g_test_run();
 }

@@ -214,7 +214,7 @@ struct DedupEngine {
     DedupLook look[2];        /* the older one is replaced */
     unsigned last_look;
     struct DedupChunk *chunk; /* scan.c's work space */
-    DedupIndex *index;        /* of the group, once joined */
+    DedupIndex *index;        /* of the group; NULL: not joined */
     uint64_t salt;
     uint32_t pass_at;         /* where it is: member page number; atomic */
     int64_t pass_start_us;

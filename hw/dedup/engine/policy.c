@@ -138,6 +138,9 @@ static void withdraw(DedupEngine *e, const DedupSegment *s)
 
 void dedup_policy_drop_unused(DedupEngine *e)
 {
+    /* else the group hears of it when we are back: walk_segment() */
+    bool joined = __atomic_load_n(&e->joined, __ATOMIC_ACQUIRE);
+
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
         DedupSegmentUse others;
@@ -147,7 +150,7 @@ void dedup_policy_drop_unused(DedupEngine *e)
         if (!s || s->zeroes || __atomic_load_n(&s->refs, __ATOMIC_RELAXED)) {
             continue;
         }
-        gid = s->gid;
+        gid = joined ? s->gid : 0;
         others.mapped = 0;
         if (gid) {
             dedup_group_clear_use(e->group, gid);

@@ -147,6 +147,7 @@ void dedup_watch_group(DedupEngine *e)
     __atomic_store_n(&e->joined, false, __ATOMIC_RELEASE);
     g_mutex_unlock(&e->group_lock);
     dedup_group_detach(e->group);
+    e->index = NULL;            /* if joining fails it is unmapped */
     g_mutex_lock(&e->control);
     g_free(e->group_error);
     e->group_error = g_strdup_printf("its files were deleted or replaced while"

@@ -170,6 +170,8 @@ typedef struct Walk {
     uint64_t between;
 } Walk;
 
+static const DedupSegmentUse no_use;
+
 /* @s: as we hold it, or NULL. */
 static void add_segment(Walk *w, DedupSegment *s, unsigned npages,
                         const DedupSegmentUse *own,
@@ -215,6 +217,10 @@ static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
     }
     if (s) {
         s->met = true;
+    } else if (own->mapped) {
+        /* let go of while we were away from the group */
+        dedup_group_clear_use(w->e->group, gid);
+        own = &no_use;
     }
     add_segment(w, s, npages, own, others);
     return s != NULL;
@@ -223,15 +229,13 @@ static bool walk_segment(void *opaque, uint32_t gid, unsigned npages,
 /* What is in no group's table we bear alone. */
 static void walk_nameless(Walk *w)
 {
-    static const DedupSegmentUse none;
-
     for (unsigned i = 0; i < w->e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(w->e->segments, i);
 
         if (s && !s->zeroes && !s->gid) {
             DedupSegmentUse own = own_use(w->e, s);
 
-            add_segment(w, s, s->npages, &own, &none);
+            add_segment(w, s, s->npages, &own, &no_use);
         }
     }
 }

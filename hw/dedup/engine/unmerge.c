@@ -116,9 +116,7 @@ static void restore_end(DedupEngine *e, uint64_t left, GError *error)
     }
     g_mutex_unlock(&e->control);
     if (ours) {
-        if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
-            dedup_policy_drop_unused(e); /* no pass will come by */
-        }
+        dedup_policy_drop_unused(e); /* no pass will come by */
         dedup_update_state(e);
         if (e->callbacks.restored) {
             e->callbacks.restored(e->opaque, left, error);

@@ -10,11 +10,13 @@
  */
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "engine-fixture.h"
@@ -112,6 +114,49 @@ static void test_newcomer(TestPair *f, gconstpointer data)
     g_assert_cmpuint(dedup_group_self(c->g), ==, 2);
     g_assert_cmpuint(dedup_group_salt(c->g), ==, dedup_group_salt(f->a->g));
     test_member_free(c);
+}
+
+/* A look that fails does not say that anything was deleted. */
+static void test_no_answer(TestPair *f, gconstpointer data)
+{
+    g_autofree char *sub = g_strdup_printf("%s/v1-4k", f->dir);
+    g_autofree char *aside = g_strdup_printf("%s/aside", f->dir);
+
+    g_assert_cmpint(rename(sub, aside), ==, 0);
+    g_assert_false(dedup_group_is_current(f->a->g));
+    g_assert_cmpint(symlink("v1-4k", sub), ==, 0);
+    g_assert_cmpint(access(sub, F_OK), <, 0);
+    g_assert_cmpint(errno, ==, ELOOP);
+    g_assert_true(dedup_group_is_current(f->a->g));
+    g_assert_cmpint(unlink(sub), ==, 0);
+    g_assert_true(g_file_set_contents(sub, "x", 1, NULL));
+    g_assert_false(dedup_group_is_current(f->a->g));
+    g_assert_cmpint(unlink(sub), ==, 0);
+    g_assert_cmpint(rename(aside, sub), ==, 0);
+    g_assert_true(dedup_group_is_current(f->a->g));
+}
+
+/* Without /proc nobody can be reached: that is not nobody who listens. */
+static void test_no_proc(TestPair *f, gconstpointer data)
+{
+    int fd = f->a->g->subfd, status;
+    pid_t pid = fork();
+
+    if (pid == 0) {
+        /* threads did not come along: system calls, no more */
+        if (chroot(f->dir) < 0) {
+            _exit(77);
+        }
+        _exit(!dedup_peer_is_listening(fd, 1) ? 1 :
+              dedup_peer_is_listening(fd, 9) ? 2 : 0);
+    }
+    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
+    g_assert_true(WIFEXITED(status));
+    if (WEXITSTATUS(status) == 77) {
+        g_test_skip("chroot() is not permitted");
+        return;
+    }
+    g_assert_cmpint(WEXITSTATUS(status), ==, 0);
 }
 
 static void rejoin(TestMember *m)
@@ -391,6 +436,8 @@ int main(int argc, char **argv)
     test_pair_add("/rejoin/missing", test_missing);
     test_pair_add("/rejoin/visible", test_visible);
     test_pair_add("/rejoin/newcomer", test_newcomer);
+    test_pair_add("/rejoin/no-answer", test_no_answer);
+    test_pair_add("/rejoin/no-proc", test_no_proc);
     test_pair_add("/rejoin/resume", test_resume);
     test_pair_add("/rejoin/move", test_move);
     test_pair_add("/rejoin/clear-use", test_clear_use);

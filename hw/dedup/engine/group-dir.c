@@ -102,23 +102,39 @@ bool dedup_group_open_path(DedupGroup *g, GError **error)
     return true; /* to be said when it is joined: a VM starts all the same */
 }
 
-/* Is a name in an open directory still the file that @fd is? */
-static bool is_still(int dirfd, const char *name, int fd)
+/*
+ * Did a look at a name find nothing?  Any other error (no permission, no
+ * memory, a disk that fails) says nothing of the name, and to leave a group for
+ * that would do harm.
+ */
+static bool is_missing(int error)
+{
+    return error == ENOENT || error == ENOTDIR;
+}
+
+/* Is a name in an open directory another file than @fd, or none? */
+static bool is_replaced(int dirfd, const char *name, int fd)
 {
     struct stat now, then;
 
-    return fstatat(dirfd, name, &now, AT_SYMLINK_NOFOLLOW) == 0 &&
-           fstat(fd, &then) == 0 && same_file(&now, &then);
+    if (fstatat(dirfd, name, &now, AT_SYMLINK_NOFOLLOW) < 0) {
+        return is_missing(errno);
+    }
+    return fstat(fd, &then) == 0 && !same_file(&now, &then);
 }
 
+/* The inode of our socket's name, or 0 and errno. */
 static ino_t socket_ino(const DedupGroup *g)
 {
     struct stat st;
     char name[16];
 
     snprintf(name, sizeof(name), DEDUP_GROUP_SOCKET, g->self);
-    return fstatat(g->subfd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
-           S_ISSOCK(st.st_mode) ? st.st_ino : 0;
+    if (fstatat(g->subfd, name, &st, AT_SYMLINK_NOFOLLOW) < 0) {
+        return 0;
+    }
+    errno = ENOENT;
+    return S_ISSOCK(st.st_mode) ? st.st_ino : 0;
 }
 
 void dedup_group_note_socket(DedupGroup *g)
@@ -131,6 +147,14 @@ bool dedup_group_is_socket(const DedupGroup *g)
     return g->socket_ino && g->socket_ino == socket_ino(g);
 }
 
+static bool is_socket_replaced(const DedupGroup *g)
+{
+    ino_t ino = socket_ino(g);
+
+    /* we may have failed to note it */
+    return ino ? g->socket_ino && ino != g->socket_ino : is_missing(errno);
+}
+
 bool dedup_group_is_current(const DedupGroup *g)
 {
     struct stat now, then;
@@ -138,13 +162,14 @@ bool dedup_group_is_current(const DedupGroup *g)
     if (!g->path || !g->joined) {
         return true;
     }
-    if (!is_still(g->dirfd, DEDUP_GROUP_SUBDIR "/slots", g->slots_fd)) {
+    if (is_replaced(g->dirfd, DEDUP_GROUP_SUBDIR "/slots", g->slots_fd) ||
+        is_socket_replaced(g)) {
         return false;
     }
-    if (!dedup_group_is_socket(g)) {
-        return false;
+    if (fstat(g->dirfd, &then) < 0) {
+        return true;
     }
-    if (fstat(g->dirfd, &then) < 0 || then.st_nlink == 0) {
+    if (then.st_nlink == 0) {
         return false;
     }
     /* after chroot() the path may lead nowhere, which says nothing */

@@ -76,6 +76,7 @@ struct DedupRegion {
     uint8_t *host;
     uint32_t npages;
     uint32_t base;            /* member page number of its first page */
+    uint64_t serial;          /* of all that ever were; breaks a tie of bases */
     DedupMemory memory;
     int fd;
     uint64_t fd_offset;
@@ -180,6 +181,7 @@ struct DedupEngine {
     GThread *scanner;         /* who runs it; NULL: nobody yet */
     uint64_t visits;          /* times that others had the remap lock */
     GPtrArray *regions;       /* of DedupRegion */
+    uint64_t regions_made;
     GPtrArray *dead;          /* removed regions that the scanner may hold */
     GPtrArray *segments;      /* of DedupSegment, by number; holes are NULL */
     unsigned segment_hint;    /* no hole before this one */

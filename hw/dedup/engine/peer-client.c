@@ -10,10 +10,12 @@
  */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -67,6 +69,17 @@ static void socket_address(struct sockaddr_un *addr, int dirfd,
              "/proc/self/fd/%d/m%u.sock", dirfd, member);
 }
 
+/* Is there no such name?  Without /proc none can be reached. */
+static bool is_missing(int dirfd, unsigned member)
+{
+    struct stat st;
+    char name[16];
+
+    snprintf(name, sizeof(name), "m%u.sock", member);
+    return fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW) < 0 &&
+           errno == ENOENT;
+}
+
 bool dedup_peer_is_listening(int dirfd, unsigned member)
 {
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
@@ -78,6 +91,7 @@ bool dedup_peer_is_listening(int dirfd, unsigned member)
     /* in doubt it is: a queue that is full, no descriptor for us */
     listening = fd < 0 ||
                 connect(fd, (struct sockaddr *)&addr, sizeof(addr)) == 0 ||
+                (errno == ENOENT && !is_missing(dirfd, member)) ||
                 (errno != ENOENT && errno != ECONNREFUSED &&
                  errno != ENOTSOCK && errno != EPROTOTYPE);
     if (fd >= 0) {

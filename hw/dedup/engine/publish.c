@@ -365,8 +365,12 @@ static int compare_pending(const void *a, const void *b)
     const DedupPending *x = a;
     const DedupPending *y = b;
 
-    if (x->region != y->region) {
+    if (x->region->base != y->region->base) {
         return x->region->base < y->region->base ? -1 : 1;
+    }
+    if (x->region != y->region) {
+        /* one that is gone, and who came to its place */
+        return x->region->serial < y->region->serial ? -1 : 1;
     }
     return x->page < y->page ? -1 : x->page > y->page;
 }

@@ -124,6 +124,7 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
         region_free(r);
         return NULL;
     }
+    r->serial = e->regions_made++;
     g_ptr_array_add(e->regions, r);
     __atomic_fetch_add(&e->pages_total, r->npages, __ATOMIC_RELAXED);
     dedup_unlock(e);

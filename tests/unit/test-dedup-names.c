@@ -8,6 +8,7 @@
 
 #include <fcntl.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "engine-fixture.h"
@@ -500,6 +501,59 @@ static void test_back(void)
     engine_free(&t);
 }
 
+/* A proof that we have the page of a segment: is the segment given for it? */
+static bool is_given(TestMember *m, uint32_t gid, const void *content)
+{
+    DedupFetch item = { .gid = gid, .page = 0, .content = content };
+
+    dedup_group_refresh(m->g);
+    dedup_group_fetch(m->g, 0, &item, 1);
+    if (item.fd >= 0) {
+        close(item.fd);
+    }
+    return item.fd >= 0;
+}
+
+/* Who is asked while it joins another group does not know its names yet. */
+static void test_asked(void)
+{
+    char *dir = fx_group_dir();
+    FxRam *ram = fx_ram_new(FX_MEMFD, PAGES);
+    Wanted w = { .fe = fx_engine_new(dir) };
+    uint8_t content[DEDUP_PAGE_SIZE];
+    DedupEngine *e = w.fe->e;
+    DedupSegment *s;
+    TestMember *m;
+    bool given;
+
+    for (uint32_t k = 0; k < PAGES; k++) {
+        fx_page(ram, k, 1000 + k % (PAGES / 2));
+    }
+    fx_add(w.fe, ram);
+    fx_engine_start(w.fe);
+    fx_wait_until(is_merged, &w, "not merged");
+    fx_set_run(w.fe, false);
+    fx_wait_state(w.fe, DEDUP_STATE_STOPPED);
+    m = test_member_new(dir, 0);
+    s = g_ptr_array_index(e->segments, 0);
+    memcpy(content, dedup_segment_page(s, 0), sizeof(content));
+    g_assert_true(is_given(m, s->gid, content));
+    /* the scanner sees nothing of it */
+    g_mutex_lock(&e->control);
+    __atomic_store_n(&e->joined, false, __ATOMIC_RELEASE);
+    given = is_given(m, s->gid, content);
+    __atomic_store_n(&e->joined, true, __ATOMIC_RELEASE);
+    g_mutex_unlock(&e->control);
+    g_assert_false(given);
+    g_assert_true(is_given(m, s->gid, content));
+    test_member_free(m);
+    fx_unmerge(w.fe);
+    fx_engine_free(w.fe);
+    ram->region = NULL;
+    fx_ram_free(ram);
+    fx_group_dir_free(dir);
+}
+
 int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
@@ -509,5 +563,6 @@ int main(int argc, char **argv)
     g_test_add_func("/names/released", test_released);
     g_test_add_func("/names/unmerge", test_unmerge);
     g_test_add_func("/names/back", test_back);
+    g_test_add_func("/names/asked", test_asked);
     return g_test_run();
 }

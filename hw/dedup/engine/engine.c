@@ -160,11 +160,14 @@ static int peer_segment_fd(void *opaque, uint32_t gid, uint32_t page,
                            const uint8_t *secret, DedupHash128 *hash)
 {
     DedupEngine *e = opaque;
-    DedupSegment *s;
+    DedupSegment *s = NULL;
     int fd = -1;
 
     dedup_lock(e);
-    s = dedup_segments_find(e, gid);
+    /* while we join again our names may be those of another group */
+    if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
+        s = dedup_segments_find(e, gid);
+    }
     if (s && page < s->npages) {
         *hash = dedup_page_keyed_hash(dedup_segment_page(s, page), secret);
         fd = fcntl(s->fd, F_DUPFD_CLOEXEC, 0);

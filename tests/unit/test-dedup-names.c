@@ -324,6 +324,26 @@ static void look(TestMember *m, Names *names)
     g_assert_true(dedup_group_foreach_segment(m->g, count_name, names));
 }
 
+/* A guest that has each page twice, and starts. */
+static FxRam *guest_new(FxEngine *fe, uint64_t seed)
+{
+    FxRam *ram = fx_ram_new(FX_MEMFD, PAGES);
+
+    for (uint32_t k = 0; k < PAGES; k++) {
+        fx_page(ram, k, seed + k % (PAGES / 2));
+    }
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    return ram;
+}
+
+static void guest_free(FxEngine *fe, FxRam *ram)
+{
+    fx_engine_free(fe);
+    ram->region = NULL;
+    fx_ram_free(ram);
+}
+
 typedef struct Wanted {
     FxEngine *fe;
     TestMember *member;     /* NULL: nobody looks at the table */
@@ -383,13 +403,8 @@ static void test_released(void)
     Names names;
 
     for (unsigned i = 0; i < 2; i++) {
-        ram[i] = fx_ram_new(FX_MEMFD, PAGES);
-        for (uint32_t k = 0; k < PAGES; k++) {
-            fx_page(ram[i], k, 1000 * (i + 1) + k % (PAGES / 2));
-        }
         wanted[i].fe = fx_engine_new(dir);
-        fx_add(wanted[i].fe, ram[i]);
-        fx_engine_start(wanted[i].fe);
+        ram[i] = guest_new(wanted[i].fe, 1000 * (i + 1));
         fx_wait_until(is_merged, &wanted[i], "not merged");
     }
     c = test_member_new(dir, 0);
@@ -415,9 +430,7 @@ static void test_released(void)
     for (unsigned i = 0; i < 2; i++) {
         fx_unmerge(wanted[i].fe);
         fx_assert_bytes(ram[i]);
-        fx_engine_free(wanted[i].fe);
-        ram[i]->region = NULL;
-        fx_ram_free(ram[i]);
+        guest_free(wanted[i].fe, ram[i]);
     }
     test_member_free(c);
     fx_group_dir_free(dir);
@@ -429,15 +442,10 @@ static void test_released(void)
 static void test_unmerge(void)
 {
     char *dir = fx_group_dir();
-    FxRam *ram = fx_ram_new(FX_MEMFD, PAGES);
     Wanted w = { .fe = fx_engine_new(dir) };
+    FxRam *ram = guest_new(w.fe, 1000);
     FxSegments segments;
 
-    for (uint32_t k = 0; k < PAGES; k++) {
-        fx_page(ram, k, 1000 + k % (PAGES / 2));
-    }
-    fx_add(w.fe, ram);
-    fx_engine_start(w.fe);
     fx_wait_until(is_merged, &w, "not merged");
     fx_segments(&segments);
     g_assert_cmpuint(segments.pages, >=, PAGES / 2);
@@ -453,9 +461,7 @@ static void test_unmerge(void)
     fx_wait_until(is_merged, &w, "not merged again");
     fx_unmerge(w.fe);
     fx_assert_bytes(ram);
-    fx_engine_free(w.fe);
-    ram->region = NULL;
-    fx_ram_free(ram);
+    guest_free(w.fe, ram);
     fx_group_dir_free(dir);
 }
 
@@ -518,19 +524,14 @@ static bool is_given(TestMember *m, uint32_t gid, const void *content)
 static void test_asked(void)
 {
     char *dir = fx_group_dir();
-    FxRam *ram = fx_ram_new(FX_MEMFD, PAGES);
     Wanted w = { .fe = fx_engine_new(dir) };
+    FxRam *ram = guest_new(w.fe, 1000);
     uint8_t content[DEDUP_PAGE_SIZE];
     DedupEngine *e = w.fe->e;
     DedupSegment *s;
     TestMember *m;
     bool given;
 
-    for (uint32_t k = 0; k < PAGES; k++) {
-        fx_page(ram, k, 1000 + k % (PAGES / 2));
-    }
-    fx_add(w.fe, ram);
-    fx_engine_start(w.fe);
     fx_wait_until(is_merged, &w, "not merged");
     fx_set_run(w.fe, false);
     fx_wait_state(w.fe, DEDUP_STATE_STOPPED);
@@ -548,10 +549,40 @@ static void test_asked(void)
     g_assert_true(is_given(m, s->gid, content));
     test_member_free(m);
     fx_unmerge(w.fe);
-    fx_engine_free(w.fe);
-    ram->region = NULL;
-    fx_ram_free(ram);
+    guest_free(w.fe, ram);
     fx_group_dir_free(dir);
+}
+
+/* ---- one memfd with two names ---- */
+
+/* Another member has the same segment under a higher name, and goes first. */
+static void test_twin(void)
+{
+    DedupHint hint = { .kind = DEDUP_HINT_PUBLISHED };
+    DedupSegment *s;
+    DedupStats stats;
+    uint64_t hash;
+    Engine t;
+
+    engine_new(&t, 1);
+    s = g_ptr_array_index(t.e->segments, 0);
+    s->mapped = 1;      /* which does not pay */
+    t.other = test_member_new(t.dir, 0);
+    hint.where = dedup_group_segment_alloc(t.other->g, 1);
+    g_assert_cmpuint(hint.where, >, s->gid);
+    hash = dedup_page_hash(dedup_segment_page(s, 0), t.e->salt);
+    g_assert_true(dedup_index_insert(t.e->index, hash, &hint));
+    /* one that does not scan: each pass is a tick */
+    for (unsigned i = 0; i < 7; i++) {
+        pass(t.e, &stats);
+        g_assert_false(s->leaving);
+    }
+    /* but not for ever */
+    for (unsigned i = 0; i < 7; i++) {
+        pass(t.e, &stats);
+    }
+    g_assert_true(s->leaving);
+    engine_free(&t);
 }
 
 int main(int argc, char **argv)
@@ -564,5 +595,6 @@ int main(int argc, char **argv)
     g_test_add_func("/names/unmerge", test_unmerge);
     g_test_add_func("/names/back", test_back);
     g_test_add_func("/names/asked", test_asked);
+    g_test_add_func("/names/twin", test_twin);
     return g_test_run();
 }

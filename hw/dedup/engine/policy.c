@@ -11,7 +11,8 @@
  * So time is counted in ticks: one tick is over when every member that scans
  * has completed a pass.  After LEAN_TICKS ticks of being lean a segment is
  * left: its pages get their own memory back, and are published anew, in a
- * denser segment, where two still want them.
+ * denser segment, where two still want them.  If another member has published
+ * the same under a higher name, it is given some ticks more to leave first.
  *
  * Runs after the figures of the pass, which say how others use a segment.
  *
@@ -30,6 +31,7 @@
 #include "zeroes.h"
 
 #define LEAN_TICKS 3
+#define LEAN_TICKS_TWIN (3 * LEAN_TICKS)
 /* Guests' RAM on a host is at most this many times the host's. */
 #define RAM_MAX 4
 /* How often to look whether the index may grow, and what it must leave. */
@@ -170,6 +172,36 @@ void dedup_policy_drop_unused(DedupEngine *e)
 }
 
 /*
+ * Members that share a segment and move to another group give it a name each
+ * (rejoin.c), and none knows that others use it.  If all left it at a time it
+ * would have to be published anew: so those with the higher names go first,
+ * and find it under the lowest.
+ */
+static bool has_higher_twin(DedupEngine *e, const DedupSegment *s)
+{
+    uint64_t hash = dedup_page_hash(dedup_segment_page(s, 0), e->salt);
+    DedupHint hits[DEDUP_INDEX_HITS];
+    unsigned n = dedup_index_lookup(e->index, hash, hits);
+
+    for (unsigned i = 0; s->gid && i < n; i++) {
+        if (hits[i].kind == DEDUP_HINT_PUBLISHED && hits[i].page == 0 &&
+            hits[i].where > s->gid) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Has it been lean for long enough? */
+static bool is_to_leave(DedupEngine *e, const DedupSegment *s)
+{
+    uint64_t ticks = e->generation - s->lean_since;
+
+    return ticks >= LEAN_TICKS &&
+           (ticks >= LEAN_TICKS_TWIN || !has_higher_twin(e, s));
+}
+
+/*
  * Leaving a segment takes memory before it gives any: one's share of its
  * pages, the segment itself only when all have left.  So few are left at a
  * time: what takes half of the room at most.  Returns the bytes that leaving
@@ -195,8 +227,7 @@ static uint64_t find_lean(DedupEngine *e)
             s->lean_since = 0;
         } else if (!s->lean_since) {
             s->lean_since = e->generation;
-        } else if (e->generation - s->lean_since >= LEAN_TICKS &&
-                   left < most) {
+        } else if (left < most && is_to_leave(e, s)) {
             s->leaving = true;
             if (s->gid) {
                 g_hash_table_add(e->left_gids, GUINT_TO_POINTER(s->gid));

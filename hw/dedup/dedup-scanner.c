@@ -132,8 +132,10 @@ static void unmerge_ended(DedupScanner *ds, uint64_t pages_left,
                           const char *error)
 {
     ds->unmerging = false;
+    /* What was cancelled after its last page is complete. */
     qapi_event_send_dedup_unmerge_completed(
-        object_get_canonical_path_component(OBJECT(ds)), pages_left, error);
+        object_get_canonical_path_component(OBJECT(ds)), pages_left,
+        pages_left ? error : NULL);
 }
 
 void dedup_scanner_send_events(DedupScanner *ds)

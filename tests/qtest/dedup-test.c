@@ -6,6 +6,7 @@
 
 #include "qemu/osdep.h"
 #include "dedup-qtest.h"
+#include <sys/ptrace.h>
 
 static void check_object(QTestState *qts, int max_maps)
 {
@@ -67,6 +68,45 @@ static void test_qmp(void)
     qtest_qmp_eventwait(qts, "DEDUP_UNMERGE_COMPLETED");
     qtest_qmp_assert_success(qts, "{ 'execute': 'object-del',"
                              " 'arguments': { 'id': 'ds0' } }");
+    qtest_quit(qts);
+}
+
+/*
+ * An unmerge that is cancelled when nothing is left to do: its end was not
+ * said, because the scanner's thread is held up.  No page is left, so there
+ * is no reason why.
+ */
+static void test_cancel(void)
+{
+    QTestState *qts;
+    QDict *event, *data;
+    pid_t tid;
+
+    if (dedup_skip()) {
+        return;
+    }
+    qts = qtest_init(DEDUP_MACHINE "-object dedup-scanner,id=ds0,run=off");
+    dedup_wait_state(qts, "stopped");
+    tid = dedup_figure(qts, "thread-id");
+    /* It sleeps until it is told to do something. */
+    g_usleep(100000);
+    if (ptrace(PTRACE_SEIZE, tid, NULL, NULL) < 0) {
+        g_test_skip("may not trace a thread of QEMU's");
+        qtest_quit(qts);
+        return;
+    }
+    g_assert_cmpint(ptrace(PTRACE_INTERRUPT, tid, NULL, NULL), ==, 0);
+    g_assert_cmpint(waitpid(tid, NULL, __WALL), ==, tid);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'dedup-unmerge',"
+                             " 'arguments': { 'id': 'ds0' } }");
+    dedup_set_bool(qts, "/objects/ds0", "run", true);
+    event = qtest_qmp_eventwait_ref(qts, "DEDUP_UNMERGE_COMPLETED");
+    data = qdict_get_qdict(event, "data");
+    g_assert_cmpint(qdict_get_int(data, "pages-left"), ==, 0);
+    g_assert_false(qdict_haskey(data, "reason"));
+    qobject_unref(event);
+    g_assert_cmpint(ptrace(PTRACE_DETACH, tid, NULL, NULL), ==, 0);
+    dedup_wait_at_least(qts, "full-scans", 1);
     qtest_quit(qts);
 }
 
@@ -471,6 +511,7 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/object/option", test_option);
     qtest_add_func("/dedup/object/json", test_json);
     qtest_add_func("/dedup/object/qmp", test_qmp);
+    qtest_add_func("/dedup/object/cancel", test_cancel);
     qtest_add_func("/dedup/object/hmp", test_hmp);
     qtest_add_func("/dedup/object/second", test_second);
     qtest_add_func("/dedup/object/thread", test_thread);

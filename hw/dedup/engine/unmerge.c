@@ -119,7 +119,8 @@ static void restore_end(DedupEngine *e, uint64_t left, GError *error)
         dedup_policy_drop_unused(e); /* no pass will come by */
         dedup_update_state(e);
         if (e->callbacks.restored) {
-            e->callbacks.restored(e->opaque, left, error);
+            /* it may have run short when the guest gave the rest away */
+            e->callbacks.restored(e->opaque, left, left ? error : NULL);
         }
     }
     g_clear_error(&error);

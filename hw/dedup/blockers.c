@@ -271,7 +271,8 @@ static uint32_t limits_to_reasons(unsigned limits)
 /*
  * One warning for each reason that does not pass by itself, for people who
  * look into a log: libvirt keeps what QEMU says on stderr.  Limits are not
- * among them: they come and go.
+ * among them: they come and go.  A reason that was gone, as that of a device
+ * whose plug has failed, is news when it is back.
  */
 void dedup_blockers_warn(DedupScanner *ds)
 {
@@ -283,7 +284,7 @@ void dedup_blockers_warn(DedupScanner *ds)
     if ((ds->reasons & passing) || ds->migration.whole) {
         return; /* the others are looked at when it runs here */
     }
-    ds->warned |= news;
+    ds->warned = (ds->warned & ds->reasons) | news;
     for (reason = 0; reason < DEDUP_BLOCKED_REASON__MAX; reason++) {
         if (news & BIT(reason)) {
             g_autofree char *detail = blocked_detail(ds, reason);

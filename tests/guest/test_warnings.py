@@ -1,11 +1,13 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who is blocked hears of it on stderr, where libvirt's log has it: once.
+"""Who is blocked hears of it on stderr, where libvirt's log has it: once, for
+as long as it lasts.
 
 No guest runs.
 """
 
 import os
+import socket
 import tempfile
 
 import dedup
@@ -13,6 +15,7 @@ import host
 import tap
 import vm as vms
 from outside import Machine
+from qmp import QMPError
 
 
 def warnings(vm):
@@ -55,6 +58,40 @@ def test_group():
     os.chmod(group, 0o700)
     dedup.wait_until(lambda: dedup.stats(vm)['state'] != 'blocked', 'state')
     tap.check(len(warnings(vm)) == 1, str(warnings(vm)))
+    vm.quit()
+
+
+def blocked_by_export(vm):
+    """Does a device keep RAM from being merged?"""
+    return any(b['reason'] == 'ram-exported'
+               for b in dedup.stats(vm)['blocked-reasons'])
+
+
+@tap.case
+def test_plug():
+    """a device whose plug fails: each time it is tried there is a warning"""
+    vm = Machine('plug', backing='memfd-shared', dedup={}).start()
+    dedup.wait_scans([vm], 1)
+    for i in range(3):
+        with socket.socket(socket.AF_UNIX) as listener:
+            path = vm.path('vhost%d' % i)
+            listener.bind(path)
+            listener.listen(1)
+            vm.qmp.command('chardev-add', {'id': 'c%d' % i, 'backend': {
+                'type': 'socket', 'data': {'server': False, 'addr': {
+                    'type': 'unix', 'data': {'path': path}}}}})
+            listener.accept()[0].close()
+        try:
+            vm.qmp.command('device_add', {
+                'driver': 'vhost-user-fs-pci', 'id': 'fs', 'tag': 't',
+                'chardev': 'c%d' % i})
+            tap.check(False, 'the plug did not fail')
+        except QMPError as e:
+            tap.note(str(e))
+        dedup.wait_until(lambda: not blocked_by_export(vm), 'end of export')
+        got = [w for w in warnings(vm) if '(ram-exported)' in w]
+        tap.check(len(got) == i + 1 and "chardev 'c%d'" % i in got[i],
+                  str(warnings(vm)))
     vm.quit()
 
 

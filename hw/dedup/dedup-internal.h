@@ -10,6 +10,7 @@
  *   ram.c             RAM blocks -> regions of the engine
  *   block-reasons.c   which block is eligible, and why not
  *   leases.c          who else opens a RAM file; the worker thread
+ *   drain.c           an end to the transfers of block devices
  *   coredump.c        guest RAM in core dumps of QEMU
  *   dedup-qmp-cmds.c, dedup-hmp-cmds.c, dedup-stats.c   the figures
  *
@@ -56,7 +57,9 @@
  * @from_ksm: the engine took it from KSM, and it was not given back yet
  * @named: the file outlives the block
  * @error: why the last attempts of the worker to remove it failed; lock
- * @pinned: the last one failed for pages that a device writes to; lock
+ * @pinned: the last one failed for pages that a device writes to, and was not
+ *     made under a drain; lock
+ * @drained: the next one is, and it is waited for with the BQL held; lock
  * @tries: how many did so far; lock
  * @retry_ms: when it tries again; lock
  * @pages_merged: last known figure, for when @busy
@@ -72,6 +75,7 @@ typedef struct DedupBlock {
     bool leaving;
     bool closed;
     bool pinned;
+    bool drained;
     bool busy;
     bool leased;
     bool from_ksm;
@@ -87,7 +91,7 @@ typedef struct DedupBlock {
  * struct DedupRam - all RAM blocks, and the worker
  * @lock: protects @blocks against the worker, and what DedupBlock says
  * @changed: the worker has ended something
- * @attempts: how often; lock
+ * @draining: the worker begins with no block that is not @drained; lock
  * @blocks: written with the BQL and @lock held
  * @worker: thread that gives memory back
  * @worker_tid: its thread ID, 0 while there is none
@@ -98,7 +102,7 @@ typedef struct DedupBlock {
 typedef struct DedupRam {
     QemuMutex lock;
     QemuCond changed;
-    unsigned attempts;
+    bool draining;
     QTAILQ_HEAD(, DedupBlock) blocks;
     RAMBlockNotifier notifier;
     MemoryListener listener;
@@ -259,10 +263,32 @@ bool dedup_ram_check_room(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
 bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
                           Error **errp);
 
+/* Does it wait for transfers that a drain may end?  DedupRam.lock held. */
+static inline bool dedup_block_is_pinned(const DedupBlock *block)
+{
+    return block->leaving && block->pinned && !block->error;
+}
+
+/*
+ * drain.c: have block devices end their transfers, and begin none before
+ * dedup_drain_end().  False if some are still under way after @ms; the others
+ * have ended, and dedup_drain_end() is needed all the same.
+ */
+bool dedup_drain_begin(int64_t ms);
+void dedup_drain_end(void);
+/* How long vCPUs may be kept from the BQL by storage that hangs */
+#define DEDUP_DRAIN_MS 2000
+
 /* leases.c; dedup_worker_kick() on any thread */
 void dedup_worker_start(DedupScanner *ds);
 void dedup_worker_stop(DedupScanner *ds);
 void dedup_worker_kick(DedupScanner *ds);
+/*
+ * While DedupRam.draining: have the worker try once what is pinned, and wait
+ * for it.  @last: what fails then is an error, not tried on.  With the BQL and
+ * DedupRam.lock held.
+ */
+void dedup_worker_try_pinned(DedupScanner *ds, bool last);
 int dedup_worker_signalfd(void);
 /* Take a lease on the block's file: 0 or a negative errno. */
 int dedup_lease_take(DedupScanner *ds, DedupBlock *block);

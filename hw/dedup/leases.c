@@ -111,7 +111,7 @@ static DedupBlock *worker_next(DedupRam *ram, int *timeout)
             block->opened = true;
             block->leaving = true;
         }
-        if (!block->leaving) {
+        if (!block->leaving || (ram->draining && !block->drained)) {
             continue;
         }
         if (now >= block->retry_ms) {
@@ -132,7 +132,8 @@ static void restore_failed(DedupBlock *block, GError *error)
                  g_error_matches(error, DEDUP_ERROR, DEDUP_ERROR_STATE)) &&
                 ++block->tries < DEDUP_BUSY_TRIES;
 
-    block->pinned = pinned;
+    /* A transfer that a drain did not end may be over by itself. */
+    block->pinned = pinned && !block->drained;
     block->retry_ms = g_get_monotonic_time() / 1000 +
                       (busy ? DEDUP_BUSY_MS : DEDUP_RETRY_MS);
     if (busy) {
@@ -181,9 +182,31 @@ static void worker_restore(DedupScanner *ds, DedupBlock *block)
         block->region = region;
         block->closed = true;
     }
-    ram->attempts++;
+    block->drained = false;
     qemu_cond_broadcast(&ram->changed);
     qemu_bh_schedule(ds->update_bh);
+}
+
+void dedup_worker_try_pinned(DedupScanner *ds, bool last)
+{
+    DedupRam *ram = &ds->ram;
+    DedupBlock *block;
+
+    QTAILQ_FOREACH(block, &ram->blocks, next) {
+        if (dedup_block_is_pinned(block)) {
+            block->drained = true;
+            block->retry_ms = 0;
+            if (last) {
+                block->tries = DEDUP_BUSY_TRIES;
+            }
+        }
+    }
+    dedup_worker_kick(ds);
+    QTAILQ_FOREACH(block, &ram->blocks, next) {
+        while (block->drained) {
+            qemu_cond_wait(&ram->changed, &ram->lock);
+        }
+    }
 }
 
 /* A signalfd reads the signals of the thread that reads it. */

@@ -16,7 +16,6 @@
 
 #include "qemu/osdep.h"
 #include <sys/eventfd.h>
-#include "block/block.h"
 #include "exec/address-spaces.h"
 #include "exec/cpu-common.h"
 #include "exec/ramblock.h"
@@ -102,6 +101,7 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
         if (eligible && !is_stale(block)) {
             /* Too late if the worker is at it: then it enters again. */
             block->leaving = false;
+            block->pinned = false;
             g_clear_error(&block->error);
             if (block->closed && block->region) {
                 block->closed = false;
@@ -288,8 +288,8 @@ static void guard_whole_end(void *opaque, RAMBlock *rb)
 }
 
 /*
- * Is there nothing left to restore but pages that a device writes to?
- * Lock held.
+ * Is there nothing left to restore but pages that a device writes to, and may
+ * a drain help?  Lock held.
  */
 static bool is_pinned(DedupRam *ram)
 {
@@ -301,7 +301,7 @@ static bool is_pinned(DedupRam *ram)
                             !block->tries && !block->error)) {
             return false;
         }
-        pinned = pinned || (block->leaving && block->pinned);
+        pinned = pinned || dedup_block_is_pinned(block);
     }
     return pinned;
 }
@@ -309,33 +309,29 @@ static bool is_pinned(DedupRam *ram)
 /*
  * Transfers end in the main loop, which is where we wait: so they are made to
  * end first, and none begins before the worker has tried again.  What it finds
- * is little, so the BQL is kept: a vCPU would begin the next transfer.
- * BQL and lock held.
+ * is little, so the BQL is kept: a vCPU would begin the next transfer.  No
+ * other block is restored meanwhile, as that might last.  BQL and lock held.
  */
 static void retry_drained(DedupScanner *ds)
 {
     DedupRam *ram = &ds->ram;
-    DedupBlock *block;
+    bool idle;
 
+    /* None is busy now (is_pinned()), and from here on the worker waits. */
+    ram->draining = true;
     qemu_mutex_unlock(&ram->lock);
-    bdrv_drain_all_begin();
+    idle = dedup_drain_begin(DEDUP_DRAIN_MS);
     qemu_mutex_lock(&ram->lock);
-    if (is_pinned(ram)) {
-        unsigned attempts = ram->attempts;
-
-        QTAILQ_FOREACH(block, &ram->blocks, next) {
-            if (block->leaving && block->pinned) {
-                block->retry_ms = 0;
-            }
-        }
-        dedup_worker_kick(ds);
-        while (ram->attempts == attempts) {
-            qemu_cond_wait(&ram->changed, &ram->lock);
-        }
+    /* The main loop was polled: it may have been changed, or ended. */
+    ram->draining = is_pinned(ram);
+    if (ram->draining) {
+        dedup_worker_try_pinned(ds, !idle);
+        ram->draining = false;
     }
-    trace_dedup_ram_drained(ram->attempts);
+    trace_dedup_ram_drained(idle);
     qemu_mutex_unlock(&ram->lock);
-    bdrv_drain_all_end();
+    dedup_drain_end();
+    dedup_worker_kick(ds);
     qemu_mutex_lock(&ram->lock);
 }
 
@@ -348,9 +344,14 @@ static void wait_worker(DedupScanner *ds)
 {
     DedupRam *ram = &ds->ram;
 
-    if (is_pinned(ram)) {
+    if (is_pinned(ram) && !qemu_in_coroutine()) {
         retry_drained(ds);
         return;
+    }
+    if (ram->draining) {
+        /* Called from within a drain: that one tries later. */
+        ram->draining = false;
+        dedup_worker_kick(ds);
     }
     bql_unlock();
     qemu_cond_wait(&ram->changed, &ram->lock);

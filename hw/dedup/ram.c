@@ -367,6 +367,18 @@ static void set_restore_error(Error **errp, DedupBlock *block)
                dedup_block_id(block), block->error->message);
 }
 
+/* What failed for somebody else may go now.  Lock held. */
+static void try_again(DedupScanner *ds, DedupBlock *block)
+{
+    if (block->leaving && block->error) {
+        g_clear_error(&block->error);
+        block->pinned = false;
+        block->tries = 0;
+        block->retry_ms = 0;
+        dedup_worker_kick(ds);
+    }
+}
+
 /*
  * A file with a name lives on, and somebody may want to read it: the worker
  * restores it since no device uses the block.  The others need not be
@@ -383,6 +395,10 @@ static bool guard_prepare_remove(void *opaque, RAMBlock *rb, Error **errp)
     }
     dedup_scanner_recheck(ds);
     QEMU_LOCK_GUARD(&ds->ram.lock);
+    block = find_block(&ds->ram, rb);
+    if (block) {
+        try_again(ds, block);
+    }
     for (;;) {
         block = find_block(&ds->ram, rb);
         ok = !block || !block->region || !block->named;
@@ -459,32 +475,20 @@ bool dedup_ram_check_room(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
     return true;
 }
 
-/* What failed for somebody else may go now.  Lock held. */
-static void try_again(DedupScanner *ds, bool (*needed)(RAMBlock *rb))
-{
-    DedupBlock *block;
-
-    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
-        if (block->leaving && block->error &&
-            (!needed || needed(block->rb))) {
-            g_clear_error(&block->error);
-            block->tries = 0;
-            block->retry_ms = 0;
-            dedup_worker_kick(ds);
-        }
-    }
-}
-
 bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
                           Error **errp)
 {
     DedupRam *ram = &ds->ram;
-    DedupBlock *failed = NULL;
+    DedupBlock *block, *failed = NULL;
     bool whole;
 
     assert(bql_locked());
     qemu_mutex_lock(&ram->lock);
-    try_again(ds, needed);
+    QTAILQ_FOREACH(block, &ram->blocks, next) {
+        if (!needed || needed(block->rb)) {
+            try_again(ds, block);
+        }
+    }
     while (!(whole = is_whole(ram, needed, &failed)) && !failed) {
         wait_worker(ds);
     }

@@ -409,6 +409,29 @@ static void test_other(void)
     teardown();
 }
 
+/* What failed some time ago is no answer to who removes the block now. */
+static void test_remove(void)
+{
+    DedupBlock *block;
+
+    setup();
+    block = block_of(0);
+    block->named = true;
+    regions[0].error = DEDUP_ERROR_MEMORY;
+    regions[0].errors = 1;
+    leave(0);
+    dedup_worker_kick(&ds);
+    qemu_mutex_lock(&ds.ram.lock);
+    while (!block->error) {
+        qemu_cond_wait(&ds.ram.changed, &ds.ram.lock);
+    }
+    block->retry_ms = INT64_MAX;
+    qemu_mutex_unlock(&ds.ram.lock);
+    g_assert_true(guard->prepare_remove(&ds, &ram_blocks[0], &error_abort));
+    g_assert_null(block->region);
+    teardown();
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -420,5 +443,6 @@ int main(int argc, char **argv)
     g_test_add_func("/dedup-worker/hang", test_hang);
     g_test_add_func("/dedup-worker/in-vain", test_in_vain);
     g_test_add_func("/dedup-worker/other", test_other);
+    g_test_add_func("/dedup-worker/remove", test_remove);
     return g_test_run();
 }

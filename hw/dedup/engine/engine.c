@@ -29,11 +29,6 @@
 /* How often to try again for what could not be had. */
 #define RETRY_US (2 * G_TIME_SPAN_SECOND)
 
-GQuark dedup_error_quark(void)
-{
-    return g_quark_from_static_string("dedup-error-quark");
-}
-
 /*
  * Whoever wants the remap lock queues on "turn" first.  The scanner, which
  * takes and drops it all the time, cannot overtake: a plain mutex would let

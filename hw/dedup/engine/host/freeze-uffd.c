@@ -42,7 +42,7 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "host/error.h"
 #include "freeze.h"
 #include "mutant.h"
 #include "page.h"

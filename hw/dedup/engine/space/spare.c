@@ -5,7 +5,7 @@
 
 #include <sys/mman.h>
 
-#include "engine.h"
+#include "host/types.h"
 #include "page.h"
 #include "spare.h"
 

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Types that the engine's owner and its lowest layers have in common: how a
+ * region of RAM is described, the parameters, states and limits.
+ *
+ * Public: engine.h includes it.
+ */
+
+#ifndef DEDUP_TYPES_H
+#define DEDUP_TYPES_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/**
+ * DEDUP_PIN_SHIFT: one pin counter covers 1 << DEDUP_PIN_SHIFT bytes of a
+ * region (64 KiB).
+ */
+#define DEDUP_PIN_SHIFT 16
+
+/**
+ * DEDUP_WINDOW_PAGES: the longest range, in pages, that is write-protected
+ * at a time.
+ */
+#define DEDUP_WINDOW_PAGES 64
+
+/**
+ * enum DedupState - what the engine is doing
+ * @DEDUP_STATE_SCANNING: looking for equal pages
+ * @DEDUP_STATE_IDLE: still looking, but the last full scan found nothing
+ * @DEDUP_STATE_LIMITED: a limit keeps it from merging more, see
+ *     DedupStats.limits
+ * @DEDUP_STATE_UNMERGING: giving every page its own memory
+ * @DEDUP_STATE_STOPPED: @run is off; what is merged stays merged
+ * @DEDUP_STATE_BLOCKED: the caller called dedup_engine_block(), or the group
+ *     could not be joined
+ */
+typedef enum DedupState {
+    DEDUP_STATE_SCANNING,
+    DEDUP_STATE_IDLE,
+    DEDUP_STATE_LIMITED,
+    DEDUP_STATE_UNMERGING,
+    DEDUP_STATE_STOPPED,
+    DEDUP_STATE_BLOCKED,
+} DedupState;
+
+/**
+ * enum DedupLimit - bits of DedupStats.limits: what ran short in the last
+ * full scan.  Each is retried in every scan (I9).
+ * @DEDUP_LIMIT_MAPS: the budget of memory mappings (max_maps)
+ * @DEDUP_LIMIT_MEMORY: the memory cgroup has no room to publish in
+ * @DEDUP_LIMIT_FDS: no more file descriptors
+ * @DEDUP_LIMIT_INDEX: the group's index or its table of segments is full
+ * @DEDUP_LIMIT_FILE: the file system of the RAM's file is so full that it
+ *     could not take back what was merged
+ */
+typedef enum DedupLimit {
+    DEDUP_LIMIT_MAPS = 1 << 0,
+    DEDUP_LIMIT_MEMORY = 1 << 1,
+    DEDUP_LIMIT_FDS = 1 << 2,
+    DEDUP_LIMIT_INDEX = 1 << 3,
+    DEDUP_LIMIT_FILE = 1 << 4,
+} DedupLimit;
+
+/**
+ * enum DedupMemory - how a region's memory is mapped
+ * @DEDUP_MEMORY_SHARED: MAP_SHARED of a memfd or a tmpfs file
+ * @DEDUP_MEMORY_ANON: MAP_PRIVATE | MAP_ANONYMOUS
+ * @DEDUP_MEMORY_PRIVATE_FILE: MAP_PRIVATE of a memfd or a tmpfs file
+ */
+typedef enum DedupMemory {
+    DEDUP_MEMORY_SHARED,
+    DEDUP_MEMORY_ANON,
+    DEDUP_MEMORY_PRIVATE_FILE,
+} DedupMemory;
+
+/**
+ * enum DedupRegionFlags - the madvise() state of a region, re-applied to
+ * every new mapping, and what its owner wants
+ * @DEDUP_REGION_DONTFORK: MADV_DONTFORK
+ * @DEDUP_REGION_DONTDUMP: MADV_DONTDUMP
+ * @DEDUP_REGION_HUGEPAGE: MADV_HUGEPAGE
+ * @DEDUP_REGION_NORESERVE: mapped with MAP_NORESERVE
+ */
+typedef enum DedupRegionFlags {
+    DEDUP_REGION_DONTFORK = 1 << 0,
+    DEDUP_REGION_DONTDUMP = 1 << 1,
+    DEDUP_REGION_HUGEPAGE = 1 << 2,
+    DEDUP_REGION_NORESERVE = 1 << 3,
+} DedupRegionFlags;
+
+/**
+ * struct DedupRegionInfo - a region as its owner describes it
+ * @id: name for messages, copied
+ * @host: start of the mapping, page aligned
+ * @size: its length in bytes, a multiple of the page size
+ * @memory: how it is mapped
+ * @fd: the file behind it, -1 for DEDUP_MEMORY_ANON; stays the caller's and
+ *     must stay open until dedup_region_remove()
+ * @fd_offset: offset of @host in @fd in bytes
+ * @pins: one counter per 64 KiB of the region, counted from @host: how many
+ *     asynchronous writes (DMA mappings) are in flight there; or NULL.  The
+ *     caller raises a counter with a sequentially consistent
+ *     read-modify-write before it lets the device write.  Stays the
+ *     caller's.
+ * @readers: likewise for reads in flight, or NULL.  They keep a page of
+ *     DEDUP_MEMORY_SHARED from being taken out of its file, which may zero
+ *     it in place.
+ * @flags: bits of enum DedupRegionFlags
+ */
+typedef struct DedupRegionInfo {
+    const char *id;
+    void *host;
+    uint64_t size;
+    DedupMemory memory;
+    int fd;
+    uint64_t fd_offset;
+    const uint16_t *pins;
+    const uint16_t *readers;
+    unsigned flags;
+} DedupRegionInfo;
+
+/**
+ * struct DedupParams - what may be changed while the engine runs
+ * @run: scan and merge; false keeps what is merged
+ * @pages_to_scan: pages per batch, at least 1
+ * @sleep_millisecs: pause between two batches
+ * @zero_pages: drop pages that are all zero
+ * @huge_pages_split: split transparent huge pages that hold equal pages;
+ *     false leaves them alone
+ * @max_maps: share of vm.max_map_count that the process may use, in percent
+ */
+typedef struct DedupParams {
+    bool run;
+    uint32_t pages_to_scan;
+    uint32_t sleep_millisecs;
+    bool zero_pages;
+    bool huge_pages_split;
+    uint32_t max_maps;
+} DedupParams;
+
+#endif /* DEDUP_TYPES_H */

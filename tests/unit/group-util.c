@@ -119,6 +119,7 @@ TestMember *test_member_new(const char *dir, unsigned seed)
     g_assert_no_error(error);
     dedup_group_join(m->g, &ops, m, &error);
     g_assert_no_error(error);
+    dedup_group_enter(m->g);
     return m;
 }
 

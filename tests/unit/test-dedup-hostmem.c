@@ -296,7 +296,7 @@ static void test_no_descriptors(void)
  */
 static void test_members(TestPair *f, gconstpointer data)
 {
-    DedupEngine e = { .group = f->a->g, .joined = true };
+    DedupEngine e = { .group = f->a->g };
     DedupMemberInfo b = { .owed_bytes = 300 * MIB, .reserved_bytes = 50 * MIB };
     struct stat st;
     g_autofree char *slice = NULL;
@@ -307,7 +307,6 @@ static void test_members(TestPair *f, gconstpointer data)
     put_v2(&h, "cg/slice", "1073741824\n", 124 * MIB, 0);
     host_start(&h, "0::/slice/a\n", MOUNT_V2);
     e.hostmem = h.mem;
-    g_mutex_init(&e.group_lock);
     g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 900 * MIB);
 
     slice = g_build_filename(h.dir, "cg/slice", NULL);
@@ -332,7 +331,6 @@ static void test_members(TestPair *f, gconstpointer data)
     b.owed_bytes = UINT64_MAX;
     g_assert_true(dedup_group_publish(f->b->g, &b));
     g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 0);
-    g_mutex_clear(&e.group_lock);
     host_end(&h);
 }
 

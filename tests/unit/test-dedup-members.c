@@ -473,6 +473,7 @@ static void test_thief(gconstpointer data)
     g_assert_no_error(error);
     dedup_group_join(g, &ops, NULL, &error);
     g_assert_no_error(error);
+    dedup_group_enter(g);
     dedup_group_foreach_segment(g, note_gid, gids);
     /* what each victim has of its own, and what they share */
     g_assert_cmpuint(gids->len, >=, VICTIMS + 1);

@@ -50,7 +50,7 @@ static const DedupGroupOps ops = {
 static void join(Engine *t)
 {
     dedup_join(t->e, &ops);
-    g_assert_true(t->e->joined);
+    g_assert_true(dedup_group_is_joined(t->e->group));
 }
 
 /* As published by this engine, and mapped somewhere. */
@@ -113,7 +113,7 @@ static void lose_group(Engine *t)
     delete(t->dir);
     t->e->watched_us = 0;
     dedup_watch_group(t->e);
-    g_assert_false(t->e->joined);
+    g_assert_false(dedup_group_is_joined(t->e->group));
     t->other = test_member_new(t->dir, 0);
 }
 
@@ -422,6 +422,7 @@ static void test_released(void)
     g_test_message("%u names are left", names.n);
     dedup_group_detach(c->g);
     g_assert_true(dedup_group_join(c->g, test_ops(), c, NULL));
+    dedup_group_enter(c->g);
     g_assert_true(dedup_group_resumed(c->g));
     for (unsigned i = 0; i < 2; i++) {
         fx_wait_until(is_restored, &wanted[i], "names and figures are lost");
@@ -483,7 +484,7 @@ static void test_back(void)
     delete(t.dir);
     t.e->watched_us = 0;
     dedup_watch_group(t.e);
-    g_assert_false(t.e->joined);
+    g_assert_false(dedup_group_is_joined(t.e->group));
     g_assert_null(t.e->index);
     s->mapped = 0;
     s->refs = 0;
@@ -541,9 +542,9 @@ static void test_asked(void)
     g_assert_true(is_given(m, s->gid, content));
     /* the scanner sees nothing of it */
     g_mutex_lock(&e->control);
-    __atomic_store_n(&e->joined, false, __ATOMIC_RELEASE);
+    __atomic_store_n(&e->group->joined, false, __ATOMIC_RELEASE);
     given = is_given(m, s->gid, content);
-    __atomic_store_n(&e->joined, true, __ATOMIC_RELEASE);
+    __atomic_store_n(&e->group->joined, true, __ATOMIC_RELEASE);
     g_mutex_unlock(&e->control);
     g_assert_false(given);
     g_assert_true(is_given(m, s->gid, content));

@@ -410,7 +410,7 @@ static unsigned claims(FxEngine *fe)
     uint64_t cursor = 0;
     unsigned n = 0;
 
-    if (__atomic_load_n(&fe->e->joined, __ATOMIC_ACQUIRE)) {
+    if (dedup_group_is_joined(fe->e->group)) {
         dedup_index_sweep(fe->e->index, &cursor, UINT32_MAX, note_claim, &n);
     }
     return n;

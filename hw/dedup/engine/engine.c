@@ -8,7 +8,7 @@
  * with dedup_kick(); the thread looks at it between batches, and between the
  * chunks of a batch.
  *
- * Lock order: control, group_lock, turn, remap, stats_lock; each may be
+ * Lock order: control, the group's own, turn, remap, stats_lock; each may be
  * taken without those before it.
  */
 
@@ -160,7 +160,7 @@ static int peer_segment_fd(void *opaque, uint32_t gid, uint32_t page,
 
     dedup_lock(e);
     /* while we join again our names may be those of another group */
-    if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
+    if (dedup_group_is_joined(e->group)) {
         s = dedup_segments_find(e, gid);
     }
     if (s && page < s->npages) {
@@ -245,7 +245,6 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     g_mutex_init(&e->turn);
     g_mutex_init(&e->remap);
     g_mutex_init(&e->control);
-    g_mutex_init(&e->group_lock);
     g_mutex_init(&e->stats_lock);
     g_cond_init(&e->wake);
     e->regions = g_ptr_array_new();
@@ -288,7 +287,6 @@ void dedup_engine_free(DedupEngine *e)
     g_ptr_array_free(e->segments, true);
     g_cond_clear(&e->wake);
     g_mutex_clear(&e->stats_lock);
-    g_mutex_clear(&e->group_lock);
     g_mutex_clear(&e->control);
     g_mutex_clear(&e->remap);
     g_mutex_clear(&e->turn);
@@ -313,7 +311,7 @@ static bool is_complete(DedupEngine *e)
     bool complete;
 
     dedup_lock(e);
-    complete = e->joined && e->uffd >= 0;
+    complete = dedup_group_is_joined(e->group) && e->uffd >= 0;
     dedup_unlock(e);
     return complete;
 }
@@ -331,7 +329,7 @@ static void reopen(DedupEngine *e)
 /* Try again: the group's directory may have been mended. */
 static void complete(DedupEngine *e)
 {
-    if (!e->joined) {
+    if (!dedup_group_is_joined(e->group)) {
         dedup_join(e, &group_ops);
     }
     reopen(e);
@@ -360,7 +358,7 @@ typedef enum Task { TASK_STOP, TASK_RESTORE, TASK_SCAN, TASK_REST } Task;
 static Task next_task(DedupEngine *e, DedupState *state)
 {
     bool hard;
-    bool blocked = is_blocked(e, &hard) || !e->joined;
+    bool blocked = is_blocked(e, &hard) || !dedup_group_is_joined(e->group);
     Task task;
 
     g_mutex_lock(&e->control);
@@ -406,7 +404,7 @@ static bool has_regions(DedupEngine *e)
 /* Take over a state, with figures that go with it for whoever waits for it. */
 static void enter_state(DedupEngine *e, DedupState state)
 {
-    if (state != e->state && e->joined) {
+    if (state != e->state && dedup_group_is_joined(e->group)) {
         e->figures_us = 0;
         dedup_stats_batch(e);
     }
@@ -463,7 +461,7 @@ void dedup_engine_run(DedupEngine *e)
                        e->active.sleep_millisecs * 1000LL : -1);
             break;
         default:
-            if (e->joined) {
+            if (dedup_group_is_joined(e->group)) {
                 dedup_stats_batch(e);
             }
             if (is_complete(e)) {

@@ -173,7 +173,6 @@ struct DedupEngine {
     DedupHostMem *hostmem;
     DedupKsm ksm;             /* scanner's own, but "absent": remap lock */
     DedupGroup *group;
-    bool joined;              /* atomic; becomes false under group_lock */
     int64_t watched_us;       /* when the group's files were looked at */
 
     GMutex turn;              /* makes the remap lock fair, see dedup_lock() */
@@ -202,7 +201,6 @@ struct DedupEngine {
     DedupReservation restore_reserved; /* what the request has reserved */
     char *group_error;
 
-    GMutex group_lock;        /* slots and table of the group, see group.h */
     uint64_t reserved_bytes;  /* atomic: the sum of all reservations */
 
     /* A restore request's walk; scanner's own. */

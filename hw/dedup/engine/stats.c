@@ -104,7 +104,7 @@ void dedup_stats_publish(DedupEngine *e)
         .reserved_bytes = live(&e->reserved_bytes),
     };
 
-    if (!__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
+    if (!dedup_group_is_joined(e->group)) {
         return;
     }
     dedup_hostmem_cgroup_ids(e->hostmem, info.cgroups);
@@ -116,11 +116,7 @@ void dedup_stats_publish(DedupEngine *e)
     info.overhead_bytes = e->overhead_bytes;
     info.owed_bytes = dedup_owed_bytes(e);
     g_mutex_unlock(&e->stats_lock);
-    g_mutex_lock(&e->group_lock);
-    if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
-        dedup_group_publish(e->group, &info);
-    }
-    g_mutex_unlock(&e->group_lock);
+    dedup_group_publish(e->group, &info);
 }
 
 static DedupSegmentUse own_use(DedupEngine *e, const DedupSegment *s)
@@ -142,17 +138,13 @@ static void publish_use(DedupEngine *e)
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
         DedupSegmentUse use;
-        bool ok;
 
         if (!s || !s->gid || !__atomic_load_n(&s->dirty, __ATOMIC_RELAXED)) {
             continue;
         }
         __atomic_store_n(&s->dirty, false, __ATOMIC_RELAXED);
         use = own_use(e, s);
-        g_mutex_lock(&e->group_lock);
-        ok = dedup_group_publish_use(e->group, &use);
-        g_mutex_unlock(&e->group_lock);
-        if (!ok) {
+        if (!dedup_group_publish_use(e->group, &use)) {
             s->dirty = true;
         }
     }
@@ -245,7 +237,7 @@ typedef struct Sums {
     uint64_t overhead;
 } Sums;
 
-static void add_member(void *opaque, unsigned member,
+static void add_member(void *opaque, unsigned member, bool self,
                        const DedupMemberInfo *info)
 {
     Sums *sums = opaque;
@@ -259,12 +251,10 @@ static void group_figures(DedupEngine *e, const Walk *w,
 {
     Sums sums = { 0 };
 
-    g_mutex_lock(&e->group_lock);
     dedup_group_foreach_member(e->group, add_member, &sums);
     group->members = dedup_group_members(e->group);
     group->members_incompatible =
         dedup_group_members_incompatible(e->group);
-    g_mutex_unlock(&e->group_lock);
     group->pages_shared = w->shared;
     group->pages_sharing = w->mapped - MIN(w->shared, w->mapped);
     group->bytes_saved = (int64_t)((w->mapped + sums.zero) <<
@@ -378,7 +368,7 @@ static void sum_counts(DedupEngine *e, DedupCounts *sum)
 
 void dedup_stats_batch(DedupEngine *e)
 {
-    if (!e->joined) {
+    if (!dedup_group_is_joined(e->group)) {
         return; /* a group that could not be joined: nothing was merged */
     }
     if (g_get_monotonic_time() - e->figures_us >= e->figures_pause_us) {

@@ -159,7 +159,8 @@ bool dedup_group_is_current(const DedupGroup *g)
 {
     struct stat now, then;
 
-    if (!g->path || !g->joined) {
+    dedup_group_assert_scanner(g);
+    if (!g->path || !g->has_slot) {
         return true;
     }
     if (is_replaced(g->dirfd, DEDUP_GROUP_SUBDIR "/slots", g->slots_fd) ||

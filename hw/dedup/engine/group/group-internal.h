@@ -86,8 +86,17 @@ struct DedupGroup {
     int subfd;                  /* DIR/v1-4k */
     int slots_fd;               /* our locks: the slot, the table */
 
+    /*
+     * Guards what threads other than the scanner's look at: what a join and a
+     * detach change, which happens while @joined is false, and our slot.
+     * Only the scanner changes all that, so it reads it without the lock.
+     */
+    GMutex lock;
+    bool joined;                /* atomic; written under the lock */
+    GThread *scanner;           /* who joined first; NULL: nobody yet */
+
     DedupGroupFile file;
-    bool joined;
+    bool has_slot;              /* of the directory: to be given back */
     unsigned self;
     uint64_t incarnation;
     ino_t socket_ino;           /* of its name, as we made it */
@@ -114,10 +123,16 @@ struct DedupGroup {
         int64_t waited_us;      /* and for how long */
     } client[DEDUP_MAX_MEMBERS];
 
-    uint32_t rows;              /* of our slot */
+    uint32_t rows;              /* of our slot; written under the lock */
     uint32_t free_hint;         /* where to look for a free table entry */
     GArray *orphans;            /* gids without user and publisher, sorted */
 };
+
+/* The scanner's thread is here. */
+static inline void dedup_group_assert_scanner(const DedupGroup *g)
+{
+    g_assert(g->scanner == g_thread_self());
+}
 
 /* group-file.c */
 bool dedup_group_file_create(DedupGroupFile *f, GError **error);

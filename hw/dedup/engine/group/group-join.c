@@ -475,7 +475,7 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
         !take_slot(g, error)) {
         goto out;
     }
-    g->joined = true;           /* the slot is ours to give back */
+    g->has_slot = true;
     if (!g->resumed && !dedup_group_slot_clear(g, error)) {
         goto out;
     }
@@ -491,7 +491,7 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
     }
 out:
     if (!ok) {
-        if (g->joined && g->resumed) {
+        if (g->has_slot && g->resumed) {
             /* for the next try */
             dedup_group_detach(g);
         }
@@ -507,7 +507,7 @@ void dedup_group_leave_directory(DedupGroup *g)
 {
     dedup_peer_server_free(g->server);
     g->server = NULL;
-    if (g->joined) {
+    if (g->has_slot) {
         DedupSlot none = { .incarnation = 0 };
         char name[16];
 
@@ -524,7 +524,7 @@ void dedup_group_leave_directory(DedupGroup *g)
                       DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW,
                       DEDUP_FILE_ROW);
         }
-        g->joined = false;
+        g->has_slot = false;
     }
     if (g->slots_fd >= 0) {
         close(g->slots_fd);
@@ -544,7 +544,12 @@ bool dedup_group_resumed(const DedupGroup *g)
 
 void dedup_group_detach(DedupGroup *g)
 {
-    g_assert(g->joined && g->kept.fd < 0);
+    dedup_group_assert_scanner(g);
+    g_assert(g->has_slot && g->kept.fd < 0);
+    /* who is looking at the others has seen them; nobody looks any more */
+    g_mutex_lock(&g->lock);
+    __atomic_store_n(&g->joined, false, __ATOMIC_RELEASE);
+    g_mutex_unlock(&g->lock);
     g->kept = g->file;
     g->kept_self = g->self;
     g->file = (DedupGroupFile) { .fd = -1 };

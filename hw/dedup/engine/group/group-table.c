@@ -105,6 +105,7 @@ uint32_t dedup_group_segment_alloc(DedupGroup *g, unsigned npages)
     DedupTableEntry entries[256];
     uint32_t gid = 0;
 
+    dedup_group_assert_scanner(g);
     g_assert(npages > 0 && npages <= DEDUP_SEGMENT_PAGES);
     if (!dedup_group_table_lock(g)) {
         return 0;
@@ -145,6 +146,7 @@ bool dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
 {
     DedupTableEntry e;
 
+    dedup_group_assert_scanner(g);
     if (!entry_read(g, gid, &e)) {
         return false;
     }
@@ -158,6 +160,7 @@ void dedup_group_segment_release(DedupGroup *g, uint32_t gid)
     DedupTableEntry e;
     uint32_t slot = DEDUP_GID_SLOT(gid);
 
+    dedup_group_assert_scanner(g);
     /* if the lock cannot be had the entry stays for the next walk */
     if (!dedup_group_table_lock(g)) {
         return;
@@ -173,23 +176,32 @@ void dedup_group_segment_release(DedupGroup *g, uint32_t gid)
     dedup_group_table_unlock(g);
 }
 
+/* Say that our row has @rows entries now. */
+static bool lengthen_row(DedupGroup *g, uint32_t rows)
+{
+    bool ok;
+
+    /* who writes the slot as a whole writes this number, too */
+    g_mutex_lock(&g->lock);
+    ok = dedup_group_file_write(&g->file, &rows, sizeof(rows),
+                                DEDUP_FILE_SLOTS +
+                                g->self * sizeof(DedupSlot) +
+                                offsetof(DedupSlot, rows));
+    if (ok) {
+        g->rows = rows;
+    }
+    g_mutex_unlock(&g->lock);
+    return ok;
+}
+
 bool dedup_group_publish_use(DedupGroup *g, const DedupSegmentUse *use)
 {
     uint32_t slot = DEDUP_GID_SLOT(use->gid);
 
+    dedup_group_assert_scanner(g);
     g_assert(use->gid != 0 && use->gid < 1u << DEDUP_GID_BITS);
-    if (slot >= g->rows) {
-        uint32_t rows = slot + 1;
-
-        if (!dedup_group_file_write(&g->file, &rows, sizeof(rows),
-                                    DEDUP_FILE_SLOTS +
-                                    g->self * sizeof(DedupSlot) +
-                                    offsetof(DedupSlot, rows))) {
-            return false;
-        }
-        g->rows = rows;
-    }
-    return dedup_group_file_write(&g->file, use, sizeof(*use),
+    return (slot < g->rows || lengthen_row(g, slot + 1)) &&
+           dedup_group_file_write(&g->file, use, sizeof(*use),
                                   use_offset(g->self, slot));
 }
 
@@ -198,6 +210,7 @@ bool dedup_group_clear_use(DedupGroup *g, uint32_t gid)
     static const DedupSegmentUse none;
     uint32_t slot = DEDUP_GID_SLOT(gid);
 
+    dedup_group_assert_scanner(g);
     /* the place may have been taken by another segment since */
     return slot >= g->rows || !dedup_group_uses(g, g->self, gid) ||
            dedup_group_file_write(&g->file, &none, sizeof(none),
@@ -227,6 +240,7 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
 {
     DedupSegmentUse one;
 
+    dedup_group_assert_scanner(g);
     memset(use, 0, sizeof(*use));
     use->gid = gid;
     if (dedup_group_members(g) < 2) {
@@ -277,6 +291,7 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
     GArray *orphans = g_array_new(false, false, sizeof(uint32_t));
     bool complete = true;
 
+    dedup_group_assert_scanner(g);
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         if (is_alive(g, k) && !dedup_group_slot_read(g, k, &slots[k])) {
             slots[k].rows = 0;

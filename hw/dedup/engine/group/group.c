@@ -8,8 +8,8 @@
  * asked any more until the next refresh: it would hold up our scan.
  * Connections are kept open from one refresh to the next.
  *
- * Thread: the scanner's, but for what its comment in group.h says.  Who lives
- * may be found out by any thread, so it is kept in atomics.
+ * Thread: the scanner's, but for what group.h says.  Who lives may be found
+ * out by any thread, so it is kept in atomics.
  */
 
 #include <fcntl.h>
@@ -30,6 +30,7 @@ DedupGroup *dedup_group_new(const char *dir, GError **error)
 {
     DedupGroup *g = g_new0(DedupGroup, 1);
 
+    g_mutex_init(&g->lock);
     g->dirfd = -1;
     g->subfd = -1;
     g->slots_fd = -1;
@@ -53,6 +54,10 @@ DedupGroup *dedup_group_new(const char *dir, GError **error)
 bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
                       GError **error)
 {
+    if (!g->scanner) {
+        g->scanner = g_thread_self();
+    }
+    dedup_group_assert_scanner(g);
     g_assert(g->file.fd < 0);
     if (g->path) {
         if (!dedup_group_join_directory(g, ops, opaque, error)) {
@@ -65,6 +70,20 @@ bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
     }
     dedup_group_refresh(g);
     return true;
+}
+
+void dedup_group_enter(DedupGroup *g)
+{
+    dedup_group_assert_scanner(g);
+    g_assert(g->file.fd >= 0);
+    g_mutex_lock(&g->lock);
+    __atomic_store_n(&g->joined, true, __ATOMIC_RELEASE);
+    g_mutex_unlock(&g->lock);
+}
+
+bool dedup_group_is_joined(const DedupGroup *g)
+{
+    return __atomic_load_n(&g->joined, __ATOMIC_ACQUIRE);
 }
 
 void dedup_group_free(DedupGroup *g)
@@ -81,6 +100,7 @@ void dedup_group_free(DedupGroup *g)
         close(g->dirfd);
     }
     g_array_unref(g->orphans);
+    g_mutex_clear(&g->lock);
     g_free(g->path);
     g_free(g);
 }
@@ -130,15 +150,20 @@ void dedup_group_refresh(DedupGroup *g)
 {
     bool locked[DEDUP_MAX_MEMBERS] = { false };
 
+    dedup_group_assert_scanner(g);
     g->free_hint = 0;
+    /* a newcomer that another thread finds meanwhile would be lost */
+    g_mutex_lock(&g->lock);
     if (g->slots_fd >= 0) {
         dedup_group_locked_slots(g->slots_fd, locked);
     }
+    locked[g->self] = true;
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
-        bool alive = k == g->self || locked[k];
-
-        set_alive(g, k, alive);
-        if (!alive || !g->client[k].used) {
+        set_alive(g, k, locked[k]);
+    }
+    g_mutex_unlock(&g->lock);
+    for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+        if (!locked[k] || !g->client[k].used) {
             dedup_peer_close(&g->client[k].peer);
         }
         g->client[k].skip = false;
@@ -149,7 +174,8 @@ void dedup_group_refresh(DedupGroup *g)
     g->members_incompatible = g->path ? dedup_group_count_incompatible(g) : 0;
 }
 
-bool dedup_group_alive(DedupGroup *g, unsigned member)
+/* The scanner's thread, or the lock is held. */
+static bool find_alive(DedupGroup *g, unsigned member)
 {
     if (member >= DEDUP_MAX_MEMBERS) {
         return false;
@@ -165,6 +191,12 @@ bool dedup_group_alive(DedupGroup *g, unsigned member)
     return true;
 }
 
+bool dedup_group_alive(DedupGroup *g, unsigned member)
+{
+    dedup_group_assert_scanner(g);
+    return find_alive(g, member);
+}
+
 unsigned dedup_group_members(const DedupGroup *g)
 {
     return __atomic_load_n(&g->members, __ATOMIC_RELAXED);
@@ -177,29 +209,35 @@ unsigned dedup_group_members_incompatible(const DedupGroup *g)
 
 bool dedup_group_publish(DedupGroup *g, const DedupMemberInfo *info)
 {
-    DedupSlot slot = {
-        .incarnation = g->incarnation,
-        .rows = g->rows,
-        .written = 1,
-        .info = *info,
-    };
+    DedupSlot slot = { .written = 1, .info = *info };
+    bool ok = false;
 
-    return dedup_group_file_write(&g->file, &slot, sizeof(slot),
-                                  DEDUP_FILE_SLOTS +
-                                  g->self * sizeof(slot));
+    g_mutex_lock(&g->lock);
+    if (dedup_group_is_joined(g)) {
+        slot.incarnation = g->incarnation;
+        slot.rows = g->rows;
+        ok = dedup_group_file_write(&g->file, &slot, sizeof(slot),
+                                    DEDUP_FILE_SLOTS +
+                                    g->self * sizeof(slot));
+    }
+    g_mutex_unlock(&g->lock);
+    return ok;
 }
 
 bool dedup_group_member(DedupGroup *g, unsigned member,
                         DedupMemberInfo *info)
 {
     DedupSlot slot;
+    bool ok;
 
-    if (!dedup_group_alive(g, member) ||
-        !dedup_group_slot_read(g, member, &slot) || !slot.written) {
-        return false;
+    g_mutex_lock(&g->lock);
+    ok = dedup_group_is_joined(g) && find_alive(g, member) &&
+         dedup_group_slot_read(g, member, &slot) && slot.written;
+    g_mutex_unlock(&g->lock);
+    if (ok) {
+        *info = slot.info;
     }
-    *info = slot.info;
-    return true;
+    return ok;
 }
 
 void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
@@ -207,6 +245,10 @@ void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
 {
     bool locked[DEDUP_MAX_MEMBERS] = { false };
 
+    g_mutex_lock(&g->lock);
+    if (!dedup_group_is_joined(g)) {
+        goto out;
+    }
     if (g->slots_fd >= 0) {
         dedup_group_locked_slots(g->slots_fd, locked);
     }
@@ -218,9 +260,11 @@ void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
         }
         set_alive(g, k, true);
         if (dedup_group_slot_read(g, k, &slot) && slot.written) {
-            fn(opaque, k, &slot.info);
+            fn(opaque, k, k == g->self, &slot.info);
         }
     }
+out:
+    g_mutex_unlock(&g->lock);
 }
 
 /* It was asked at @start; did it not answer, or does it take too long? */
@@ -262,6 +306,7 @@ bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
     DedupPeer *p;
     bool ok;
 
+    dedup_group_assert_scanner(g);
     for (unsigned i = 0; i < n; i++) {
         proofs[i].proven = DEDUP_MUTANT(NO_PROOF);
     }
@@ -320,6 +365,7 @@ void dedup_group_fetch(DedupGroup *g, unsigned member, DedupFetch *items,
     int64_t end = g_get_monotonic_time() + PATIENCE_US;
     unsigned left = n;
 
+    dedup_group_assert_scanner(g);
     g_assert(n <= DEDUP_PEER_BATCH);
     for (unsigned i = 0; i < n; i++) {
         items[i].fd = -1;

@@ -13,7 +13,10 @@
  * mapping, so that a hole costs no memory and a lack of memory is an error
  * code.  Only the index is mapped.
  *
- * Thread: the scanner's, unless a comment says otherwise.
+ * Threads: the scanner's is the one that joins first, and the only one that
+ * may call most of this; that is asserted.  What is marked "any thread" may be
+ * called by all, whether we have joined or not, and takes a lock of the
+ * group's own, which comes before the engine's remap lock in the order.
  */
 
 #ifndef DEDUP_GROUP_H
@@ -108,10 +111,20 @@ DedupGroup *dedup_group_new(const char *dir, GError **error);
  * take a slot; listen; start the peer thread.  Removes stale socket names.
  * The directory must belong to our effective uid or root and be writable by
  * its owner only.  May be called again after it failed or was undone by
- * dedup_group_detach().
+ * dedup_group_detach().  The caller's thread is the scanner's from now on.
  */
 bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
                       GError **error);
+
+/*
+ * Between a join, after which the caller may have to name its segments anew,
+ * and dedup_group_enter() only the scanner's functions work: for all others
+ * we are not in the group.  Call it when that is done.
+ */
+void dedup_group_enter(DedupGroup *g);
+
+/* Entered, and not detached since?  Any thread; atomic, takes no lock. */
+bool dedup_group_is_joined(const DedupGroup *g);
 
 /*
  * Is what we hold open still what the directory has?  False: somebody deleted
@@ -120,8 +133,9 @@ bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
 bool dedup_group_is_current(const DedupGroup *g);
 
 /*
- * Let go of the directory, to join again.  Stops the peer thread; nothing
- * else may be called but join and free.
+ * Let go of the directory, to join again.  First of all we have not joined any
+ * more, and no other thread is in the middle of what it may call.  Stops the
+ * peer thread; of the scanner's functions only join may be called then.
  */
 void dedup_group_detach(DedupGroup *g);
 
@@ -132,10 +146,15 @@ void dedup_group_detach(DedupGroup *g);
  */
 bool dedup_group_resumed(const DedupGroup *g);
 
-/* Leave and free; stops the peer thread, removes our socket's name. */
+/*
+ * Leave and free; stops the peer thread, removes our socket's name.  By the
+ * last one that has it, any thread.
+ */
 void dedup_group_free(DedupGroup *g);
 
+/* Any thread. */
 bool dedup_group_has_dir(const DedupGroup *g);
+/* As of the last join: the scanner's thread, or when that has ended. */
 unsigned dedup_group_self(const DedupGroup *g);
 uint64_t dedup_group_salt(const DedupGroup *g);
 DedupIndex *dedup_group_index(const DedupGroup *g);
@@ -149,14 +168,16 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g);
  * versions.  Call once a pass, and after a peer did not answer.
  */
 void dedup_group_refresh(DedupGroup *g);
-/* Any thread. */
+/* As it was found last; who has joined since is seen, who is gone is not. */
 bool dedup_group_alive(DedupGroup *g, unsigned member);
+/* Any thread; atomic. */
 unsigned dedup_group_members(const DedupGroup *g);
+/* As of the last refresh. */
 unsigned dedup_group_members_incompatible(const DedupGroup *g);
 
 /*
  * The own slot out, and another's in (false: not alive or not written).  Any
- * thread, one at a time.
+ * thread; false, too, while we have not joined.
  */
 bool dedup_group_publish(DedupGroup *g, const DedupMemberInfo *info);
 bool dedup_group_member(DedupGroup *g, unsigned member,
@@ -164,9 +185,14 @@ bool dedup_group_member(DedupGroup *g, unsigned member,
 
 /*
  * Calls @fn for each member that lives and has written its slot, this one
- * included.  As dedup_group_member(), but asks the kernel once for all.
+ * (@self) included; for none while we have not joined.  As
+ * dedup_group_member(), but asks the kernel once for all.  Any thread.
+ *
+ * @fn is called with the group's lock held: it must not call what any thread
+ * may call here but dedup_group_members() and dedup_group_is_joined(), nor
+ * take a lock that comes before it.
  */
-typedef void (*DedupMemberFn)(void *opaque, unsigned member,
+typedef void (*DedupMemberFn)(void *opaque, unsigned member, bool self,
                               const DedupMemberInfo *info);
 void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
                                 void *opaque);
@@ -197,7 +223,7 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
  * them): calls @fn with the segment's length, whether this member published
  * it, this member's usage as it was published, and that of all other live
  * members together.  @fn returns whether this member holds the segment, mapped
- * or not.  False: a part of the table could not be read.
+ * or not; no lock is held.  False: a part of the table could not be read.
  *
  * A segment that nobody maps is released when it is found so in two walks, if
  * its publisher is gone, or is this member and does not hold it any more.
@@ -209,7 +235,7 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
                                  void *opaque);
 
 /*
- * Ask member @member to prove that it has the pages: peer.c tells how.  Sets
+ * Ask member @member to prove that it has the pages: peer.h tells how.  Sets
  * @proven of each.  Returns false when it does not answer (in time).
  */
 bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,

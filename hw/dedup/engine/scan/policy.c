@@ -77,14 +77,14 @@ typedef struct Tick {
     uint64_t scans[DEDUP_MAX_MEMBERS];
 } Tick;
 
-static void tick_member(void *opaque, unsigned member,
+static void tick_member(void *opaque, unsigned member, bool self,
                         const DedupMemberInfo *info)
 {
     Tick *t = opaque;
 
     t->pages += MIN(info->pages_total, 1ULL << DEDUP_MEMBER_PAGE_BITS);
     t->scans[member] = info->full_scans;
-    if (member != dedup_group_self(t->e->group) && info->scanning) {
+    if (!self && info->scanning) {
         /* "not equal": a slot may have got a new owner */
         t->all &= info->full_scans != t->e->tick_scans[member];
     }
@@ -100,7 +100,6 @@ static void tick(DedupEngine *e)
     Tick t = { .e = e, .all = true };
     uint64_t pages;
 
-    g_mutex_lock(&e->group_lock);
     dedup_group_foreach_member(e->group, tick_member, &t);
     /*
      * Hints of what was there once fill the index; it need not grow on.  0
@@ -121,7 +120,6 @@ static void tick(DedupEngine *e)
             g_hash_table_remove_all(e->left_gids);
         }
     }
-    g_mutex_unlock(&e->group_lock);
 }
 
 /* The segment goes: nobody shall look for it. */
@@ -141,7 +139,7 @@ static void withdraw(DedupEngine *e, const DedupSegment *s)
 void dedup_policy_drop_unused(DedupEngine *e)
 {
     /* else the group hears of it when we are back: walk_segment() */
-    bool joined = __atomic_load_n(&e->joined, __ATOMIC_ACQUIRE);
+    bool joined = dedup_group_is_joined(e->group);
 
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
@@ -366,7 +364,7 @@ static bool is_stale(void *opaque, const DedupHint *hint)
     return hint->page >= npages;
 }
 
-/* The lock is given up now and then, others want it for the figures. */
+/* In slices: something else may be asked of the scanner meanwhile. */
 static void sweep(DedupEngine *e)
 {
     uint64_t pages = dedup_index_bytes(e->index) / DEDUP_PAGE_SIZE;
@@ -377,10 +375,8 @@ static void sweep(DedupEngine *e)
     while (left && dedup_may_scan(e)) {
         unsigned n = MIN(left, SWEEP_LEAST);
 
-        g_mutex_lock(&e->group_lock);
         removed += dedup_index_sweep(e->index, &e->sweep_cursor, n, is_stale,
                                      &s);
-        g_mutex_unlock(&e->group_lock);
         left -= n;
     }
     g_hash_table_destroy(s.lengths);
@@ -415,9 +411,7 @@ void dedup_policy_pass_end(DedupEngine *e)
     DedupReservation reserved = { 0 };
     DedupNeed need = { 0 };
 
-    g_mutex_lock(&e->group_lock);
     dedup_group_refresh(e->group);
-    g_mutex_unlock(&e->group_lock);
     g_hash_table_remove_all(e->failed_gids);
     tick(e);
     need.memory = find_lean(e);

@@ -127,14 +127,14 @@ void dedup_join(DedupEngine *e, const DedupGroupOps *ops)
     if (!dedup_group_resumed(e->group)) {
         move(e);
     }
-    __atomic_store_n(&e->joined, true, __ATOMIC_RELEASE);
+    dedup_group_enter(e->group);
 }
 
 void dedup_watch_group(DedupEngine *e)
 {
     int64_t now = g_get_monotonic_time();
 
-    if (!e->joined || now - e->watched_us < WATCH_US) {
+    if (!dedup_group_is_joined(e->group) || now - e->watched_us < WATCH_US) {
         return;
     }
     e->watched_us = now;
@@ -143,9 +143,6 @@ void dedup_watch_group(DedupEngine *e)
     }
     /* while the index is there: what we claimed is not published */
     dedup_publish_abandon(e);
-    g_mutex_lock(&e->group_lock);
-    __atomic_store_n(&e->joined, false, __ATOMIC_RELEASE);
-    g_mutex_unlock(&e->group_lock);
     dedup_group_detach(e->group);
     e->index = NULL;            /* if joining fails it is unmapped */
     g_mutex_lock(&e->control);

@@ -72,20 +72,19 @@ static bool is_in(const DedupMemberInfo *info, uint64_t cgroup)
 
 /* What is taken off for the other members. */
 typedef struct Claims {
-    unsigned self;
     DedupClaim kind;
     DedupCgroupRoom *rooms;   /* @n of them, each less the claims in it */
     unsigned n;
     uint64_t host;            /* less all claims */
 } Claims;
 
-static void take_off(void *opaque, unsigned member,
+static void take_off(void *opaque, unsigned member, bool self,
                      const DedupMemberInfo *info)
 {
     Claims *c = opaque;
     uint64_t bytes = claim(info, c->kind);
 
-    if (member == c->self) {
+    if (self) {
         return;
     }
     c->host -= MIN(c->host, bytes);
@@ -94,16 +93,6 @@ static void take_off(void *opaque, unsigned member,
             c->rooms[i].bytes -= MIN(c->rooms[i].bytes, bytes);
         }
     }
-}
-
-static void take_off_claims(DedupEngine *e, Claims *c)
-{
-    g_mutex_lock(&e->group_lock);
-    if (__atomic_load_n(&e->joined, __ATOMIC_ACQUIRE)) {
-        c->self = dedup_group_self(e->group);
-        dedup_group_foreach_member(e->group, take_off, c);
-    }
-    g_mutex_unlock(&e->group_lock);
 }
 
 static uint64_t least_room(const Claims *c)
@@ -123,7 +112,7 @@ uint64_t dedup_cgroup_room(DedupEngine *e, DedupClaim kind)
 
     c.n = dedup_hostmem_cgroup_rooms(e->hostmem, rooms);
     if (c.n) {
-        take_off_claims(e, &c);
+        dedup_group_foreach_member(e->group, take_off, &c);
     }
     return least_room(&c);
 }
@@ -140,7 +129,7 @@ static uint64_t room_for(DedupEngine *e, const DedupReservation *res,
     c.n = dedup_hostmem_cgroup_rooms(e->hostmem, rooms);
     c.host = dedup_hostmem_available(e->hostmem);
     c.host -= c.host == UINT64_MAX ? 0 : MIN(c.host, DEDUP_SPARE_BYTES);
-    take_off_claims(e, &c);
+    dedup_group_foreach_member(e->group, take_off, &c);
     room = least_room(&c);
     taken -= MIN(taken, res->bytes);
     *who = room < c.host ? "the memory cgroup" : "the host";

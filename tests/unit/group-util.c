@@ -203,7 +203,7 @@ static void child_main(const char *dir, unsigned seed, int fd)
     int answer = dedup_group_self(m->g);
     char command = 0;
 
-    g_assert_true(dedup_group_publish(m->g, &info));
+    g_assert_true(dedup_group_tell(m->g, &info));
     do {
         if (write(fd, &answer, sizeof(answer)) != sizeof(answer) ||
             read(fd, &command, 1) != 1) {
@@ -219,12 +219,12 @@ static void child_main(const char *dir, unsigned seed, int fd)
             use.gid = answer;
             break;
         case 'u':
-            answer = dedup_group_publish_use(m->g, &use);
+            answer = dedup_group_tell_use(m->g, &use);
             break;
         case 'l':
             test_member_free(m);
             m = test_member_new(dir, seed);
-            g_assert_true(dedup_group_publish(m->g, &info));
+            g_assert_true(dedup_group_tell(m->g, &info));
             /* fall through */
         case 's':
             answer = dedup_group_self(m->g);

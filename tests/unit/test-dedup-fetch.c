@@ -78,7 +78,7 @@ static void test_fetch(TestPair *f, gconstpointer data)
     dedup_group_fetch(f->a->g, 1, items, 2);
     g_assert_cmpint(items[0].fd, ==, -1);
     assert_fetched(&items[1], 'b');
-    g_assert_true(dedup_group_publish_use(c->g, &use));
+    g_assert_true(dedup_group_tell_use(c->g, &use));
     dedup_group_fetch(f->a->g, 1, items, 2);
     assert_fetched(&items[0], 'c');
     assert_fetched(&items[1], 'b');
@@ -99,7 +99,7 @@ static void test_fetch_from_user(TestPair *f, gconstpointer data)
     DedupFetch items[2] = { want(f->a, gid, 0), want(f->a, gid, 1) };
 
     serve_segment(f->b, gid, 'b');
-    g_assert_true(dedup_group_publish_use(f->b->g, &use));
+    g_assert_true(dedup_group_tell_use(f->b->g, &use));
     test_member_free(c);
     dedup_group_refresh(f->a->g);
     g_assert_false(dedup_group_alive(f->a->g, publisher));

@@ -61,7 +61,7 @@ static void test_alone(Fixture *f, gconstpointer data)
     g_assert_cmpuint(dedup_index_lookup(dedup_group_index(m->g), 77, hits),
                      ==, 1);
     g_assert_false(dedup_group_member(m->g, 0, &got));
-    g_assert_true(dedup_group_publish(m->g, &info));
+    g_assert_true(dedup_group_tell(m->g, &info));
     g_assert_true(dedup_group_member(m->g, 0, &got));
     g_assert_cmpuint(got.pid, ==, 42);
     gid = dedup_group_segment_alloc(m->g, 512);
@@ -73,6 +73,42 @@ static void test_alone(Fixture *f, gconstpointer data)
     g_assert_cmpuint(dedup_group_shared_bytes(m->g), >=, 3 * 4096);
     g_assert_cmpuint(dedup_group_shared_bytes(m->g), <=, 64 * 1024);
     test_member_free(m);
+}
+
+/* What is reserved is told at once, beside what was told last. */
+static void test_reserved(Fixture *f, gconstpointer data)
+{
+    TestMember *a = test_member_new(f->dir, 0);
+    TestMember *b = test_member_new(f->dir, 0);
+    DedupMemberInfo info = { .pid = 7, .reserved_bytes = 5 }, got;
+
+    g_assert_false(dedup_group_tell_reserved(a->g, 1 << 20));
+    g_assert_false(dedup_group_member(b->g, 0, &got));
+    g_assert_true(dedup_group_tell(a->g, &info));
+    g_assert_true(dedup_group_member(b->g, 0, &got));
+    g_assert_cmpuint(got.reserved_bytes, ==, 5);
+    g_assert_true(dedup_group_tell_reserved(a->g, 3 << 20));
+    g_assert_true(dedup_group_member(b->g, 0, &got));
+    g_assert_cmpuint(got.reserved_bytes, ==, 3 << 20);
+    g_assert_cmpuint(got.pid, ==, 7);
+
+    /* while we are away it is remembered */
+    dedup_group_detach(a->g);
+    g_assert_false(dedup_group_is_joined(a->g));
+    g_assert_false(dedup_group_tell_reserved(a->g, 4 << 20));
+    g_assert_false(dedup_group_member(a->g, 1, &got));
+    g_assert_true(dedup_group_join(a->g, test_ops(), a, NULL));
+    g_assert_false(dedup_group_is_joined(a->g));
+    g_assert_false(dedup_group_tell(a->g, &info));
+    g_assert_false(dedup_group_tell_reserved(a->g, 6 << 20));
+    dedup_group_enter(a->g);
+    g_assert_true(dedup_group_is_joined(a->g));
+    g_assert_true(dedup_group_tell_reserved(a->g, 8 << 20));
+    g_assert_true(dedup_group_member(b->g, 0, &got));
+    g_assert_cmpuint(got.reserved_bytes, ==, 8 << 20);
+    g_assert_cmpuint(got.pid, ==, 7);
+    test_member_free(a);
+    test_member_free(b);
 }
 
 static void test_join_leave(Fixture *f, gconstpointer data)
@@ -101,7 +137,7 @@ static void test_join_leave(Fixture *f, gconstpointer data)
     g_assert_cmpuint(hits[0].page, ==, 5);
     /* One set of slots. */
     g_assert_false(dedup_group_member(b->g, 0, &got));
-    g_assert_true(dedup_group_publish(a->g, &info));
+    g_assert_true(dedup_group_tell(a->g, &info));
     g_assert_true(dedup_group_member(b->g, 0, &got));
     g_assert_cmpuint(got.owed_bytes, ==, 1ull << 40);
 
@@ -545,6 +581,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     umask(022);
     add("/group/alone", test_alone);
+    add("/group/reserved", test_reserved);
     add("/group/join-leave", test_join_leave);
     add("/group/long-path", test_long_path);
     add("/group/kill", test_kill);

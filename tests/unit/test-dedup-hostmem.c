@@ -313,23 +313,23 @@ static void test_members(TestPair *f, gconstpointer data)
     g_assert_cmpint(stat(slice, &st), ==, 0);
     b.cgroups[0] = st.st_ino + 1000000;    /* slice/b */
     b.cgroups[1] = st.st_ino;
-    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_true(dedup_group_tell(f->b->g, &b));
     g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 600 * MIB);
     g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_RESERVED), ==,
                      850 * MIB);
     /* it may publish, too, before we look again */
     b.scanning = 1;
-    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_true(dedup_group_tell(f->b->g, &b));
     g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==,
                      600 * MIB - DEDUP_PUBLISH_BYTES);
     /* somewhere else */
     b.cgroups[1] = 0;
-    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_true(dedup_group_tell(f->b->g, &b));
     g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 900 * MIB);
     /* what a liar says cannot overflow */
     b.cgroups[1] = st.st_ino;
     b.owed_bytes = UINT64_MAX;
-    g_assert_true(dedup_group_publish(f->b->g, &b));
+    g_assert_true(dedup_group_tell(f->b->g, &b));
     g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 0);
     host_end(&h);
 }

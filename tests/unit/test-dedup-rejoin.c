@@ -177,7 +177,7 @@ static void test_resume(TestPair *f, gconstpointer data)
     g_autofree char *sub = inside(f, ".");
     unsigned member, npages;
 
-    g_assert_true(dedup_group_publish_use(f->b->g, &use));
+    g_assert_true(dedup_group_tell_use(f->b->g, &use));
     delete(f, "slots");
     delete(f, "lock");
     delete(f, "m0.sock");
@@ -230,7 +230,7 @@ static void test_clear_use(TestPair *f, gconstpointer data)
     g_assert_cmpuint(use.gid, !=, old);
     g_assert_cmpuint(use.gid % DEDUP_MAX_SEGMENTS, ==,
                      old % DEDUP_MAX_SEGMENTS);
-    g_assert_true(dedup_group_publish_use(f->a->g, &use));
+    g_assert_true(dedup_group_tell_use(f->a->g, &use));
     g_assert_true(dedup_group_clear_use(f->a->g, old));
     dedup_group_others_use(f->b->g, use.gid, &others);
     g_assert_cmpuint(others.mapped, ==, 7);

@@ -224,13 +224,13 @@ static void test_use(Fixture *f, gconstpointer data)
     dedup_group_refresh(f->a->g);
     dedup_group_refresh(f->b->g);
     use.gid = gid;
-    g_assert_true(dedup_group_publish_use(f->a->g, &use));
+    g_assert_true(dedup_group_tell_use(f->a->g, &use));
     use.mapped = 20;
     use.pages[0] = 6;
-    g_assert_true(dedup_group_publish_use(f->b->g, &use));
+    g_assert_true(dedup_group_tell_use(f->b->g, &use));
     use.mapped = UINT32_MAX - 5;
     use.pages[0] = 8;
-    g_assert_true(dedup_group_publish_use(c->g, &use));
+    g_assert_true(dedup_group_tell_use(c->g, &use));
 
     dedup_group_others_use(f->a->g, gid, &got);
     g_assert_cmpuint(got.gid, ==, gid);
@@ -271,7 +271,7 @@ static void test_orphans(Fixture *f, gconstpointer data)
     DedupSegmentUse use = { .gid = used, .mapped = 1 };
     Walk w = { 0 };
 
-    g_assert_true(dedup_group_publish_use(f->b->g, &use));
+    g_assert_true(dedup_group_tell_use(f->b->g, &use));
     dedup_group_foreach_segment(f->b->g, walk, &w);
     dedup_group_foreach_segment(f->b->g, walk, &w);
     g_assert_true(known(f->b, unused));
@@ -295,7 +295,7 @@ static void test_let_go(Fixture *f, gconstpointer data)
     Walk w = { .dropped = gid };
 
     dedup_group_refresh(f->a->g);
-    g_assert_true(dedup_group_publish_use(f->b->g, &use));
+    g_assert_true(dedup_group_tell_use(f->b->g, &use));
     for (unsigned i = 0; i < 3; i++) {
         dedup_group_foreach_segment(f->a->g, walk, &w);
     }

@@ -101,7 +101,7 @@ void dedup_set_state(DedupEngine *e, DedupState state)
     e->state = state;
     g_mutex_unlock(&e->stats_lock);
     if (changed) {
-        dedup_stats_publish(e);
+        dedup_stats_tell(e);
         if (e->callbacks.state_changed) {
             e->callbacks.state_changed(e->opaque, state);
         }

@@ -568,7 +568,7 @@ void dedup_update_state(DedupEngine *e);
 void dedup_wait(DedupEngine *e, int64_t us);
 
 /* Tell the group about ourselves: the member slot. */
-void dedup_stats_publish(DedupEngine *e);
+void dedup_stats_tell(DedupEngine *e);
 /* Figures, at the end of a batch and of a pass. */
 void dedup_stats_batch(DedupEngine *e);
 /* True if the costly figures are new, so that policy.c can judge by them. */

@@ -94,7 +94,7 @@ static uint64_t private_metadata(DedupEngine *e)
     return bytes;
 }
 
-void dedup_stats_publish(DedupEngine *e)
+void dedup_stats_tell(DedupEngine *e)
 {
     DedupMemberInfo info = {
         .pid = getpid(),
@@ -116,7 +116,7 @@ void dedup_stats_publish(DedupEngine *e)
     info.overhead_bytes = e->overhead_bytes;
     info.owed_bytes = dedup_owed_bytes(e);
     g_mutex_unlock(&e->stats_lock);
-    dedup_group_publish(e->group, &info);
+    dedup_group_tell(e->group, &info);
 }
 
 static DedupSegmentUse own_use(DedupEngine *e, const DedupSegment *s)
@@ -133,7 +133,7 @@ static DedupSegmentUse own_use(DedupEngine *e, const DedupSegment *s)
 }
 
 /* Tell the group which segment pages we use. */
-static void publish_use(DedupEngine *e)
+static void tell_use(DedupEngine *e)
 {
     for (unsigned i = 0; i < e->segments->len; i++) {
         DedupSegment *s = g_ptr_array_index(e->segments, i);
@@ -144,7 +144,7 @@ static void publish_use(DedupEngine *e)
         }
         __atomic_store_n(&s->dirty, false, __ATOMIC_RELAXED);
         use = own_use(e, s);
-        if (!dedup_group_publish_use(e->group, &use)) {
+        if (!dedup_group_tell_use(e->group, &use)) {
             s->dirty = true;
         }
     }
@@ -291,7 +291,7 @@ static void costly_figures(DedupEngine *e)
     unsigned members;
     bool lost;
 
-    publish_use(e);
+    tell_use(e);
     lost = dedup_group_foreach_segment(e->group, walk_segment, &w) &&
            dedup_forget_lost_names(e);
     walk_nameless(&w);
@@ -316,7 +316,7 @@ static void costly_figures(DedupEngine *e)
     e->stats.maps_used = e->maps_other + maps;
     g_mutex_unlock(&e->stats_lock);
 
-    dedup_stats_publish(e);
+    dedup_stats_tell(e);
     if (dedup_group_has_dir(e->group)) {
         group_figures(e, &w, &group);
         g_mutex_lock(&e->stats_lock);
@@ -374,7 +374,7 @@ void dedup_stats_batch(DedupEngine *e)
     if (g_get_monotonic_time() - e->figures_us >= e->figures_pause_us) {
         costly_figures(e);
     } else {
-        dedup_stats_publish(e);
+        dedup_stats_tell(e);
     }
 }
 

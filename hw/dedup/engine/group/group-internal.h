@@ -93,6 +93,8 @@ struct DedupGroup {
      */
     GMutex lock;
     bool joined;                /* atomic; written under the lock */
+    bool has_told;              /* @told is what was told last */
+    DedupMemberInfo told;       /* both under the lock */
     GThread *scanner;           /* who joined first; NULL: nobody yet */
 
     DedupGroupFile file;

@@ -194,7 +194,7 @@ static bool lengthen_row(DedupGroup *g, uint32_t rows)
     return ok;
 }
 
-bool dedup_group_publish_use(DedupGroup *g, const DedupSegmentUse *use)
+bool dedup_group_tell_use(DedupGroup *g, const DedupSegmentUse *use)
 {
     uint32_t slot = DEDUP_GID_SLOT(use->gid);
 

@@ -207,19 +207,41 @@ unsigned dedup_group_members_incompatible(const DedupGroup *g)
     return g->members_incompatible;
 }
 
-bool dedup_group_publish(DedupGroup *g, const DedupMemberInfo *info)
+/* Write what was told last to our slot; the lock is held. */
+static bool write_slot(DedupGroup *g)
 {
-    DedupSlot slot = { .written = 1, .info = *info };
-    bool ok = false;
+    DedupSlot slot = {
+        .incarnation = g->incarnation,
+        .rows = g->rows,
+        .written = 1,
+        .info = g->told,
+    };
+
+    return dedup_group_is_joined(g) && g->has_told &&
+           dedup_group_file_write(&g->file, &slot, sizeof(slot),
+                                  DEDUP_FILE_SLOTS +
+                                  g->self * sizeof(slot));
+}
+
+bool dedup_group_tell(DedupGroup *g, const DedupMemberInfo *info)
+{
+    bool ok;
 
     g_mutex_lock(&g->lock);
-    if (dedup_group_is_joined(g)) {
-        slot.incarnation = g->incarnation;
-        slot.rows = g->rows;
-        ok = dedup_group_file_write(&g->file, &slot, sizeof(slot),
-                                    DEDUP_FILE_SLOTS +
-                                    g->self * sizeof(slot));
-    }
+    g->told = *info;
+    g->has_told = true;
+    ok = write_slot(g);
+    g_mutex_unlock(&g->lock);
+    return ok;
+}
+
+bool dedup_group_tell_reserved(DedupGroup *g, uint64_t bytes)
+{
+    bool ok;
+
+    g_mutex_lock(&g->lock);
+    g->told.reserved_bytes = bytes;
+    ok = write_slot(g);
     g_mutex_unlock(&g->lock);
     return ok;
 }

@@ -176,10 +176,17 @@ unsigned dedup_group_members(const DedupGroup *g);
 unsigned dedup_group_members_incompatible(const DedupGroup *g);
 
 /*
- * The own slot out, and another's in (false: not alive or not written).  Any
- * thread; false, too, while we have not joined.
+ * Tell the others about ourselves: our slot.  tell_reserved() changes only
+ * @reserved_bytes of what was told last.  False: not written; while we have
+ * not joined, or have told nothing yet, it is only remembered.  Any thread.
  */
-bool dedup_group_publish(DedupGroup *g, const DedupMemberInfo *info);
+bool dedup_group_tell(DedupGroup *g, const DedupMemberInfo *info);
+bool dedup_group_tell_reserved(DedupGroup *g, uint64_t bytes);
+
+/*
+ * What a member says about itself.  False: not alive, or its slot is not
+ * written, or we have not joined.  Any thread.
+ */
 bool dedup_group_member(DedupGroup *g, unsigned member,
                         DedupMemberInfo *info);
 
@@ -213,7 +220,7 @@ void dedup_group_segment_release(DedupGroup *g, uint32_t gid);
  * Usage: the own row of @gid out; and the sum over all *other* live members
  * in.  @use->pages is the union, @use->mapped the sum (saturating).
  */
-bool dedup_group_publish_use(DedupGroup *g, const DedupSegmentUse *use);
+bool dedup_group_tell_use(DedupGroup *g, const DedupSegmentUse *use);
 bool dedup_group_clear_use(DedupGroup *g, uint32_t gid);
 void dedup_group_others_use(DedupGroup *g, uint32_t gid,
                             DedupSegmentUse *use);

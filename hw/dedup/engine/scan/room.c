@@ -245,10 +245,11 @@ static uint64_t margin(uint64_t bytes)
 static void hold(DedupEngine *e, DedupReservation *res, uint64_t bytes)
 {
     /* wraps around where it gets less */
-    __atomic_fetch_add(&e->reserved_bytes, bytes - res->bytes,
-                       __ATOMIC_RELAXED);
+    uint64_t all = __atomic_add_fetch(&e->reserved_bytes, bytes - res->bytes,
+                                      __ATOMIC_RELAXED);
+
     res->bytes = bytes;
-    dedup_stats_publish(e);
+    dedup_group_tell_reserved(e->group, all);
 }
 
 bool dedup_reserve(DedupEngine *e, DedupReservation *res,

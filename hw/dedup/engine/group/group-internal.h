@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the files of the group share: group.c (the members and the public
- * face), group-file.c (the shared file), group-table.c (segments and their
- * use) and group-join.c (the directory).
+ * What the files of the group share.  From the top down, and none calls one
+ * above it: group-ask.c (asking members), group-table.c (segments and their
+ * use), group.c (who lives, and what they say), group-join.c (joining and
+ * leaving a directory), group-dir.c (the directory), group-file.c (the shared
+ * file).  Below them are the sockets (peer.h).
  */
 
 #ifndef DEDUP_GROUP_INTERNAL_H

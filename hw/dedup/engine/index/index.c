@@ -36,12 +36,12 @@
  *     the mapping.  Table pages are allocated with fallocate() by whoever
  *     stores to them first, so a lack of memory is an error and no SIGBUS;
  *     a lookup allocates none, and storing no more than the limit allows
- *     (index-pages.c).
+ *     (index-table.c).
  *
  * Threads: any, of any process.  All shared words are accessed with atomics.
  */
 
-#include "index-internal.h"
+#include "index-table.h"
 
 /* Attempts of an insert before it gives in to the others. */
 #define ATTEMPTS 16

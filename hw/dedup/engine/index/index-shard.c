@@ -7,7 +7,7 @@
  * Threads: any, of any process.
  */
 
-#include "index-internal.h"
+#include "index-table.h"
 
 /*
  * A shard grows by an eighth: by a quarter it would be emptier by a tenth in

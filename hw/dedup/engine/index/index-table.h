@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The layout of the index, and how its lines are read and written: what
- * index.c (the hints), index-grow.c (the size of a shard), index-pages.c (its
+ * index.c (the hints), index-shard.c (the size of a shard), index-table.c (its
  * memory) and index-sweep.c share.  The terms are explained in index.c.
  */
 
-#ifndef DEDUP_INDEX_INTERNAL_H
-#define DEDUP_INDEX_INTERNAL_H
+#ifndef DEDUP_INDEX_TABLE_H
+#define DEDUP_INDEX_TABLE_H
 
 #include <glib.h>
 
@@ -138,7 +138,7 @@ static inline bool is_backed(const DedupIndex *index, uint64_t page)
     return word(&index->backed->bits[page / 64]) & 1ull << page % 64;
 }
 
-/* index-pages.c */
+/* index-table.c */
 
 /*
  * Are there entries on a page that is not known to be backed?  Takes no
@@ -215,7 +215,7 @@ static inline bool line_add(uint64_t *line, uint64_t entry)
 /* The hint that an entry stands for, with whatever numbers it has. */
 void dedup_entry_decode(uint64_t entry, DedupHint *hint);
 
-/* index-grow.c */
+/* index-shard.c */
 
 /*
  * Put @entry in the place of one that is no published hint, beginning at a
@@ -238,4 +238,4 @@ void dedup_shard_check_count(const DedupIndex *index, unsigned shard,
 bool dedup_shard_grow(const DedupIndex *index, unsigned shard,
                       uint64_t pages);
 
-#endif /* DEDUP_INDEX_INTERNAL_H */
+#endif /* DEDUP_INDEX_TABLE_H */

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Making room in the index: moving an entry to its other line, replacing a
- * candidate, and letting a shard grow.  The terms, and what may go wrong, are
- * in index.c.
+ * candidate, and letting a shard grow; see index-shard.h.
  *
  * Threads: any, of any process.
  */
 
+#include "index-shard.h"
 #include "index-table.h"
 
 /*
@@ -18,10 +18,6 @@
  */
 #define SMALL_PAGES 16
 
-/*
- * Put @entry in the place of one that is no published hint, beginning at a
- * place that @seed chooses.
- */
 bool dedup_line_replace(uint64_t *line, uint64_t entry, unsigned seed)
 {
     for (unsigned i = 0; i < LINE_ENTRIES; i++) {
@@ -37,9 +33,8 @@ bool dedup_line_replace(uint64_t *line, uint64_t entry, unsigned seed)
 }
 
 /*
- * Makes room in line @at, which is full: one of its entries moves to the
- * other line where it may be, if there is room.  The entry is there twice
- * for a moment, and for good if somebody changes the old one just then.
+ * The entry that moves is there twice for a moment, and for good if somebody
+ * changes the old one just then.
  */
 bool dedup_line_displace(const DedupIndex *index, unsigned shard,
                          uint64_t at, uint64_t lines, uint64_t entry)
@@ -147,7 +142,6 @@ static void rehash(const DedupIndex *index, unsigned shard,
     __atomic_fetch_add(&s->count, seen - counted, __ATOMIC_SEQ_CST);
 }
 
-/* Returns false if @shard has no more than @pages pages and cannot grow. */
 bool dedup_shard_grow(const DedupIndex *index, unsigned shard, uint64_t pages)
 {
     Shard *s = &index->header->shard[shard];
@@ -174,7 +168,6 @@ bool dedup_shard_grow(const DedupIndex *index, unsigned shard, uint64_t pages)
     return true;
 }
 
-/* Should it grow, and may it? */
 bool dedup_shard_overloaded(const DedupIndex *index, unsigned shard,
                             uint64_t pages)
 {

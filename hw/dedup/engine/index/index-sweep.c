@@ -54,7 +54,7 @@ unsigned dedup_index_sweep(DedupIndex *index, uint64_t *cursor,
             if (entry == 0) {
                 continue;
             }
-            dedup_entry_decode(entry, &hint);
+            entry_decode(entry, &hint);
             /* what is not even a hint only takes a place */
             if ((hint.kind == DEDUP_HINT_NONE || is_stale(opaque, &hint)) &&
                 change_word(&entries[i], entry, 0)) {

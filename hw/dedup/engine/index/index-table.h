@@ -1,8 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The layout of the index, and how its lines are read and written: what
- * index.c (the hints), index-shard.c (the size of a shard), index-table.c (its
- * memory) and index-sweep.c share.  The terms are explained in index.c.
+ * The table of the index: its layout, how its entries and lines are read and
+ * written, and which of its pages have memory.  The terms are explained in
+ * index.c.  Above it are index-shard.c (the size of a shard), index.c (the
+ * hints) and index-sweep.c; nothing outside this folder includes this.
+ *
+ * Owner: a DedupIndex belongs to whoever made it by dedup_index_new(); the
+ * header and the table are all members'.
+ * Threads: any, of any process.  All shared words are accessed with atomics.
  */
 
 #ifndef DEDUP_INDEX_TABLE_H
@@ -91,6 +96,25 @@ static inline uint32_t entry_tag(uint64_t entry)
     return (entry >> WHERE_BITS) & TAG_MASK;
 }
 
+/* Candidates and claims name a member's page, published hints a segment's. */
+static inline unsigned page_bits(DedupHintKind kind)
+{
+    return kind == DEDUP_HINT_PUBLISHED ? DEDUP_GID_PAGE_BITS
+                                        : DEDUP_MEMBER_PAGE_BITS;
+}
+
+/* The hint that an entry stands for, with whatever numbers it has. */
+static inline void entry_decode(uint64_t entry, DedupHint *hint)
+{
+    unsigned bits = page_bits(entry_kind(entry));
+    uint64_t where = entry & WHERE_MASK;
+
+    hint->kind = entry_kind(entry);
+    hint->where = where >> bits;
+    hint->page = where & ((1u << bits) - 1);
+    hint->raw = entry;
+}
+
 /* A bijection on tags, so that the second line says nothing of the first. */
 static inline uint32_t mix(uint32_t tag)
 {
@@ -137,8 +161,6 @@ static inline bool is_backed(const DedupIndex *index, uint64_t page)
 {
     return word(&index->backed->bits[page / 64]) & 1ull << page % 64;
 }
-
-/* index-table.c */
 
 /*
  * Are there entries on a page that is not known to be backed?  Takes no
@@ -209,33 +231,5 @@ static inline bool line_add(uint64_t *line, uint64_t entry)
     }
     return false;
 }
-
-/* index.c */
-
-/* The hint that an entry stands for, with whatever numbers it has. */
-void dedup_entry_decode(uint64_t entry, DedupHint *hint);
-
-/* index-shard.c */
-
-/*
- * Put @entry in the place of one that is no published hint, beginning at a
- * place that @seed chooses.
- */
-bool dedup_line_replace(uint64_t *line, uint64_t entry, unsigned seed);
-/*
- * Makes room in line @at, which is full: one of its entries moves to the
- * other line where it may be, if there is room.
- */
-bool dedup_line_displace(const DedupIndex *index, unsigned shard,
-                         uint64_t at, uint64_t lines, uint64_t entry);
-/* Should @shard, which has @pages pages, grow, and may it? */
-bool dedup_shard_overloaded(const DedupIndex *index, unsigned shard,
-                            uint64_t pages);
-/* Correct the count of entries by a sample that @tag chooses. */
-void dedup_shard_check_count(const DedupIndex *index, unsigned shard,
-                             uint64_t pages, uint32_t tag);
-/* Returns false if it has no more than @pages pages and cannot grow. */
-bool dedup_shard_grow(const DedupIndex *index, unsigned shard,
-                      uint64_t pages);
 
 #endif /* DEDUP_INDEX_TABLE_H */

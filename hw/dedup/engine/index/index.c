@@ -10,7 +10,7 @@
  *   line    8 entries, one cache line; each tag has two lines where it may
  *           be, and a new entry goes into the emptier one
  *   shard   one of 16 tables, chosen by 4 other bits of the hash; grows on
- *           its own, by a quarter
+ *           its own, by an eighth
  *
  * Lines are numbered by (tag * lines) >> 24, with the tag as it is for the
  * first choice and mixed for the second.  Both are monotone in the number of
@@ -41,6 +41,7 @@
  * Threads: any, of any process.  All shared words are accessed with atomics.
  */
 
+#include "index-shard.h"
 #include "index-table.h"
 
 /* Attempts of an insert before it gives in to the others. */
@@ -88,13 +89,6 @@ void dedup_index_set_limit(DedupIndex *index, uint64_t entries)
                      __ATOMIC_RELAXED);
 }
 
-/* Candidates and claims name a member's page, published hints a segment's. */
-static unsigned page_bits(DedupHintKind kind)
-{
-    return kind == DEDUP_HINT_PUBLISHED ? DEDUP_GID_PAGE_BITS
-                                        : DEDUP_MEMBER_PAGE_BITS;
-}
-
 static uint64_t entry_encode(uint64_t hash, const DedupHint *hint)
 {
     unsigned bits = page_bits(hint->kind);
@@ -104,17 +98,6 @@ static uint64_t entry_encode(uint64_t hash, const DedupHint *hint)
     g_assert(where <= WHERE_MASK && hint->page < 1u << bits);
     return (uint64_t)hint->kind << 62 | (uint64_t)tag_of(hash) << WHERE_BITS |
            where;
-}
-
-void dedup_entry_decode(uint64_t entry, DedupHint *hint)
-{
-    unsigned bits = page_bits(entry_kind(entry));
-    uint64_t where = entry & WHERE_MASK;
-
-    hint->kind = entry_kind(entry);
-    hint->where = where >> bits;
-    hint->page = where & ((1u << bits) - 1);
-    hint->raw = entry;
 }
 
 /* The count says that it is time to grow. */
@@ -271,7 +254,7 @@ unsigned dedup_index_lookup(const DedupIndex *index, uint64_t hash,
         n = MIN(n + 1, DEDUP_INDEX_HITS);
     }
     for (unsigned i = 0; i < n; i++) {
-        dedup_entry_decode(best[i], &hits[i]);
+        entry_decode(best[i], &hits[i]);
     }
     return n;
 }

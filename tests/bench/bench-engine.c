@@ -15,7 +15,8 @@
 #include <unistd.h>
 
 #include "bench-engine.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/space-internal.h"
 
 #define POLL_US 500
 #define MAX_POLLS 60000
@@ -87,7 +88,7 @@ static Scanner *scanner_new(BenchRam *ram)
     g_cond_init(&s->cond);
     s->e = dedup_engine_new(&config, &error);
     if (s->e) {
-        s->e->active = config.params;
+        dedup_space_begin_batch(s->e->space, true);
         s->r = dedup_region_add(s->e, &info, &error);
     }
     if (!s->r) {
@@ -144,11 +145,11 @@ static DedupAction *prepare(Scanner *s, BenchRam *ram, size_t *nactions)
     DedupAction *actions = g_new0(DedupAction, equals);
     uint64_t content[BENCH_PAGE / sizeof(uint64_t)];
     DedupBuilder *b = NULL;
-    DedupSegment **segment_of;
+    DedupHolding **holding_of;
     unsigned gid = 1, number = 0;
     size_t n = 0;
 
-    segment_of = g_new0(DedupSegment *, equals / DEDUP_SEGMENT_PAGES + 1);
+    holding_of = g_new0(DedupHolding *, equals / DEDUP_SEGMENT_PAGES + 1);
     for (size_t i = 0; i < ram->copy_pages; i++) {
         if (bench_ram_is_equal(ram, i)) {
             b = b ? b : dedup_builder_new(NULL);
@@ -161,8 +162,7 @@ static DedupAction *prepare(Scanner *s, BenchRam *ram, size_t *nactions)
                   i + 1 == ram->copy_pages)) {
             DedupSegment *segment = dedup_builder_finish(b, gid++, NULL);
 
-            dedup_segments_add(s->e, segment);
-            segment_of[number++] = segment;
+            holding_of[number++] = dedup_holding_add(s->e->space, segment);
             b = NULL;
         }
     }
@@ -175,14 +175,14 @@ static DedupAction *prepare(Scanner *s, BenchRam *ram, size_t *nactions)
             if (bench_ram_is_equal(ram, page)) {
                 actions[n++] = (DedupAction) {
                     .page = page,
-                    .segment = segment_of[k / DEDUP_SEGMENT_PAGES],
+                    .holding = holding_of[k / DEDUP_SEGMENT_PAGES],
                     .index = k % DEDUP_SEGMENT_PAGES,
                 };
                 k++;
             }
         }
     }
-    g_free(segment_of);
+    g_free(holding_of);
     *nactions = n;
     return actions;
 }
@@ -243,7 +243,7 @@ void bench_engine_windows(BenchRam *ram, BenchCost *cost, BenchAfter *after,
         }
         cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID);
         wall = clock_ns(CLOCK_MONOTONIC);
-        done += dedup_windows(s->r, actions + i, j - i, &limits);
+        done += dedup_space_windows(s->r, actions + i, j - i, &limits);
         cost->cpu_ns += clock_ns(CLOCK_THREAD_CPUTIME_ID) - cpu;
         cost->wall_ns += clock_ns(CLOCK_MONOTONIC) - wall;
     }

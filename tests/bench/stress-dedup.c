@@ -27,7 +27,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "engine-internal.h"
+#include "host/mutant.h"
+#include "space/ledger.h"
 #include "stress.h"
 
 /* A thread that does nothing for so long hangs. */
@@ -57,7 +59,7 @@ static int pages = 4096;
 void __wrap_dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
 {
     uint32_t before = dedup_entry_at(r, page);
-    unsigned ram = r->memory == DEDUP_MEMORY_SHARED ? 0 : 1;
+    unsigned ram = r->info.memory == DEDUP_MEMORY_SHARED ? 0 : 1;
     int what = -1;
 
     if (entry == DEDUP_ZERO) {

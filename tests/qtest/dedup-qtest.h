@@ -205,6 +205,19 @@ static inline void dedup_wait_at_least(QTestState *qts, const char *name,
     }
 }
 
+/* Until a figure is 0 */
+static inline void dedup_wait_none(QTestState *qts, const char *name)
+{
+    int64_t end = g_get_monotonic_time() + DEDUP_TIMEOUT_US;
+
+    while (dedup_figure(qts, name)) {
+        if (g_get_monotonic_time() > end) {
+            g_error("%s is not 0", name);
+        }
+        g_usleep(DEDUP_POLL_US);
+    }
+}
+
 /* The description of an error, to be freed; the command must fail. */
 G_GNUC_PRINTF(2, 3)
 static inline char *dedup_error(QTestState *qts, const char *fmt, ...)

@@ -14,7 +14,8 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "scan/scan-internal.h"
 
 #define MIB (1u << 20)
 
@@ -288,11 +289,11 @@ static void index_in_cgroup(void *opaque)
     fx_wait_scans(fe, 2);
     fx_stats(fe, &stats);
     g_assert_cmpuint(stats.limits, ==, DEDUP_LIMIT_MEMORY);
-    g_assert_cmpuint(dedup_index_bytes(fe->e->index), ==, 0);
+    g_assert_cmpuint(dedup_index_bytes(fe->e->scan->index), ==, 0);
     g_assert_true(fx_cgroup_limit(in->cg, fx_cgroup_usage(in->cg) +
                                   200 * MIB));
     fx_wait_until(is_idle, fe, "not idle");
-    g_assert_cmpuint(dedup_index_bytes(fe->e->index), >=,
+    g_assert_cmpuint(dedup_index_bytes(fe->e->scan->index), >=,
                      PUBLISH_PAGES * sizeof(uint64_t));
     fx_engine_free(fe);
 }

@@ -12,7 +12,8 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/space-internal.h"
 
 #define PAGES 4096
 
@@ -27,11 +28,11 @@ int mincore(void *addr, size_t length, unsigned char *vec)
     FxEngine *fe = __atomic_load_n(&watched, __ATOMIC_ACQUIRE);
 
     if (fe && g_thread_self() == fe->thread) {
-        DedupEngine *e = fe->e;
-        bool is_free = g_mutex_trylock(&e->remap);
+        GMutex *lock = &fe->e->space->lock.mutex;
+        bool is_free = g_mutex_trylock(lock);
 
         if (is_free) {
-            g_mutex_unlock(&e->remap);
+            g_mutex_unlock(lock);
         }
         __atomic_fetch_add(&looks, 1, __ATOMIC_RELAXED);
         __atomic_fetch_add(&locked_looks, !is_free, __ATOMIC_RELAXED);

@@ -16,7 +16,8 @@
 #include <unistd.h>
 
 #include "group-util.h"
-#include "internal.h"
+#include "scan/room.h"
+#include "space/space-internal.h"
 
 #define MIB (1ULL << 20)
 #define NO_LIMIT UINT64_MAX
@@ -296,7 +297,7 @@ static void test_no_descriptors(void)
  */
 static void test_members(TestPair *f, gconstpointer data)
 {
-    DedupEngine e = { .group = f->a->g };
+    DedupRoom r = { .group = f->a->g };
     DedupMemberInfo b = { .owed_bytes = 300 * MIB, .reserved_bytes = 50 * MIB };
     struct stat st;
     g_autofree char *slice = NULL;
@@ -306,44 +307,45 @@ static void test_members(TestPair *f, gconstpointer data)
     put_v2(&h, "cg/slice/a", "1073741824\n", 24 * MIB, 0);
     put_v2(&h, "cg/slice", "1073741824\n", 124 * MIB, 0);
     host_start(&h, "0::/slice/a\n", MOUNT_V2);
-    e.hostmem = h.mem;
-    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 900 * MIB);
+    r.hostmem = h.mem;
+    g_assert_cmpuint(dedup_cgroup_room(&r, DEDUP_OWED_GROWTH), ==, 900 * MIB);
 
     slice = g_build_filename(h.dir, "cg/slice", NULL);
     g_assert_cmpint(stat(slice, &st), ==, 0);
     b.cgroups[0] = st.st_ino + 1000000;    /* slice/b */
     b.cgroups[1] = st.st_ino;
     g_assert_true(dedup_group_tell(f->b->g, &b));
-    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 600 * MIB);
-    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_RESERVED), ==,
+    g_assert_cmpuint(dedup_cgroup_room(&r, DEDUP_OWED_GROWTH), ==, 600 * MIB);
+    g_assert_cmpuint(dedup_cgroup_room(&r, DEDUP_OWED_RESERVED), ==,
                      850 * MIB);
     /* it may publish, too, before we look again */
     b.scanning = 1;
     g_assert_true(dedup_group_tell(f->b->g, &b));
-    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==,
+    g_assert_cmpuint(dedup_cgroup_room(&r, DEDUP_OWED_GROWTH), ==,
                      600 * MIB - DEDUP_PUBLISH_BYTES);
     /* somewhere else */
     b.cgroups[1] = 0;
     g_assert_true(dedup_group_tell(f->b->g, &b));
-    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 900 * MIB);
+    g_assert_cmpuint(dedup_cgroup_room(&r, DEDUP_OWED_GROWTH), ==, 900 * MIB);
     /* what a liar says cannot overflow */
     b.cgroups[1] = st.st_ino;
     b.owed_bytes = UINT64_MAX;
     g_assert_true(dedup_group_tell(f->b->g, &b));
-    g_assert_cmpuint(dedup_cgroup_room(&e, DEDUP_CLAIM_OWED), ==, 0);
+    g_assert_cmpuint(dedup_cgroup_room(&r, DEDUP_OWED_GROWTH), ==, 0);
     host_end(&h);
 }
 
 /* What has no memory of its own; more than all has, never. */
 static void test_owed(void)
 {
-    DedupEngine e = { .pages_total = 1000, .own_present = 900 };
+    DedupSpace space = { .sums = { .total = 1000, .own = 900 } };
+    DedupRoom room = { .space = &space };
 
-    g_assert_cmpuint(dedup_owed_bytes(&e), ==, 100 * DEDUP_PAGE_SIZE);
-    e.own_present = 1100;
-    g_assert_cmpuint(dedup_owed_bytes(&e), ==, 0);
-    e.own_present = 0;
-    g_assert_cmpuint(dedup_owed_bytes(&e), ==, 1000 * DEDUP_PAGE_SIZE);
+    g_assert_cmpuint(dedup_owed_bytes(&room), ==, 100 * DEDUP_PAGE_SIZE);
+    space.sums.own = 1100;
+    g_assert_cmpuint(dedup_owed_bytes(&room), ==, 0);
+    space.sums.own = 0;
+    g_assert_cmpuint(dedup_owed_bytes(&room), ==, 1000 * DEDUP_PAGE_SIZE);
 }
 
 int main(int argc, char **argv)

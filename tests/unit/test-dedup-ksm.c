@@ -17,7 +17,8 @@
 #include <sys/prctl.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/space-internal.h"
 #include "ksm-util.h"
 #include "mutant.h"
 
@@ -121,7 +122,7 @@ static void make_mergeable(void)
 /* In the window, its pages are compared or copied: KSM, then a store. */
 static void ksm_comes(int stage)
 {
-    struct pollfd p = { .fd = w.fe->e->uffd, .events = POLLIN };
+    struct pollfd p = { .fd = w.fe->e->space->freezer.uffd, .events = POLLIN };
 
     if (stage != (w.how->restore ? DEDUP_HOOK_COPIED : DEDUP_HOOK_JUDGED) ||
         !__atomic_exchange_n(&w.armed, 0, __ATOMIC_SEQ_CST)) {

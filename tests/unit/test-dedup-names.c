@@ -13,10 +13,13 @@
 
 #include "engine-fixture.h"
 #include "group-util.h"
-#include "internal.h"
-#include "rejoin.h"
+#include "engine-internal.h"
+#include "scan/leave.h"
+#include "scan/names.h"
+#include "space/ledger.h"
 
 #define SEGMENTS 200
+#define COPIES 3                /* so many pay for their segment */
 #define PAGES 1024
 /* Of the table of segments; group-join.c has it. */
 #define TABLE_BYTE 4096
@@ -27,6 +30,8 @@ typedef struct Engine {
     char *dir;
     FxEngine *fe;
     DedupEngine *e;
+    FxRam *ram;
+    unsigned copies;        /* pages of it that are merged to each segment */
     TestMember *other;      /* NULL: none yet */
 } Engine;
 
@@ -49,46 +54,66 @@ static const DedupGroupOps ops = {
 
 static void join(Engine *t)
 {
-    dedup_join(t->e, &ops);
+    g_autoptr(GError) error = NULL;
+
+    dedup_scan_join(t->e->scan, &ops, t->e, &error);
+    g_assert_no_error(error);
     g_assert_true(dedup_group_is_joined(t->e->group));
 }
 
-/* As published by this engine, and mapped somewhere. */
-static DedupSegment *add_segment(DedupEngine *e, unsigned seed)
+/* As published by this engine, with pages mapped to it. */
+static void add_segment(Engine *t, unsigned no)
 {
+    unsigned first = no * t->copies;
+    DedupHolding *h;
     g_autoptr(GError) error = NULL;
     DedupBuilder *b = dedup_builder_new(&error);
-    uint8_t page[DEDUP_PAGE_SIZE];
+    unsigned limits = 0;
     DedupSegment *s;
 
     g_assert_no_error(error);
-    test_fill(page, seed);
-    g_assert_cmpint(dedup_builder_append(b, page), ==, 0);
-    s = dedup_builder_finish(b, dedup_group_segment_alloc(e->group, 1),
+    g_assert_cmpint(dedup_builder_append(b, fx_addr(t->ram, first)), ==, 0);
+    s = dedup_builder_finish(b, dedup_group_segment_alloc(t->e->group, 1),
                              &error);
     g_assert_no_error(error);
     g_assert_cmpuint(s->gid, !=, 0);
-    s->refs = 1;
-    dedup_lock(e);
-    dedup_segments_add(e, s);
-    dedup_unlock(e);
-    return s;
+    h = dedup_holding_add(t->e->space, s);
+    for (unsigned i = 0; i < t->copies; i++) {
+        DedupAction a = { .page = first + i, .holding = h };
+
+        g_assert_cmpuint(dedup_space_windows(t->ram->region, &a, 1, &limits),
+                         ==, 1);
+    }
 }
 
-static void engine_new(Engine *t, unsigned segments)
+static DedupHolding *holding(const Engine *t, unsigned no)
 {
-    *t = (Engine) { .dir = fx_group_dir() };
+    return dedup_holding_get(t->e->space, no);
+}
+
+static void engine_new(Engine *t, unsigned segments, unsigned copies)
+{
+    *t = (Engine) { .dir = fx_group_dir(), .copies = copies };
     t->fe = fx_engine_new(t->dir);
     t->e = t->fe->e;
+    t->ram = fx_ram_new(FX_MEMFD, segments * copies);
+    for (unsigned i = 0; i < segments * copies; i++) {
+        fx_page(t->ram, i, i / copies + 1);
+    }
+    fx_add(t->fe, t->ram);
+    dedup_space_set_scanner(t->e->space);
     join(t);
     for (unsigned i = 0; i < segments; i++) {
-        add_segment(t->e, i);
+        add_segment(t, i);
     }
 }
 
 static void engine_free(Engine *t)
 {
+    fx_assert_bytes(t->ram);
     fx_engine_free(t->fe);
+    t->ram->region = NULL;
+    fx_ram_free(t->ram);
     if (t->other) {
         test_member_free(t->other);
     }
@@ -111,8 +136,8 @@ static void delete(const char *dir)
 static void lose_group(Engine *t)
 {
     delete(t->dir);
-    t->e->watched_us = 0;
-    dedup_watch_group(t->e);
+    t->e->scan->watched_us = 0;
+    g_assert_true(dedup_scan_has_lost_group(t->e->scan));
     g_assert_false(dedup_group_is_joined(t->e->group));
     t->other = test_member_new(t->dir, 0);
 }
@@ -121,28 +146,35 @@ static unsigned count_named(DedupEngine *e)
 {
     unsigned n = 0, member, npages;
 
-    for (unsigned i = 0; i < e->segments->len; i++) {
-        DedupSegment *s = g_ptr_array_index(e->segments, i);
+    for (unsigned i = 0; i < dedup_holding_count(e->space); i++) {
+        DedupHolding *h = dedup_holding_get(e->space, i);
 
-        if (!s || !s->gid) {
+        if (!h || !h->segment->gid) {
             continue;
         }
         n++;
-        g_assert_true(dedup_segments_find(e, s->gid) == s);
-        g_assert_true(dedup_group_segment_lookup(e->group, s->gid, &member,
-                                                 &npages));
+        g_assert_true(dedup_holding_find(e->space, h->segment->gid) == h);
+        g_assert_true(dedup_group_segment_lookup(e->group, h->segment->gid,
+                                                 &member, &npages));
         g_assert_cmpuint(member, ==, dedup_group_self(e->group));
-        g_assert_cmpuint(npages, ==, s->npages);
+        g_assert_cmpuint(npages, ==, h->segment->npages);
     }
-    g_assert_cmpuint(n, ==, g_hash_table_size(e->by_gid));
+    g_assert_cmpuint(n, ==, g_hash_table_size(e->space->holdings.by_gid));
     return n;
+}
+
+static void figures(DedupEngine *e)
+{
+    DedupTally tally = { 0 };
+
+    e->figures.pause_us = 0;
+    g_assert_true(dedup_figures_pass(&e->figures, &tally));
 }
 
 static void pass(DedupEngine *e, DedupStats *stats)
 {
-    e->figures_pause_us = 0;
-    g_assert_true(dedup_stats_pass(e));
-    dedup_policy_pass_end(e);
+    figures(e);
+    dedup_scan_upkeep(e->scan);
     dedup_engine_get_stats(e, stats, false);
 }
 
@@ -186,8 +218,8 @@ static gpointer visit(gpointer opaque)
     while (!__atomic_load_n(&v->stop, __ATOMIC_RELAXED)) {
         int64_t start = g_get_monotonic_time();
 
-        dedup_lock(v->e);
-        dedup_unlock(v->e);
+        dedup_space_lock(v->e->space);
+        dedup_space_unlock(v->e->space);
         v->waited_us = MAX(v->waited_us, g_get_monotonic_time() - start);
         g_usleep(500);
     }
@@ -206,7 +238,7 @@ static void test_locked(void)
     Engine t;
     int lock;
 
-    engine_new(&t, SEGMENTS);
+    engine_new(&t, SEGMENTS, COPIES);
     pass(t.e, &named);
     g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
     lose_group(&t);
@@ -224,9 +256,7 @@ static void test_locked(void)
     pass(t.e, &nameless);
     g_assert_cmpuint(count_named(t.e), ==, 0);
     check_saved(&nameless, &named);
-    dedup_lock(t.e);
-    g_assert_cmpuint(dedup_ledger_maps(t.e), >=, SEGMENTS);
-    dedup_unlock(t.e);
+    g_assert_cmpuint(dedup_space_maps(t.e->space), >=, SEGMENTS);
 
     close(lock);
     pass(t.e, &again);
@@ -243,14 +273,14 @@ static void test_lost(void)
 {
     DedupTableEntry entry;
     DedupStats before, after;
-    DedupSegment *s;
+    const DedupSegment *s;
     uint32_t gid, taken;
     Engine t;
 
-    engine_new(&t, SEGMENTS);
+    engine_new(&t, SEGMENTS, COPIES);
     pass(t.e, &before);
     t.other = test_member_new(t.dir, 0);
-    s = g_ptr_array_index(t.e->segments, 5);
+    s = holding(&t, 5)->segment;
     gid = s->gid;
     entry = (DedupTableEntry) { .gid = gid };
     g_assert_true(dedup_group_file_write(&t.e->group->file, &entry,
@@ -264,7 +294,7 @@ static void test_lost(void)
     pass(t.e, &after);
     g_assert_cmpuint(s->gid, !=, 0);
     g_assert_cmpuint(s->gid, !=, gid);
-    g_assert_null(dedup_segments_find(t.e, gid));
+    g_assert_null(dedup_holding_find(t.e->space, gid));
     g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
     check_saved(&after, &before);
     pass(t.e, &after);
@@ -284,19 +314,18 @@ static void test_unread(void)
     Engine t;
     int fd;
 
-    engine_new(&t, SEGMENTS);
-    first = ((DedupSegment *)g_ptr_array_index(t.e->segments, 0))->gid;
+    engine_new(&t, SEGMENTS, COPIES);
+    first = holding(&t, 0)->segment->gid;
     fd = t.e->group->file.fd;
     path = g_strdup_printf("/proc/self/fd/%d", fd);
     t.e->group->file.fd = open(path, O_WRONLY | O_CLOEXEC);
     g_assert_cmpint(t.e->group->file.fd, >=, 0);
-    t.e->figures_pause_us = 0;
-    g_assert_true(dedup_stats_pass(t.e));
+    figures(t.e);
     close(t.e->group->file.fd);
     t.e->group->file.fd = fd;
     pass(t.e, &stats);
     g_assert_cmpuint(count_named(t.e), ==, SEGMENTS);
-    g_assert_true(dedup_segments_find(t.e, first));
+    g_assert_true(dedup_holding_find(t.e->space, first));
     engine_free(&t);
 }
 
@@ -470,32 +499,29 @@ static void test_unmerge(void)
 static void test_back(void)
 {
     DedupSegmentUse others;
-    DedupSegment *s;
+    g_autoptr(GError) error = NULL;
     DedupStats stats;
     uint32_t gid;
     Engine t;
 
-    engine_new(&t, SEGMENTS);
-    s = g_ptr_array_index(t.e->segments, 7);
-    gid = s->gid;
-    s->mapped = 5;
-    s->dirty = true;
+    engine_new(&t, SEGMENTS, COPIES);
+    gid = holding(&t, 7)->segment->gid;
     pass(t.e, &stats);
     delete(t.dir);
-    t.e->watched_us = 0;
-    dedup_watch_group(t.e);
+    t.e->scan->watched_us = 0;
+    g_assert_true(dedup_scan_has_lost_group(t.e->scan));
     g_assert_false(dedup_group_is_joined(t.e->group));
-    g_assert_null(t.e->index);
-    s->mapped = 0;
-    s->refs = 0;
-    dedup_policy_drop_unused(t.e);
-    g_assert_cmpuint(t.e->segments_held, ==, SEGMENTS - 1);
+    g_assert_null(t.e->scan->index);
+    g_assert_true(dedup_engine_restore_range(t.e, fx_addr(t.ram, 7 * COPIES),
+                                             COPIES * FX_PAGE, &error));
+    dedup_scan_drop_unused(t.e->scan);
+    g_assert_cmpuint(dedup_holdings_held(t.e->space), ==, SEGMENTS - 1);
     join(&t);
     g_assert_true(dedup_group_resumed(t.e->group));
-    g_assert_nonnull(t.e->index);
+    g_assert_nonnull(t.e->scan->index);
     t.other = test_member_new(t.dir, 0);
     dedup_group_others_use(t.other->g, gid, &others);
-    g_assert_cmpuint(others.mapped, ==, 5);
+    g_assert_cmpuint(others.mapped, ==, COPIES);
     for (unsigned i = 0; i < 3; i++) {
         pass(t.e, &stats);
         g_assert_cmpuint(count_named(t.e), ==, SEGMENTS - 1);
@@ -529,7 +555,7 @@ static void test_asked(void)
     FxRam *ram = guest_new(w.fe, 1000);
     uint8_t content[DEDUP_PAGE_SIZE];
     DedupEngine *e = w.fe->e;
-    DedupSegment *s;
+    const DedupSegment *s;
     TestMember *m;
     bool given;
 
@@ -537,15 +563,15 @@ static void test_asked(void)
     fx_set_run(w.fe, false);
     fx_wait_state(w.fe, DEDUP_STATE_STOPPED);
     m = test_member_new(dir, 0);
-    s = g_ptr_array_index(e->segments, 0);
+    s = dedup_holding_get(e->space, 0)->segment;
     memcpy(content, dedup_segment_page(s, 0), sizeof(content));
     g_assert_true(is_given(m, s->gid, content));
     /* the scanner sees nothing of it */
-    g_mutex_lock(&e->control);
+    g_mutex_lock(&e->control.lock);
     __atomic_store_n(&e->group->joined, false, __ATOMIC_RELEASE);
     given = is_given(m, s->gid, content);
     __atomic_store_n(&e->group->joined, true, __ATOMIC_RELEASE);
-    g_mutex_unlock(&e->control);
+    g_mutex_unlock(&e->control.lock);
     g_assert_false(given);
     g_assert_true(is_given(m, s->gid, content));
     test_member_free(m);
@@ -556,33 +582,37 @@ static void test_asked(void)
 
 /* ---- one memfd with two names ---- */
 
+static bool is_leaving(const Engine *t, unsigned no)
+{
+    return dedup_leave_note(t->e->scan, holding(t, no))->leaving;
+}
+
 /* Another member has the same segment under a higher name, and goes first. */
 static void test_twin(void)
 {
     DedupHint hint = { .kind = DEDUP_HINT_PUBLISHED };
-    DedupSegment *s;
+    const DedupSegment *s;
     DedupStats stats;
     uint64_t hash;
     Engine t;
 
-    engine_new(&t, 1);
-    s = g_ptr_array_index(t.e->segments, 0);
-    s->mapped = 1;      /* which does not pay */
+    engine_new(&t, 1, 1); /* one page, which does not pay */
+    s = holding(&t, 0)->segment;
     t.other = test_member_new(t.dir, 0);
     hint.where = dedup_group_segment_alloc(t.other->g, 1);
     g_assert_cmpuint(hint.where, >, s->gid);
-    hash = dedup_page_hash(dedup_segment_page(s, 0), t.e->salt);
-    g_assert_true(dedup_index_insert(t.e->index, hash, &hint));
+    hash = dedup_page_hash(dedup_segment_page(s, 0), t.e->scan->salt);
+    g_assert_true(dedup_index_insert(t.e->scan->index, hash, &hint));
     /* one that does not scan: each pass is a tick */
     for (unsigned i = 0; i < 7; i++) {
         pass(t.e, &stats);
-        g_assert_false(s->leaving);
+        g_assert_false(is_leaving(&t, 0));
     }
     /* but not for ever */
     for (unsigned i = 0; i < 7; i++) {
         pass(t.e, &stats);
     }
-    g_assert_true(s->leaving);
+    g_assert_null(holding(&t, 0)); /* it was left, and let go of */
     engine_free(&t);
 }
 

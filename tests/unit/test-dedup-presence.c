@@ -9,7 +9,8 @@
 #include <sys/mman.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/presence.h"
 
 #define PAGES 4096
 #define CHUNK 512
@@ -249,7 +250,7 @@ static void test_huge_keep(void)
 static gpointer discard(gpointer opaque)
 {
     FxRam *ram = opaque;
-    DedupEngine *e = ram->region->engine;
+    DedupEngine *e = dedup_region_owner(ram->region);
     bool shared = ram->kind == FX_MEMFD || ram->kind == FX_TMPFS;
     void *from = fx_addr(ram, 3);
 
@@ -265,7 +266,7 @@ static void test_discarded(gconstpointer data)
 {
     FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), 200);
     FxEngine *fe = fx_engine_new(NULL);
-    DedupEngine *e = fe->e;
+    DedupSpace *space = fe->e->space;
     bool there[200];
 
     for (uint32_t i = 0; i < 200; i++) {
@@ -274,8 +275,8 @@ static void test_discarded(gconstpointer data)
         }
     }
     fx_add(fe, ram);
-    e->scanner = g_thread_self();
-    dedup_lock(e);
+    dedup_space_set_scanner(space);
+    dedup_space_lock(space);
     for (unsigned k = 0; k < 3; k++) {
         for (uint32_t i = 0; i < 200; i++) {
             there[i] = dedup_is_present(ram->region, i);
@@ -288,14 +289,13 @@ static void test_discarded(gconstpointer data)
     /* two places at a time, as a pair is looked at */
     g_assert_true(dedup_is_present(ram->region, 3));
     g_assert_true(dedup_is_present(ram->region, 199));
-    dedup_unlock(e);
+    dedup_space_unlock(space);
     g_thread_join(g_thread_new("balloon", discard, ram));
     fx_shadow_page(ram, 3, 0);
-    dedup_lock(e);
+    dedup_space_lock(space);
     g_assert_false(dedup_is_present(ram->region, 3));
     g_assert_true(dedup_is_present(ram->region, 199));
-    dedup_unlock(e);
-    e->scanner = NULL;
+    dedup_space_unlock(space);
     fx_engine_free(fe);
     fx_assert_bytes(ram);
     ram->region = NULL;

@@ -15,7 +15,9 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "host/mutant.h"
+#include "space/punch.h"
 
 #define PAGES 512               /* a huge page */
 #define CHUNK 16                /* pages that one counter covers */
@@ -209,7 +211,7 @@ static void test_half_a_chunk(void)
     reader_looks(SEED(READER_PAGE));
     g_assert_cmpuint(pages_in_file(), ==, CHUNK);
     count_reader(-1);
-    dedup_lock(fe->e);
+    dedup_space_lock(fe->e->space);
     dedup_punch_late(ram->region, 0, half);
     dedup_punch_late(ram->region, 0, half);
     g_assert_cmpuint(pages_in_file(), >, 0);
@@ -217,7 +219,7 @@ static void test_half_a_chunk(void)
     g_assert_cmpuint(pages_in_file(), ==, 0);
     g_assert_cmpuint(ram->region->area[0] &
                      (DEDUP_AREA_PUNCH | DEDUP_AREA_UNPUNCHED), ==, 0);
-    dedup_unlock(fe->e);
+    dedup_space_unlock(fe->e->space);
     end(fe, ram);
 }
 
@@ -232,9 +234,9 @@ static void test_zero_over_stale(void)
     fx_page(ram, READER_PAGE, 0);
     count_reader(-1);
     /* the scan must not come by between: it would punch */
-    dedup_lock(fe->e);
+    dedup_space_lock(fe->e->space);
     ram->region->area[0] &= ~DEDUP_AREA_UNPUNCHED;
-    dedup_unlock(fe->e);
+    dedup_space_unlock(fe->e->space);
     fx_set_run(fe, true);
     fx_wait_settled(fe);
     g_assert_false(fx_is_merged(ram, READER_PAGE));

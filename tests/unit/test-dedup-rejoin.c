@@ -21,7 +21,8 @@
 
 #include "engine-fixture.h"
 #include "group-util.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/space-internal.h"
 
 #define PAGES 1024
 

@@ -19,7 +19,8 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/space-internal.h"
 
 #define MIB (1u << 20)
 /* "Cannot be had here", as automake's test driver has it. */
@@ -321,7 +322,7 @@ static void remove_in_cgroup(void *opaque)
     g_test_message("%s", error->message);
     g_assert_nonnull(strstr(error->message, "takes 64 MiB"));
     assert_same_view(ram[0], &before[0]);
-    g_assert_cmpuint(__atomic_load_n(&fe->e->reserved_bytes,
+    g_assert_cmpuint(__atomic_load_n(&fe->e->room.reserved,
                                      __ATOMIC_RELAXED), ==, 0);
 
     g_clear_error(&error);
@@ -430,7 +431,7 @@ static bool nothing_reserved(void *opaque)
 {
     FxEngine *fe = opaque;
 
-    return !__atomic_load_n(&fe->e->reserved_bytes, __ATOMIC_SEQ_CST);
+    return !__atomic_load_n(&fe->e->room.reserved, __ATOMIC_SEQ_CST);
 }
 
 static void test_reservations(void)

@@ -15,7 +15,8 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "scan/scan-internal.h"
 #include "freeze.h"
 #include "mutant.h"
 
@@ -411,7 +412,8 @@ static unsigned claims(FxEngine *fe)
     unsigned n = 0;
 
     if (dedup_group_is_joined(fe->e->group)) {
-        dedup_index_sweep(fe->e->index, &cursor, UINT32_MAX, note_claim, &n);
+        dedup_index_sweep(fe->e->scan->index, &cursor, UINT32_MAX, note_claim,
+                          &n);
     }
     return n;
 }

@@ -16,7 +16,8 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/space-internal.h"
 
 #define GIB (1u << 18)                  /* in pages */
 #define PAGES (256 * GIB)
@@ -154,9 +155,9 @@ static uint64_t visits_of(FxEngine *fe)
 {
     uint64_t visits;
 
-    dedup_lock(fe->e);
-    visits = fe->e->visits;
-    dedup_unlock(fe->e);
+    dedup_space_lock(fe->e->space);
+    visits = fe->e->space->lock.strangers;
+    dedup_space_unlock(fe->e->space);
     return visits;
 }
 

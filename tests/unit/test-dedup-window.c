@@ -11,7 +11,9 @@
 
 #include "engine-fixture.h"
 #include "freeze.h"
-#include "internal.h"
+#include "engine-internal.h"
+#include "space/holdings.h"
+#include "space/ledger.h"
 #include "mutant.h"
 
 #define PAGES 600
@@ -71,7 +73,7 @@ static void assert_ledger(const FxRam *ram)
     for (uint32_t i = 0; i < PAGES; i++) {
         uint32_t entry = dedup_entry_at(ram->region, i);
         bool merged = dedup_entry_is_segment(entry) &&
-                      !dedup_entry_segment(ram->region->engine,
+                      !dedup_entry_holding(ram->region->space,
                                            entry)->zeroes;
 
         g_assert_true(merged == fx_is_merged(ram, i));
@@ -130,10 +132,10 @@ static void test_no_memory(gconstpointer data)
 /* Does this kernel drop a window's pages before they are replaced? */
 static bool has_flush(FxEngine *fe)
 {
-    if (!fe->e->has_madvise_vector) {
+    if (!fe->e->space->process.has_madvise_vector) {
         g_test_skip("this kernel has no process_madvise() that drops pages");
     }
-    return fe->e->has_madvise_vector;
+    return fe->e->space->process.has_madvise_vector;
 }
 
 /* Pages that were dropped come back, without a page from the kernel. */

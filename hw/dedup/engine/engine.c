@@ -1,112 +1,23 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The engine: its life, its thread's loop, its requests.
+ * The engine: its life, its thread's loop, its parameters.
  *
  * The scanner's thread alternates between batches of scanning, waits, and
- * steps of a restore request.  Everything that is asked of it (parameters,
- * block, restore, stop) is written down under the control lock and announced
- * with dedup_kick(); the thread looks at it between batches, and between the
- * chunks of a batch.
+ * steps of a restore request.  What is asked of it is in DedupControl.
  *
- * Lock order: control, the group's own, turn, remap, stats_lock; each may be
- * taken without those before it.
+ * Lock order: control, the group's, the remap lock (turn before it), that of
+ * the figures; each may be taken without those before it.
  */
 
-#include <errno.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include "freeze.h"
-#include "internal.h"
-#include "rejoin.h"
-#include "ksm.h"
+#include "engine-internal.h"
+#include "host/mutant.h"
 
 /* How often to try again for what could not be had. */
 #define RETRY_US (2 * G_TIME_SPAN_SECOND)
-
-/*
- * Whoever wants the remap lock queues on "turn" first.  The scanner, which
- * takes and drops it all the time, cannot overtake: a plain mutex would let
- * it win again and again.
- */
-void dedup_lock(DedupEngine *e)
-{
-    g_mutex_lock(&e->turn);
-    g_mutex_lock(&e->remap);
-    g_mutex_unlock(&e->turn);
-    e->visits += g_thread_self() != e->scanner;
-}
-
-void dedup_unlock(DedupEngine *e)
-{
-    g_mutex_unlock(&e->remap);
-}
-
-void dedup_kick(DedupEngine *e)
-{
-    g_mutex_lock(&e->control);
-    e->kick = true;
-    g_cond_broadcast(&e->wake);
-    g_mutex_unlock(&e->control);
-}
-
-void dedup_wait(DedupEngine *e, int64_t us)
-{
-    int64_t end = g_get_monotonic_time() + us;
-
-    g_mutex_lock(&e->control);
-    while (!e->kick && !e->stop) {
-        if (us < 0) {
-            g_cond_wait(&e->wake, &e->control);
-        } else if (!g_cond_wait_until(&e->wake, &e->control, end)) {
-            break;
-        }
-    }
-    e->kick = false;
-    g_mutex_unlock(&e->control);
-}
-
-static bool is_blocked(DedupEngine *e, bool *hard)
-{
-    bool blocked;
-
-    dedup_lock(e);
-    blocked = e->blocked || e->uffd < 0;
-    *hard = e->hard_blocked;
-    dedup_unlock(e);
-    return blocked;
-}
-
-bool dedup_may_scan(DedupEngine *e)
-{
-    bool may, hard;
-
-    g_mutex_lock(&e->control);
-    may = !e->stop && !e->restoring && e->params.run;
-    g_mutex_unlock(&e->control);
-    return may && !is_blocked(e, &hard);
-}
-
-void dedup_set_state(DedupEngine *e, DedupState state)
-{
-    bool changed;
-
-    g_mutex_lock(&e->stats_lock);
-    changed = e->state != state;
-    e->state = state;
-    g_mutex_unlock(&e->stats_lock);
-    if (changed) {
-        dedup_stats_tell(e);
-        if (e->callbacks.state_changed) {
-            e->callbacks.state_changed(e->opaque, state);
-        }
-    }
-}
+/* Pause after a round of a restore that left pages. */
+#define ROUND_US 20000
 
 const char *dedup_state_str(DedupState state)
 {
@@ -128,58 +39,25 @@ static bool peer_keyed_hash(void *opaque, uint32_t member_page,
                             const uint8_t *secret, DedupHash128 *hash)
 {
     DedupEngine *e = opaque;
-    DedupRegion *r;
-    uint32_t page;
-    uint8_t flags;
-    bool ok = false;
 
-    dedup_lock(e);
-    if (dedup_region_find(e, member_page, &r, &page)) {
-        uint32_t entry = dedup_entry_at(r, page);
-
-        /* a merged page is there, without memory of its own */
-        ok = dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN);
-        if (!ok && dedup_presence(r, page, 1, &flags)) {
-            ok = flags & DEDUP_PRESENT;
-        }
-        if (ok) {
-            *hash = dedup_page_keyed_hash(dedup_region_addr(r, page),
-                                          secret);
-        }
-    }
-    dedup_unlock(e);
-    return ok;
+    return dedup_space_keyed_hash(e->space, member_page, secret, hash);
 }
 
 static int peer_segment_fd(void *opaque, uint32_t gid, uint32_t page,
                            const uint8_t *secret, DedupHash128 *hash)
 {
     DedupEngine *e = opaque;
-    DedupSegment *s = NULL;
-    int fd = -1;
 
-    dedup_lock(e);
     /* while we join again our names may be those of another group */
-    if (dedup_group_is_joined(e->group)) {
-        s = dedup_segments_find(e, gid);
-    }
-    if (s && page < s->npages) {
-        *hash = dedup_page_keyed_hash(dedup_segment_page(s, page), secret);
-        fd = fcntl(s->fd, F_DUPFD_CLOEXEC, 0);
-    }
-    dedup_unlock(e);
-    return fd;
+    return dedup_group_is_joined(e->group) ?
+           dedup_holding_fd(e->space, gid, page, secret, hash) : -1;
 }
 
 static bool is_stopping(void *opaque)
 {
     DedupEngine *e = opaque;
-    bool stop;
 
-    g_mutex_lock(&e->control);
-    stop = e->stop;
-    g_mutex_unlock(&e->control);
-    return stop;
+    return dedup_control_is_stopping(&e->control);
 }
 
 static const DedupGroupOps group_ops = {
@@ -190,12 +68,25 @@ static const DedupGroupOps group_ops = {
 
 /* ---- life ---- */
 
+/* What each part knows of the others. */
+static void connect_parts(DedupEngine *e)
+{
+    e->room = (DedupRoom) {
+        .hostmem = e->hostmem, .group = e->group, .space = e->space,
+    };
+    e->unmerge = (DedupUnmerge) {
+        .control = &e->control, .space = e->space, .room = &e->room,
+    };
+    e->figures.hostmem = e->hostmem;
+    e->figures.group = e->group;
+    e->figures.space = e->space;
+    e->figures.room = &e->room;
+    e->figures.scan = e->scan;
+}
+
 DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
 {
-    DedupGroup *group;
     DedupEngine *e;
-    void *buffer;
-    int uffd;
 
     if (config->page_size != DEDUP_PAGE_SIZE) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
@@ -203,288 +94,232 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
                     config->page_size, DEDUP_PAGE_SIZE);
         return NULL;
     }
-    group = dedup_group_new(config->group_dir, error);
-    if (!group) {
-        return NULL;
-    }
-    uffd = dedup_freeze_open(error);
-    if (uffd < 0) {
-        dedup_group_free(group);
-        return NULL;
-    }
-
-    buffer = mmap(NULL, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE,
-                  PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (buffer == MAP_FAILED) {
-        g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
-                    "cannot map a buffer: %s", g_strerror(errno));
-        close(uffd);
-        dedup_group_free(group);
-        return NULL;
-    }
-
-    madvise(buffer, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE, MADV_DONTDUMP);
-
-    e = g_new0(DedupEngine, 1);
     dedup_mutants_init();
+    e = g_new0(DedupEngine, 1);
     e->callbacks = config->callbacks;
     e->opaque = config->opaque;
-    e->uffd = uffd;
-    e->group = group;
-    e->params = config->params;
-    e->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    e->has_pagemap_scan = true;
-    e->zero_anon = dedup_freeze_survives_split(uffd, e->pagemap_fd);
-    e->self_pidfd = syscall(SYS_pidfd_open, getpid(), 0);
-    e->has_madvise_vector = e->self_pidfd >= 0;
+    dedup_control_init(&e->control, &config->params);
+    dedup_figures_init(&e->figures, config->params.run ? DEDUP_STATE_SCANNING
+                                                       : DEDUP_STATE_STOPPED);
     e->hostmem = dedup_hostmem_new("/proc");
-    dedup_ksm_open(e);
-    e->stats.maps_limit = dedup_hostmem_max_maps(e->hostmem) *
-                          config->params.max_maps / 100;
-    g_mutex_init(&e->turn);
-    g_mutex_init(&e->remap);
-    g_mutex_init(&e->control);
-    g_mutex_init(&e->stats_lock);
-    g_cond_init(&e->wake);
-    e->regions = g_ptr_array_new();
-    e->dead = g_ptr_array_new();
-    e->segments = g_ptr_array_new();
-    e->by_gid = g_hash_table_new(NULL, NULL);
-    dedup_publish_init(e);
-    e->left_gids = g_hash_table_new(NULL, NULL);
-    e->failed_gids = g_hash_table_new(NULL, NULL);
-    e->tick_scans = g_new0(uint64_t, DEDUP_MAX_MEMBERS);
-    e->generation = 1;
-    e->index_limit = 1ULL << DEDUP_MEMBER_PAGE_BITS; /* until the first tick */
-    e->tick_us = g_get_monotonic_time();
-    e->proof_buffer = buffer;
-    dedup_scan_init(e);
-    e->state = config->params.run ? DEDUP_STATE_SCANNING
-                                  : DEDUP_STATE_STOPPED;
+    e->group = dedup_group_new(config->group_dir, error);
+    if (e->group) {
+        e->space = dedup_space_new(e, error);
+    }
+    if (e->space) {
+        e->scan = dedup_scan_new(e->space, e->group, &e->control, &e->room,
+                                 error);
+    }
+    if (!e->scan) {
+        dedup_engine_free(e);
+        return NULL;
+    }
+    connect_parts(e);
+    dedup_figures_limit_maps(&e->figures, config->params.max_maps);
     return e;
 }
 
 void dedup_engine_free(DedupEngine *e)
 {
-    dedup_publish_free(e);
-    dedup_group_free(e->group);
-    dedup_regions_free(e);
-    for (unsigned i = 0; i < e->segments->len; i++) {
-        DedupSegment *s = g_ptr_array_index(e->segments, i);
-
-        if (s) {
-            dedup_segment_free(s);
-        }
+    if (e->scan) {
+        dedup_scan_free(e->scan);
     }
-    dedup_scan_free(e);
-    munmap(e->proof_buffer, DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE);
-    dedup_spare_free(&e->spare);
-    g_free(e->tick_scans);
-    g_hash_table_destroy(e->failed_gids);
-    g_hash_table_destroy(e->left_gids);
-    g_hash_table_destroy(e->by_gid);
-    g_ptr_array_free(e->segments, true);
-    g_cond_clear(&e->wake);
-    g_mutex_clear(&e->stats_lock);
-    g_mutex_clear(&e->control);
-    g_mutex_clear(&e->remap);
-    g_mutex_clear(&e->turn);
+    if (e->group) {
+        dedup_group_free(e->group);
+    }
+    if (e->space) {
+        dedup_space_free(e->space);
+    }
     dedup_hostmem_free(e->hostmem);
-    dedup_ksm_close(e);
-    if (e->self_pidfd >= 0) {
-        close(e->self_pidfd);
-    }
-    if (e->pagemap_fd >= 0) {
-        close(e->pagemap_fd);
-    }
-    if (e->uffd >= 0) {
-        close(e->uffd);
-    }
+    dedup_figures_clear(&e->figures);
+    dedup_control_clear(&e->control);
     g_free(e->group_error);
     g_free(e);
+}
+
+/* ---- the loop ---- */
+
+static void set_group_error(DedupEngine *e, const char *text)
+{
+    g_mutex_lock(&e->control.lock);
+    g_free(e->group_error);
+    e->group_error = g_strdup(text);
+    g_mutex_unlock(&e->control.lock);
+}
+
+static void join(DedupEngine *e)
+{
+    g_autoptr(GError) error = NULL;
+
+    dedup_scan_join(e->scan, &group_ops, e, &error);
+    set_group_error(e, error ? error->message : NULL);
 }
 
 /* Have we what scanning needs? */
 static bool is_complete(DedupEngine *e)
 {
-    bool complete;
-
-    dedup_lock(e);
-    complete = dedup_group_is_joined(e->group) && e->uffd >= 0;
-    dedup_unlock(e);
-    return complete;
-}
-
-/* A userfaultfd that was lost (freeze.h) may be had again. */
-static void reopen(DedupEngine *e)
-{
-    dedup_lock(e);
-    if (e->uffd < 0) {
-        __atomic_store_n(&e->uffd, dedup_freeze_open(NULL), __ATOMIC_RELAXED);
-    }
-    dedup_unlock(e);
+    return dedup_group_is_joined(e->group) &&
+           !dedup_space_lost_freezer(e->space);
 }
 
 /* Try again: the group's directory may have been mended. */
 static void complete(DedupEngine *e)
 {
     if (!dedup_group_is_joined(e->group)) {
-        dedup_join(e, &group_ops);
+        join(e);
     }
-    reopen(e);
-}
-
-/* What the state is called while scanning. */
-static DedupState scan_state(DedupEngine *e)
-{
-    unsigned limits;
-
-    /* what ran short shows with the state, not at the end of the pass */
-    g_mutex_lock(&e->stats_lock);
-    limits = e->stats.limits |= e->pass_limits;
-    g_mutex_unlock(&e->stats_lock);
-    if (limits) {
-        return DEDUP_STATE_LIMITED;
-    }
-    /* a page is merged in its second pass at the earliest */
-    return e->stats.full_scans >= 3 && e->idle_passes >= 2
-           ? DEDUP_STATE_IDLE : DEDUP_STATE_SCANNING;
+    dedup_space_reopen(e->space);
 }
 
 typedef enum Task { TASK_STOP, TASK_RESTORE, TASK_SCAN, TASK_REST } Task;
 
-/* What to do next; takes over new parameters. */
-static Task next_task(DedupEngine *e, DedupState *state)
+/* What to do next, and what that is called; takes over new parameters. */
+static Task next_task(DedupEngine *e, DedupParams *params, DedupState *state)
 {
-    bool hard;
-    bool blocked = is_blocked(e, &hard) || !dedup_group_is_joined(e->group);
+    bool sealed;
+    bool blocked = dedup_space_is_closed(e->space, &sealed) ||
+                   !dedup_group_is_joined(e->group);
     Task task;
 
-    g_mutex_lock(&e->control);
-    e->active = e->params;
-    if (e->stop) {
+    g_mutex_lock(&e->control.lock);
+    *params = e->control.params;
+    if (e->control.stop) {
         task = TASK_STOP;
-    } else if (e->restoring) {
+    } else if (e->control.restoring) {
         *state = DEDUP_STATE_UNMERGING;
-        task = hard ? TASK_REST : TASK_RESTORE;
-        if (e->restore_fresh) {
-            e->restore_fresh = false;
-            e->restore_at = 0;
-            e->restore_lacks = 0;
-            e->restore_last = 0;
-            e->restore_moved_us = g_get_monotonic_time();
-        }
+        task = sealed ? TASK_REST : TASK_RESTORE;
     } else if (blocked) {
         *state = DEDUP_STATE_BLOCKED;
         task = TASK_REST;
-    } else if (!e->params.run) {
+    } else if (!params->run) {
         *state = DEDUP_STATE_STOPPED;
         task = TASK_REST;
     } else {
         task = TASK_SCAN;
     }
-    g_mutex_unlock(&e->control);
-
-    g_mutex_lock(&e->stats_lock);
-    e->stats.maps_limit = dedup_hostmem_max_maps(e->hostmem) *
-                          e->active.max_maps / 100;
-    g_mutex_unlock(&e->stats_lock);
+    g_mutex_unlock(&e->control.lock);
+    dedup_figures_limit_maps(&e->figures, params->max_maps);
     if (task == TASK_SCAN) {
-        *state = scan_state(e);
+        *state = dedup_figures_scan_state(&e->figures);
     }
     return task;
 }
 
 static bool has_regions(DedupEngine *e)
 {
-    return __atomic_load_n(&e->pages_total, __ATOMIC_RELAXED) > 0;
+    DedupSpaceSums sums;
+
+    dedup_space_sums(e->space, &sums);
+    return sums.total > 0;
 }
 
 /* Take over a state, with figures that go with it for whoever waits for it. */
 static void enter_state(DedupEngine *e, DedupState state)
 {
-    if (state != e->state && dedup_group_is_joined(e->group)) {
-        e->figures_us = 0;
-        dedup_stats_batch(e);
+    if (state != dedup_figures_state(&e->figures)) {
+        dedup_figures_batch(&e->figures, true);
     }
-    dedup_set_state(e, state);
+    if (dedup_figures_set_state(&e->figures, state) &&
+        e->callbacks.state_changed) {
+        e->callbacks.state_changed(e->opaque, state);
+    }
 }
 
-void dedup_update_state(DedupEngine *e)
+static void scan(DedupEngine *e, const DedupParams *params)
 {
-    DedupState state = e->state;
+    DedupTally tally;
 
-    next_task(e, &state);
+    if (dedup_scan_batch(e->scan, params)) {
+        dedup_scan_end_pass(e->scan, &tally);
+        if (dedup_figures_pass(&e->figures, &tally)) {
+            dedup_scan_upkeep(e->scan);
+        }
+    }
+    dedup_figures_batch(&e->figures, false);
+    dedup_control_wait(&e->control, has_regions(e) ?
+                       params->sleep_millisecs * 1000LL : -1);
+}
+
+static void end_restore(DedupEngine *e, uint64_t left, GError *error)
+{
+    DedupState state = dedup_figures_state(&e->figures);
+    DedupParams params;
+
+    dedup_scan_drop_unused(e->scan); /* no pass will come by */
+    next_task(e, &params, &state);
     enter_state(e, state);
+    if (e->callbacks.restored) {
+        e->callbacks.restored(e->opaque, left, error);
+    }
+}
+
+static void restore(DedupEngine *e)
+{
+    g_autoptr(GError) error = NULL;
+    uint64_t left;
+
+    dedup_space_reopen(e->space);
+    switch (dedup_unmerge_step(&e->unmerge, &left, &error)) {
+    case DEDUP_UNMERGE_GOES_ON:
+        dedup_figures_batch(&e->figures, false);
+        break;
+    case DEDUP_UNMERGE_WAITS:
+        dedup_control_wait(&e->control, ROUND_US);
+        break;
+    case DEDUP_UNMERGE_ENDED:
+        end_restore(e, left, error);
+        break;
+    }
+}
+
+static void rest(DedupEngine *e)
+{
+    dedup_figures_batch(&e->figures, false);
+    if (is_complete(e)) {
+        dedup_control_wait(&e->control, -1);
+    } else {
+        dedup_control_wait(&e->control, RETRY_US);
+        complete(e);
+    }
 }
 
 void dedup_engine_run(DedupEngine *e)
 {
     DedupState state = DEDUP_STATE_SCANNING;
+    DedupParams params;
+    Task task;
 
-    if (pthread_getcpuclockid(pthread_self(), &e->cpu_clock) == 0) {
-        __atomic_store_n(&e->cpu_clock_valid, true, __ATOMIC_RELEASE);
-    }
-    dedup_lock(e);
-    e->scanner = g_thread_self();
-    dedup_unlock(e);
-    dedup_join(e, &group_ops);
-    e->pass_start_us = g_get_monotonic_time();
-
-    for (;;) {
-        Task task;
-
-        dedup_watch_group(e);
-        task = next_task(e, &state);
-
-        if (task == TASK_STOP) {
-            break;
-        }
+    dedup_figures_begin_thread(&e->figures);
+    dedup_space_set_scanner(e->space);
+    join(e);
+    while ((task = next_task(e, &params, &state)) != TASK_STOP) {
         if (task != TASK_SCAN || !has_regions(e)) {
             /* what waits for a segment would wait for long */
-            dedup_publish_abandon(e);
+            dedup_scan_abandon(e->scan);
         }
         enter_state(e, state);
-        if (!dedup_publish_waiting(e) && dedup_regions_reap(e)) {
-            dedup_policy_drop_unused(e); /* no pass may come by */
+        if (!dedup_scan_is_waiting(e->scan) && dedup_space_reap(e->space)) {
+            dedup_scan_drop_unused(e->scan); /* no pass may come by */
         }
-        switch (task) {
-        case TASK_RESTORE:
-            reopen(e);
-            dedup_restore_step(e);
-            break;
-        case TASK_SCAN:
-            dedup_scan_batch(e, e->active.pages_to_scan);
-            dedup_stats_batch(e);
-            dedup_wait(e, has_regions(e) ?
-                       e->active.sleep_millisecs * 1000LL : -1);
-            break;
-        default:
-            if (dedup_group_is_joined(e->group)) {
-                dedup_stats_batch(e);
-            }
-            if (is_complete(e)) {
-                dedup_wait(e, -1);
-            } else {
-                dedup_wait(e, RETRY_US);
-                complete(e);
-            }
-            break;
+        if (task == TASK_SCAN) {
+            scan(e, &params);
+        } else if (task == TASK_RESTORE) {
+            restore(e);
+        } else {
+            rest(e);
+        }
+        if (dedup_scan_has_lost_group(e->scan)) {
+            set_group_error(e, "its files were deleted or replaced while they"
+                               " were in use; joining it again");
         }
     }
-    dedup_publish_abandon(e);
-    /* the thread's clock dies with it */
-    dedup_engine_get_stats(e, &(DedupStats) { 0 }, false);
-    __atomic_store_n(&e->cpu_clock_valid, false, __ATOMIC_RELEASE);
+    dedup_scan_abandon(e->scan);
+    dedup_figures_end_thread(&e->figures);
 }
 
 void dedup_engine_stop(DedupEngine *e)
 {
-    g_mutex_lock(&e->control);
-    e->stop = true;
-    g_cond_broadcast(&e->wake);
-    g_mutex_unlock(&e->control);
+    dedup_control_stop(&e->control);
 }
 
 /* ---- parameters and requests, any thread ---- */
@@ -493,56 +328,68 @@ char *dedup_engine_group_error(DedupEngine *e)
 {
     char *text;
 
-    g_mutex_lock(&e->control);
+    g_mutex_lock(&e->control.lock);
     text = g_strdup(e->group_error);
-    g_mutex_unlock(&e->control);
+    g_mutex_unlock(&e->control.lock);
     return text;
 }
 
 bool dedup_engine_lost_userfaultfd(DedupEngine *e)
 {
     /* no lock: the caller may be one that nobody should wait for */
-    return __atomic_load_n(&e->uffd, __ATOMIC_RELAXED) < 0;
+    return dedup_space_lost_freezer(e->space);
 }
 
 bool dedup_engine_has_pagemap(DedupEngine *e)
 {
-    return e->pagemap_fd >= 0;
+    return dedup_space_has_pagemap(e->space);
 }
 
 void dedup_engine_get_params(DedupEngine *e, DedupParams *params)
 {
-    g_mutex_lock(&e->control);
-    *params = e->params;
-    g_mutex_unlock(&e->control);
+    g_mutex_lock(&e->control.lock);
+    *params = e->control.params;
+    g_mutex_unlock(&e->control.lock);
 }
 
 void dedup_engine_set_params(DedupEngine *e, const DedupParams *params)
 {
-    g_mutex_lock(&e->control);
-    if (params->run && !e->params.run) {
-        e->restoring = false;
-        dedup_unreserve(e, &e->restore_reserved);
+    g_mutex_lock(&e->control.lock);
+    if (params->run && !e->control.params.run) {
+        dedup_unmerge_cancel(&e->unmerge);
     }
-    e->params = *params;
-    g_mutex_unlock(&e->control);
-    dedup_kick(e);
+    e->control.params = *params;
+    g_mutex_unlock(&e->control.lock);
+    dedup_control_kick(&e->control);
+}
+
+bool dedup_engine_restore(DedupEngine *e, bool unmerge, bool force,
+                          GError **error)
+{
+    bool ok = dedup_unmerge_request(&e->unmerge, unmerge, force, error);
+
+    if (ok) {
+        dedup_control_kick(&e->control);
+    }
+    return ok;
 }
 
 void dedup_engine_block(DedupEngine *e, bool block, bool hard)
 {
-    /* taking the lock waits for the window that may be open */
-    dedup_lock(e);
-    e->blocked = block;
-    e->hard_blocked = block && hard;
-    dedup_unlock(e);
-    dedup_kick(e);
+    dedup_space_close(e->space, block, block && hard);
+    dedup_control_kick(&e->control);
 }
 
 bool dedup_engine_lean(DedupEngine *e)
 {
-    return !__atomic_load_n(&e->merged, __ATOMIC_RELAXED) &&
-           !__atomic_load_n(&e->broken, __ATOMIC_RELAXED) &&
-           !__atomic_load_n(&e->zero, __ATOMIC_RELAXED) &&
-           !__atomic_load_n(&e->zero_mapped, __ATOMIC_RELAXED);
+    DedupSpaceSums sums;
+
+    dedup_space_sums(e->space, &sums);
+    return !(sums.merged + sums.broken + sums.zero + sums.zero_mapped);
+}
+
+void dedup_engine_get_stats(DedupEngine *e, DedupStats *stats,
+                            bool reset_max)
+{
+    dedup_figures_get(&e->figures, stats, reset_max);
 }

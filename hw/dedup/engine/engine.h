@@ -39,7 +39,6 @@
 G_BEGIN_DECLS
 
 typedef struct DedupEngine DedupEngine;
-typedef struct DedupRegion DedupRegion;
 
 /**
  * struct DedupCallbacks - the engine's only calls to the outside.  Called on

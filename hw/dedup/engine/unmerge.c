@@ -2,201 +2,177 @@
 /*
  * A request to restore everything: dedup_engine_restore().
  *
- * It is a walk over all regions on the scanner's thread, one window
- * (restore.c) per taking of the remap lock, so that nobody waits long.  It
- * reserves what it takes (room.h), looks at the room as it goes and stops when
- * that runs short; it goes round again for pages that were pinned.
+ * It is a walk over all regions on the scanner's thread, one window per
+ * taking of the remap lock (space/walk.c), so that nobody waits long.  It
+ * reserves what it takes (scan/room.h), looks at the room as it goes and stops
+ * when that runs short; it goes round again for pages that were pinned.
  *
  * The request, and what it has reserved, is guarded by the control lock: a
  * new one may take its place at any time.
  */
 
-#include "internal.h"
+#include "unmerge.h"
 
 /* Windows in one step, after which the scanner looks for other requests. */
 #define STEP_WINDOWS 256
-/* Pause after a round that left pages, and when to give up without progress. */
-#define ROUND_US 20000
+/* When to give up without progress. */
 #define GIVE_UP_US (3 * G_TIME_SPAN_SECOND)
 
-/* What restoring all that is merged takes. */
-static void need_all(DedupEngine *e, DedupNeed *need)
-{
-    *need = (DedupNeed) { 0 };
-    dedup_lock(e);
-    for (unsigned i = 0; i < e->regions->len; i++) {
-        DedupRegion *r = g_ptr_array_index(e->regions, i);
+#define EVERYTHING ((const uint8_t *)UINTPTR_MAX)
 
-        dedup_need_add(need, r, r->npages);
+void dedup_restore_error(uint64_t left, unsigned lacks, GError **error)
+{
+    static const struct {
+        DedupLack lack;
+        const char *text;
+    } reasons[] = {
+        { DEDUP_LACK_FILE, "the file system of the RAM's file is full" },
+        { DEDUP_LACK_MAPS, "the process is at its limit of mappings "
+                           "(vm.max_map_count)" },
+        { DEDUP_LACK_UNPINNED, "a device writes to them" },
+        { DEDUP_LACK_FREEZE, "a background snapshot or an incoming "
+                             "migration works on the RAM, or no userfaultfd "
+                             "can be had" },
+    };
+    g_autoptr(GString) text = g_string_new(NULL);
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(reasons); i++) {
+        if (lacks & reasons[i].lack) {
+            g_string_append_printf(text, "%s%s", text->len ? ", or " : "",
+                                   reasons[i].text);
+        }
     }
-    dedup_unlock(e);
+    g_set_error(error, DEDUP_ERROR,
+                lacks & DEDUP_LACK_FILE ? DEDUP_ERROR_MEMORY :
+                lacks == DEDUP_LACK_UNPINNED ? DEDUP_ERROR_PINNED
+                                             : DEDUP_ERROR_STATE,
+                "%" G_GUINT64_FORMAT " pages cannot have their own memory "
+                "now: %s", left,
+                text->len ? text->str : "the kernel refused it");
 }
 
-bool dedup_engine_restore(DedupEngine *e, bool unmerge, bool force,
-                          GError **error)
+bool dedup_unmerge_request(DedupUnmerge *u, bool off, bool force,
+                           GError **error)
 {
     DedupNeed need;
     bool ok;
 
-    need_all(e, &need);
-    g_mutex_lock(&e->control);
+    dedup_space_need(u->space, NULL, EVERYTHING, &need);
+    g_mutex_lock(&u->control->lock);
     /* a request that is under way keeps what it reserved, if this fails */
-    ok = dedup_reserve(e, &e->restore_reserved, &need, force, error);
+    ok = dedup_reserve(u->room, &u->reserved, &need, force, error);
     if (ok) {
-        if (unmerge) {
-            e->params.run = false;
+        if (off) {
+            u->control->params.run = false;
         }
-        e->restoring = true;
-        e->restore_fresh = true;
-        e->restore_force = force;
+        u->control->restoring = true;
+        u->fresh = true;
+        u->force = force;
     }
-    g_mutex_unlock(&e->control);
-    if (ok) {
-        dedup_kick(e);
-    }
+    g_mutex_unlock(&u->control->lock);
     return ok;
 }
 
-/* The region at or behind the cursor, or NULL; remap lock held. */
-static DedupRegion *region_at(DedupEngine *e, uint64_t at)
+void dedup_unmerge_cancel(DedupUnmerge *u)
 {
-    DedupRegion *next = NULL;
-
-    for (unsigned i = 0; i < e->regions->len; i++) {
-        DedupRegion *r = g_ptr_array_index(e->regions, i);
-
-        if (at < (uint64_t)r->base + r->npages &&
-            r->merged + r->broken + r->zero + r->zero_mapped &&
-            (!next || r->base < next->base)) {
-            next = r;
-        }
-    }
-    return next;
+    u->control->restoring = false;
+    dedup_unreserve(u->room, &u->reserved);
 }
 
-/*
- * Restore up to one window from the cursor on.  *@taken: bytes that this took.
- * False: end of all regions.
- */
-static bool restore_next(DedupEngine *e, uint64_t *taken)
+/* A request that was not seen yet begins. */
+static void take_over(DedupUnmerge *u)
 {
-    DedupRegion *r;
-
-    dedup_lock(e);
-    r = region_at(e, e->restore_at);
-    if (r) {
-        uint32_t page = dedup_ledger_next(r, dedup_region_at(r, e->restore_at),
-                                          r->npages);
-        unsigned n = MIN(DEDUP_WINDOW_PAGES, r->npages - page);
-        uint64_t before = dedup_region_mapped(r);
-
-        dedup_restore_locked(r, page, n);
-        *taken = (before - dedup_region_mapped(r)) << DEDUP_PAGE_SHIFT;
-        e->restore_lacks |= r->lacks;
-        r->lacks = 0;
-        e->restore_at = (uint64_t)r->base + page + n;
+    g_mutex_lock(&u->control->lock);
+    if (u->fresh) {
+        u->fresh = false;
+        u->round = (DedupRestore) { .end = EVERYTHING };
+        u->last = 0;
+        u->moved_us = g_get_monotonic_time();
     }
-    dedup_unlock(e);
-    return r != NULL;
+    g_mutex_unlock(&u->control->lock);
 }
 
 /*
  * The request has ended, unless it was replaced by another one meanwhile (or
  * cancelled): then nothing of ours is left to end.
  */
-static void restore_end(DedupEngine *e, uint64_t left, GError *error)
+static DedupUnmergeStep end(DedupUnmerge *u, GError **error)
 {
     bool ours;
 
-    g_mutex_lock(&e->control);
-    ours = e->restoring && !e->restore_fresh;
+    g_mutex_lock(&u->control->lock);
+    ours = u->control->restoring && !u->fresh;
     if (ours) {
-        e->restoring = false;
-        dedup_unreserve(e, &e->restore_reserved);
+        dedup_unmerge_cancel(u);
     }
-    g_mutex_unlock(&e->control);
-    if (ours) {
-        dedup_policy_drop_unused(e); /* no pass will come by */
-        dedup_update_state(e);
-        if (e->callbacks.restored) {
-            /* it may have run short when the guest gave the rest away */
-            e->callbacks.restored(e->opaque, left, left ? error : NULL);
-        }
+    g_mutex_unlock(&u->control->lock);
+    if (!ours) {
+        g_clear_error(error);
     }
-    g_clear_error(&error);
+    return ours ? DEDUP_UNMERGE_ENDED : DEDUP_UNMERGE_GOES_ON;
 }
 
-/* Pages whose mappings are not the region's own, by the ledger. */
-static uint64_t pages_left(DedupEngine *e)
-{
-    return __atomic_load_n(&e->merged, __ATOMIC_RELAXED) +
-           __atomic_load_n(&e->broken, __ATOMIC_RELAXED) +
-           __atomic_load_n(&e->zero_mapped, __ATOMIC_RELAXED);
-}
-
-/* One round is over.  Returns false when the request has ended. */
-static bool round_end(DedupEngine *e)
+/* One round is over. */
+static DedupUnmergeStep end_round(DedupUnmerge *u, uint64_t *left,
+                                  GError **error)
 {
     int64_t now = g_get_monotonic_time();
-    uint64_t left = pages_left(e);
-    unsigned lacks = e->restore_lacks;
-    GError *error = NULL;
+    unsigned lacks = u->round.lacks;
 
-    e->restore_at = 0;
-    e->restore_lacks = 0;
-    if (!left) {
-        restore_end(e, 0, NULL);
-        return false;
+    *left = dedup_space_mapped(u->space);
+    u->round = (DedupRestore) { .end = EVERYTHING };
+    if (!*left) {
+        return end(u, error);
     }
-    if (left < e->restore_last) {
-        e->restore_moved_us = now;
+    if (*left < u->last) {
+        u->moved_us = now;
     }
-    e->restore_last = left;
-    if (now - e->restore_moved_us < GIVE_UP_US) {
-        /* pins go when their I/O ends; nobody tells us */
-        dedup_wait(e, ROUND_US);
-        return true;
+    u->last = *left;
+    if (now - u->moved_us < GIVE_UP_US) {
+        return DEDUP_UNMERGE_WAITS;
     }
-    dedup_restore_error(left, lacks, &error);
-    restore_end(e, left, error);
-    return false;
+    dedup_restore_error(*left, lacks, error);
+    return end(u, error);
 }
 
 /*
  * How much may be taken in this step?  0 and @error: there is no room any
  * more.
  */
-static uint64_t look_at_room(DedupEngine *e, GError **error)
+static uint64_t look_at_room(DedupUnmerge *u, GError **error)
 {
     uint64_t step = 1; /* of a request that was replaced: it begins anew */
     DedupNeed rest;
 
-    need_all(e, &rest);
-    g_mutex_lock(&e->control);
-    if (e->restoring && !e->restore_fresh) {
-        step = dedup_reserve_next(e, &e->restore_reserved, &rest,
-                                  e->restore_force, error);
+    dedup_space_need(u->space, NULL, EVERYTHING, &rest);
+    g_mutex_lock(&u->control->lock);
+    if (u->control->restoring && !u->fresh) {
+        step = dedup_reserve_next(u->room, &u->reserved, &rest, u->force,
+                                  error);
     }
-    g_mutex_unlock(&e->control);
+    g_mutex_unlock(&u->control->lock);
     return step;
 }
 
-bool dedup_restore_step(DedupEngine *e)
+DedupUnmergeStep dedup_unmerge_step(DedupUnmerge *u, uint64_t *left,
+                                    GError **error)
 {
-    GError *error = NULL;
-    uint64_t step = look_at_room(e, &error);
-    uint64_t all = 0, taken = 0;
+    uint64_t step;
 
+    take_over(u);
+    step = look_at_room(u, error);
     if (!step) {
-        restore_end(e, pages_left(e), error);
-        return false;
-    }
-    for (unsigned i = 0; i < STEP_WINDOWS && all < step; i++) {
-        if (!restore_next(e, &taken)) {
-            return round_end(e);
+        *left = dedup_space_mapped(u->space);
+        if (!*left) {
+            g_clear_error(error); /* the guest gave the rest away */
         }
-        all += taken;
+        return end(u, error);
     }
-    dedup_stats_batch(e);
-    return true;
+    u->round.taken = 0;
+    for (unsigned i = 0; i < STEP_WINDOWS && u->round.taken < step; i++) {
+        if (!dedup_space_restore_next(u->space, &u->round)) {
+            return end_round(u, left, error);
+        }
+    }
+    return DEDUP_UNMERGE_GOES_ON;
 }

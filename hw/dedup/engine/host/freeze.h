@@ -12,6 +12,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+/* What freezes; of the space that it is part of. */
+typedef struct DedupFreezer {
+    int uffd;                 /* atomic; -1: lost, until it is opened again */
+    bool zero_anon;           /* anonymous zero pages can be frozen */
+} DedupFreezer;
+
 /*
  * Open a userfaultfd that covers faults of the kernel, with write protection
  * of shared memory.  -1 and DEDUP_ERROR_USERFAULTFD if the host grants none.

@@ -12,6 +12,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+typedef struct DedupRegion DedupRegion;
+
 /**
  * DEDUP_PIN_SHIFT: one pin counter covers 1 << DEDUP_PIN_SHIFT bytes of a
  * region (64 KiB).

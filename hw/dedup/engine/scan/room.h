@@ -22,64 +22,45 @@
 #ifndef DEDUP_ROOM_H
 #define DEDUP_ROOM_H
 
-#include <glib.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <sys/types.h>
-
-#include "engine.h"
+#include "group/group.h"
+#include "host/hostmem.h"
+#include "space/need.h"
 
 /* Keep this much of MemAvailable for everybody else. */
 #define DEDUP_SPARE_BYTES (64ULL << 20)
 
+/* What a member may publish between two looks at the room. */
+#define DEDUP_PUBLISH_BYTES (2 * DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
+
 /* What of the other members' memory is taken off. */
-typedef enum DedupClaim {
-    DEDUP_CLAIM_OWED,         /* what they may still grow by, and publish */
-    DEDUP_CLAIM_RESERVED,     /* what they are about to restore */
-} DedupClaim;
+typedef enum DedupOwed {
+    DEDUP_OWED_GROWTH,        /* what they may still grow by, and publish */
+    DEDUP_OWED_RESERVED,      /* what they are about to restore */
+} DedupOwed;
 
-/* File systems that one need can name; more are looked at as if one. */
-#define DEDUP_NEED_FILES 4
-
-typedef struct DedupNeed {
-    uint64_t memory;          /* bytes */
-    unsigned nfiles;
-    struct {
-        dev_t dev;
-        uint64_t bytes;       /* to be written to its files */
-        uint64_t free;        /* what it has, when it was looked at */
-        char id[64];          /* of a region there, for messages */
-    } files[DEDUP_NEED_FILES];
-} DedupNeed;
+typedef struct DedupRoom {
+    DedupHostMem *hostmem;
+    DedupGroup *group;
+    DedupSpace *space;
+    uint64_t reserved;        /* atomic: the sum of all reservations, bytes */
+} DedupRoom;
 
 typedef struct DedupReservation {
     uint64_t bytes;
 } DedupReservation;
 
 /* What our RAM may still grow by: pages without memory of their own. */
-uint64_t dedup_owed_bytes(DedupEngine *e);
+uint64_t dedup_owed_bytes(DedupRoom *room);
 /* Bytes until a limit of our cgroups binds; UINT64_MAX if none has one. */
-uint64_t dedup_cgroup_room(DedupEngine *e, DedupClaim kind);
+uint64_t dedup_cgroup_room(DedupRoom *room, DedupOwed kind);
 /* What the host and the cgroups can give to one more taker. */
-uint64_t dedup_restore_room(DedupEngine *e);
-
-/*
- * Add what restoring at most @pages pages of @r takes.  Remap lock held: it
- * keeps @r's file open.
- */
-void dedup_need_add(DedupNeed *need, DedupRegion *r, uint64_t pages);
-
-/*
- * Could the file system of @r's file take back all that was punched out of
- * its files?  True where no limit is possible (memfd).  Remap lock held.
- */
-bool dedup_file_has_room(DedupRegion *r);
+uint64_t dedup_restore_room(DedupRoom *room);
 
 /*
  * Reserve @need in place of what @res holds.  False and DEDUP_ERROR_MEMORY
  * with the figures if it is not there, unless @force: @res is as before then.
  */
-bool dedup_reserve(DedupEngine *e, DedupReservation *res,
+bool dedup_reserve(DedupRoom *room, DedupReservation *res,
                    const DedupNeed *need, bool force, GError **error);
 
 /*
@@ -87,11 +68,11 @@ bool dedup_reserve(DedupEngine *e, DedupReservation *res,
  * bytes may be taken until the next look; 0 and DEDUP_ERROR_MEMORY if there
  * is no room any more.
  */
-uint64_t dedup_reserve_next(DedupEngine *e, DedupReservation *res,
+uint64_t dedup_reserve_next(DedupRoom *room, DedupReservation *res,
                             const DedupNeed *rest, bool force,
                             GError **error);
 
 /* All was taken, or will not be. */
-void dedup_unreserve(DedupEngine *e, DedupReservation *res);
+void dedup_unreserve(DedupRoom *room, DedupReservation *res);
 
 #endif /* DEDUP_ROOM_H */

@@ -5,329 +5,254 @@
  * A full pass walks all regions in chunks of 2 MiB.  A chunk is worked on in
  * three steps:
  *
- *   look      under the remap lock: presence; the ledger learns which merged
- *             pages were written (broken) and which dropped pages are back;
- *             pages with memory of their own are hashed and their
- *             fingerprint is compared with that of the pass before.
- *   decide    without the lock: each hash is looked up.  The answer is a
- *             hint (see index.h) and decides only what is tried.
- *   act       windows (window.c), and what has to be published first
- *             (publish.c).
+ *   look      the space shows the pages that may be merged (space/pass.c);
+ *             each is hashed, and its fingerprint is compared with that of
+ *             the pass before (memo.c).
+ *   decide    each hash is looked up.  The answer is a hint (see index.h) and
+ *             decides only what is tried.
+ *   act       windows, and what has to be published first (publish.c).
  *
  * As in KSM, a page that is already published is merged at first sight,
  * while a page that changed since the last pass ("volatile") is not worth a
  * hint or a copy of its own.
- *
- * A fingerprint is 16 bits of the content hash: 0 is "never seen", 1 is "all
- * zero".  A false match makes a volatile page look stable, no more.
  */
 
 #include <string.h>
+#include <sys/mman.h>
 
-#include "internal.h"
-#include "ksm.h"
-#include "zeroes.h"
-
-#define FINGERPRINT_ZERO 1
+#include "scan/ask.h"
+#include "scan/leave.h"
+#include "scan/names.h"
+#include "scan/publish.h"
+#include "scan/upkeep.h"
 
 /* Looking at a page costs this much less than hashing it. */
 #define LOOK_SHARE 16
 
-/*
- * A private page that is restored gets a mapping of its own, so restoring
- * frees maps only if many go at once.
- */
-#define SETTLE_PRIVATE 16
-
 /* A page that was hashed in this chunk. */
-typedef struct Seen {
+typedef struct Page {
     uint32_t page;
     bool stable;
     bool zero;
     bool broken;
     uint64_t hash;
-} Seen;
+} Page;
 
 struct DedupChunk {
     DedupRegion *r;
-    uint32_t first;
-    uint32_t n;
-    Seen seen[DEDUP_CHUNK_PAGES];
-    unsigned nseen;
+    DedupMemo *memo;
+    Page pages[DEDUP_CHUNK_PAGES];
+    unsigned npages;
     DedupAction actions[DEDUP_CHUNK_PAGES];
     unsigned nactions;
     DedupRemote remotes[DEDUP_PROOF_PAGES];
     unsigned nremotes;
-    bool is_void;             /* nothing was there: nor may be behind it */
 };
 
 typedef struct DedupChunk Chunk;
 
-static uint16_t fingerprint(uint64_t hash)
-{
-    uint16_t f = hash >> 48;
+/* ---- look ---- */
 
-    return f > FINGERPRINT_ZERO ? f : f + 2;
+static void see(void *opaque, uint32_t page, const void *content, bool broken)
+{
+    DedupScan *scan = opaque;
+    Chunk *c = scan->chunk;
+    Page *p = &c->pages[c->npages++];
+
+    p->page = page;
+    p->broken = broken;
+    p->zero = dedup_page_is_zero(content);
+    p->hash = p->zero ? 0 : dedup_page_hash(content, scan->salt);
+    p->stable = dedup_memo_see(c->memo, page, p->hash);
+    if (!p->zero) {
+        dedup_index_prefetch(scan->index, p->hash);
+    }
 }
 
-/* What presence says about a page that is not the owner's own any more. */
-static void sync_entry(DedupEngine *e, DedupRegion *r, uint32_t page,
-                       uint8_t flags)
+/* False: nothing may be done here now. */
+static bool look(DedupScan *scan, Chunk *c)
 {
-    uint32_t entry = dedup_entry_at(r, page);
-    bool memory = flags & (DEDUP_PRESENT | DEDUP_SWAPPED);
+    DedupSeen seen;
 
-    if (entry == DEDUP_OWN || !memory) {
-        return;
+    if (!dedup_space_look(scan->space, &scan->place, &seen, see, scan)) {
+        return false;
     }
-    if (entry == DEDUP_ZERO) {
-        dedup_ledger_set(r, page, DEDUP_OWN);
-        if (r->memory == DEDUP_MEMORY_SHARED) {
-            dedup_punch_around(r, page, 1);
+    c->memo->counting.pinned += seen.pinned;
+    c->memo->counting.swapped += seen.swapped;
+    c->memo->counting.huge_kept += seen.huge_kept;
+    if (seen.is_empty) {
+        dedup_memo_forget(c->memo, scan->place.first / DEDUP_CHUNK_PAGES, 1);
+    }
+    __atomic_fetch_add(&scan->pages, c->npages, __ATOMIC_RELAXED);
+    return true;
+}
+
+/* ---- decide ---- */
+
+/* What shall happen to a page. */
+typedef struct Verdict {
+    enum {
+        VERDICT_NONE,         /* nothing: it changes, or waits already */
+        VERDICT_MERGE,        /* with a page of a holding */
+        VERDICT_SHARE,        /* with who else has it, or it gets a hint */
+    } kind;
+    DedupHolding *holding;
+    uint16_t index;
+    DedupHint hits[DEDUP_INDEX_HITS];
+    unsigned nhits;
+    const DedupHint *stale;   /* one of them that leads nowhere */
+} Verdict;
+
+/* The index compares only a part of the hash; this is all of it. */
+static bool has_hash(const DedupScan *scan, const DedupHolding *h,
+                     uint32_t page, uint64_t hash)
+{
+    return dedup_page_hash(dedup_segment_page(h->segment, page),
+                           scan->salt) == hash;
+}
+
+/* A published page of the content? */
+static bool is_published(DedupScan *scan, const Chunk *c, const Page *p,
+                         Verdict *v)
+{
+    for (unsigned i = 0; i < v->nhits; i++) {
+        const DedupHint *hit = &v->hits[i];
+        DedupHolding *h;
+        bool stale;
+
+        if (hit->kind != DEDUP_HINT_PUBLISHED) {
+            continue;
         }
-    } else if (!(entry & DEDUP_BROKEN)) {
-        dedup_ledger_set(r, page, entry | DEDUP_BROKEN);
-        __atomic_fetch_add(&e->cow_breaks, 1, __ATOMIC_RELAXED);
+        h = dedup_ask_holding(scan, c->r, p->page, p->hash, hit, &stale);
+        if (stale || (h && hit->page >= h->segment->npages)) {
+            v->stale = hit;
+        } else if (h && has_hash(scan, h, hit->page, p->hash)) {
+            v->holding = h;
+            v->index = hit->page;
+            return true;
+        }
     }
+    return false;
 }
 
-static void hash_page(DedupEngine *e, Chunk *c, uint32_t page)
+/* What to do with one page that is not zero. */
+static void decide(DedupScan *scan, const Chunk *c, const Page *p, Verdict *v)
 {
-    DedupRegion *r = c->r;
-    const uint8_t *addr = dedup_region_addr(r, page);
-    Seen *s = &c->seen[c->nseen++];
-    uint16_t f;
-
-    s->page = page;
-    s->broken = dedup_entry_at(r, page) != DEDUP_OWN;
-    s->zero = dedup_page_is_zero(addr);
-    s->hash = s->zero ? 0 : dedup_page_hash(addr, e->salt);
-    f = s->zero ? FINGERPRINT_ZERO : fingerprint(s->hash);
-    s->stable = r->fingerprint[page] == f;
-    if (!(r->area[page / DEDUP_CHUNK_PAGES] & DEDUP_AREA_PRINTS)) {
-        r->area[page / DEDUP_CHUNK_PAGES] |= DEDUP_AREA_PRINTS;
-        r->prints++;
-    }
-    r->fingerprint[page] = f;
-    if (!s->zero) {
-        dedup_index_prefetch(e->index, s->hash);
-    }
-    if (s->stable) {
-        r->counting.unshared++;  /* until it is merged below */
+    v->stale = NULL;
+    v->nhits = dedup_index_lookup(scan->index, p->hash, v->hits);
+    if (is_published(scan, c, p, v)) {
+        v->kind = VERDICT_MERGE;
+    } else if (!p->stable ||
+               dedup_publish_pending(scan, c->r, p->page, p->hash)) {
+        v->kind = VERDICT_NONE;
     } else {
-        r->counting.volatiles++;
+        v->kind = VERDICT_SHARE;
     }
 }
 
-static void sync_entries(DedupEngine *e, DedupRegion *r, uint32_t first,
-                         uint32_t n, const uint8_t *flags)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        sync_entry(e, r, first + i, flags[i]);
-    }
-}
+/* ---- act ---- */
 
-/*
- * A chunk is come to: presence of all of it, so that its sums are right even
- * if the budget ends within it.  @flags: of its pages.
- */
-static bool enter_chunk(DedupEngine *e, Chunk *c, uint8_t *flags)
-{
-    DedupRegion *r = c->r;
-    uint32_t n = MIN(DEDUP_CHUNK_PAGES, r->npages - c->first);
-    uint32_t chunk = c->first / DEDUP_CHUNK_PAGES;
-    uint32_t own = 0;
-    uint8_t any = 0;
-
-    if (!dedup_presence(r, c->first, n, flags)) {
-        return false;
-    }
-    sync_entries(e, r, c->first, n, flags);
-    for (uint32_t i = 0; i < n; i++) {
-        any |= flags[i];
-        own += !!(flags[i] & DEDUP_PRESENT);
-    }
-    dedup_ledger_own(r, chunk, own);
-    c->is_void = !(any & (DEDUP_PRESENT | DEDUP_SWAPPED)) &&
-                 !r->sums[chunk].mapped;
-    if (c->is_void) {
-        c->n = n; /* all of it was seen */
-    }
-    if (!own) {
-        dedup_region_forget(r, chunk, chunk + 1);
-    }
-    r->area[chunk] &= ~DEDUP_AREA_SPLIT;
-    return true;
-}
-
-/* The budget ended within the chunk: this is more of it. */
-static bool go_on(DedupEngine *e, Chunk *c, uint8_t *flags)
-{
-    if (!dedup_presence(c->r, c->first, c->n, flags)) {
-        return false;
-    }
-    sync_entries(e, c->r, c->first, c->n, flags);
-    return true;
-}
-
-/* Step one.  Returns false when the region is gone or we may not scan. */
-static bool look(DedupEngine *e, Chunk *c)
-{
-    DedupRegion *r = c->r;
-    uint8_t flags[DEDUP_CHUNK_PAGES];
-    DedupCounts *count = &r->counting;
-    bool ok = false;
-
-    dedup_lock(e);
-    if (!r->dead && !e->blocked &&
-        (c->first % DEDUP_CHUNK_PAGES == 0 ? enter_chunk(e, c, flags)
-                                           : go_on(e, c, flags))) {
-        ok = true;
-        if (c->first % DEDUP_CHUNK_PAGES == 0) {
-            dedup_ksm_take_chunk(r, c->first);
-        }
-        dedup_punch_late(r, c->first, c->n);
-        for (uint32_t i = 0; i < c->n; i++) {
-            uint32_t page = c->first + i;
-
-            count->swapped += !!(flags[i] & DEDUP_SWAPPED);
-            if (!(flags[i] & DEDUP_PRESENT)) {
-                continue;
-            }
-            if (dedup_region_pinned(r, page)) {
-                count->pinned++;
-            } else if ((flags[i] & DEDUP_HUGE) &&
-                       !e->active.huge_pages_split) {
-                count->huge_kept++;
-            } else {
-                hash_page(e, c, page);
-            }
-        }
-    }
-    dedup_unlock(e);
-    return ok;
-}
-
-static void add_action(Chunk *c, uint32_t page, DedupSegment *segment,
-                       uint32_t index)
-{
-    c->actions[c->nactions++] = (DedupAction) {
-        .page = page, .segment = segment, .index = index,
-    };
-}
-
-static void ask_remotes(DedupEngine *e, Chunk *c)
+static void ask_remotes(DedupScan *scan, Chunk *c)
 {
     if (c->nremotes) {
-        dedup_publish_remote(e, c->remotes, c->nremotes);
+        dedup_ask_remotes(scan, c->remotes, c->nremotes);
         c->nremotes = 0;
     }
 }
 
 /* Our own hint: who else of us has this page? */
-static DedupPair try_own(DedupEngine *e, Chunk *c, const Seen *s,
+static DedupPair try_own(DedupScan *scan, Chunk *c, const Page *p,
                          const DedupHint *hint)
 {
     DedupRegion *r2;
     uint32_t page2;
-    bool found;
 
     if (hint->kind == DEDUP_HINT_CLAIMED) {
         return DEDUP_PAIR_STALE; /* what we claimed came to nothing */
     }
-    if (hint->page == c->r->base + s->page) {
+    if (hint->page == dedup_region_base(c->r) + p->page) {
         return DEDUP_PAIR_EQUAL; /* most often: nobody else has it */
     }
-    dedup_lock(e);
-    found = dedup_region_find(e, hint->page, &r2, &page2);
-    dedup_unlock(e);
-    return found ? dedup_publish_pair(e, c->r, s->page, r2, page2, s->hash,
-                                      hint) : DEDUP_PAIR_STALE;
+    return dedup_space_find(scan->space, hint->page, &r2, &page2) ?
+           dedup_publish_pair(scan, c->r, p->page, r2, page2, p->hash, hint) :
+           DEDUP_PAIR_STALE;
 }
 
 /* A hint that names a member: what is it worth? */
-static DedupPair try_member(DedupEngine *e, Chunk *c, const Seen *s,
+static DedupPair try_member(DedupScan *scan, Chunk *c, const Page *p,
                             const DedupHint *hint)
 {
-    if (hint->where == dedup_group_self(e->group)) {
-        return try_own(e, c, s, hint);
+    if (hint->where == dedup_group_self(scan->group)) {
+        return try_own(scan, c, p, hint);
     }
-    if (!dedup_group_alive(e->group, hint->where)) {
+    if (!dedup_group_alive(scan->group, hint->where)) {
         return DEDUP_PAIR_STALE;
     }
     if (hint->kind == DEDUP_HINT_CANDIDATE) {
         c->remotes[c->nremotes++] = (DedupRemote) {
-            .region = c->r, .page = s->page, .hash = s->hash, .hint = *hint,
+            .region = c->r, .page = p->page, .hash = p->hash, .hint = *hint,
         };
         if (c->nremotes == DEDUP_PROOF_PAGES) {
-            ask_remotes(e, c);
+            ask_remotes(scan, c);
         }
     }
     /* claimed: it is published by the time of the next pass */
     return DEDUP_PAIR_EQUAL;
 }
 
-/* The index compares only a part of the hash; this is all of it. */
-static bool has_hash(DedupEngine *e, const DedupSegment *segment,
-                     uint32_t page, uint64_t hash)
+/* With whoever else has the page; if nobody has, the next one finds us. */
+static void share(DedupScan *scan, Chunk *c, const Page *p, Verdict *v)
 {
-    return dedup_page_hash(dedup_segment_page(segment, page), e->salt) ==
-           hash;
-}
-
-/* What to do with one page that is not zero. */
-static void decide(DedupEngine *e, Chunk *c, const Seen *s)
-{
-    DedupHint hits[DEDUP_INDEX_HITS];
     DedupHint mine = {
         .kind = DEDUP_HINT_CANDIDATE,
-        .where = dedup_group_self(e->group),
-        .page = c->r->base + s->page,
+        .where = dedup_group_self(scan->group),
+        .page = dedup_region_base(c->r) + p->page,
     };
-    const DedupHint *stale = NULL;
-    unsigned n = dedup_index_lookup(e->index, s->hash, hits);
 
-    for (unsigned i = 0; i < n; i++) {
-        DedupSegment *segment;
-        bool is_stale;
-
-        if (hits[i].kind != DEDUP_HINT_PUBLISHED) {
+    for (unsigned i = 0; i < v->nhits; i++) {
+        if (v->hits[i].kind == DEDUP_HINT_PUBLISHED) {
             continue;
         }
-        segment = dedup_publish_segment(e, c->r, s->page, s->hash, &hits[i],
-                                        &is_stale);
-        if (is_stale || (segment && hits[i].page >= segment->npages)) {
-            stale = &hits[i];
-        } else if (segment && has_hash(e, segment, hits[i].page, s->hash)) {
-            add_action(c, s->page, segment, hits[i].page);
-            return;
-        }
-    }
-    if (!s->stable) {
-        return;
-    }
-    if (dedup_publish_pending(e, c->r, s->page, s->hash)) {
-        return;
-    }
-    for (unsigned i = 0; i < n; i++) {
-        if (hits[i].kind == DEDUP_HINT_PUBLISHED) {
-            continue;
-        }
-        switch (try_member(e, c, s, &hits[i])) {
+        switch (try_member(scan, c, p, &v->hits[i])) {
         case DEDUP_PAIR_EQUAL:
             return;
         case DEDUP_PAIR_STALE:
-            stale = &hits[i];
+            v->stale = &v->hits[i];
             break;
         case DEDUP_PAIR_COLLIDES:
             break; /* it stays beside ours */
         }
     }
-    if (stale) {
-        dedup_index_replace(e->index, s->hash, stale, &mine);
-    } else if (!dedup_index_insert(e->index, s->hash, &mine)) {
-        e->pass_limits |= e->index_short ? DEDUP_LIMIT_MEMORY
-                                         : DEDUP_LIMIT_INDEX;
+    if (v->stale) {
+        dedup_index_replace(scan->index, p->hash, v->stale, &mine);
+    } else if (!dedup_index_insert(scan->index, p->hash, &mine)) {
+        scan->limits |= dedup_scan_index_limit(scan);
+    }
+}
+
+static void act(DedupScan *scan, Chunk *c, const Page *p, Verdict *v)
+{
+    switch (v->kind) {
+    case VERDICT_NONE:
+        break;
+    case VERDICT_MERGE:
+        c->actions[c->nactions++] = (DedupAction) {
+            .page = p->page, .holding = v->holding, .index = v->index,
+        };
+        break;
+    case VERDICT_SHARE:
+        share(scan, c, p, v);
+        break;
+    }
+}
+
+static void act_on_zero(DedupScan *scan, Chunk *c, const Page *p)
+{
+    DedupAction a = { 0 };
+
+    if (p->stable && scan->now.zero_pages &&
+        dedup_space_zero_action(c->r, p->page, &a, &scan->limits)) {
+        c->actions[c->nactions++] = a;
     }
 }
 
@@ -340,167 +265,222 @@ static void uncount(Chunk *c)
         if (!c->actions[a].done) {
             continue;
         }
-        while (c->seen[i].page != c->actions[a].page) {
+        while (c->pages[i].page != c->actions[a].page) {
             i++;
         }
-        if (c->seen[i].stable) {
-            c->r->counting.unshared--;
+        if (c->pages[i].stable) {
+            c->memo->counting.unshared--;
         } else {
-            c->r->counting.volatiles--;
+            c->memo->counting.volatiles--;
         }
     }
 }
 
 /*
  * Broken pages that found no segment page again go back to the region's own
- * memory once they have settled: that frees maps, and segments in the end.
+ * memory once they have settled.
  */
-static void settle_broken(DedupEngine *e, Chunk *c)
+static void settle_broken(Chunk *c)
 {
-    for (unsigned i = 0; i < c->nseen; i++) {
-        const Seen *s = &c->seen[i];
-        uint32_t first = s->page;
+    for (unsigned i = 0; i < c->npages; i++) {
+        const Page *p = &c->pages[i];
         uint32_t n = 1;
 
-        if (!s->broken || !s->stable) {
+        if (!p->broken || !p->stable) {
             continue;
         }
-        while (i + 1 < c->nseen && c->seen[i + 1].page == first + n &&
-               c->seen[i + 1].broken && c->seen[i + 1].stable &&
+        while (i + 1 < c->npages && c->pages[i + 1].page == p->page + n &&
+               c->pages[i + 1].broken && c->pages[i + 1].stable &&
                n < DEDUP_WINDOW_PAGES) {
             n++;
             i++;
         }
-        if (c->r->memory != DEDUP_MEMORY_SHARED && n < SETTLE_PRIVATE) {
-            continue;
-        }
-        dedup_lock(e);
-        if (!c->r->dead && !e->blocked && dedup_file_has_room(c->r)) {
-            bool all_broken = true;
-
-            for (uint32_t k = first; k < first + n; k++) {
-                uint32_t entry = dedup_entry_at(c->r, k);
-
-                all_broken &= dedup_entry_is_segment(entry) &&
-                              (entry & DEDUP_BROKEN);
-            }
-            if (all_broken) {
-                dedup_restore_locked(c->r, first, n);
-            }
-        }
-        dedup_unlock(e);
+        dedup_space_settle(c->r, p->page, n);
     }
 }
 
-static void scan_chunk(DedupEngine *e, Chunk *c)
+static void scan_chunk(DedupScan *scan, Chunk *c)
 {
-    DedupAction zero;
+    Verdict v;
 
-    c->nseen = c->nactions = c->nremotes = 0;
-    if (!look(e, c)) {
+    c->npages = c->nactions = c->nremotes = 0;
+    if (!look(scan, c)) {
         return;
     }
-    __atomic_fetch_add(&e->pages_scanned, c->nseen, __ATOMIC_RELAXED);
-    for (unsigned i = 0; i < c->nseen; i++) {
-        const Seen *s = &c->seen[i];
+    for (unsigned i = 0; i < c->npages; i++) {
+        const Page *p = &c->pages[i];
 
-        if (!s->zero) {
-            decide(e, c, s);
-        } else if (s->stable && e->active.zero_pages &&
-                   dedup_zeroes_action(c->r, s->page, &zero)) {
-            add_action(c, s->page, zero.segment, zero.index);
+        if (p->zero) {
+            act_on_zero(scan, c, p);
+        } else {
+            decide(scan, c, p, &v);
+            act(scan, c, p, &v);
         }
     }
-    ask_remotes(e, c);
+    ask_remotes(scan, c);
     if (c->nactions) {
-        e->pass_found += dedup_windows(c->r, c->actions, c->nactions,
-                                       &e->pass_limits);
+        scan->found += dedup_space_windows(c->r, c->actions, c->nactions,
+                                           &scan->limits);
         uncount(c);
     }
-    settle_broken(e, c);
+    settle_broken(c);
 }
 
-/*
- * Where the pass goes on, at most @most pages; c->n is 0 if nothing is there.
- * False: it is at its end.
- */
-static bool next_chunk(DedupEngine *e, Chunk *c, int64_t most)
-{
-    bool more = true;
+/* ---- a pass ---- */
 
-    c->n = 0;
-    dedup_lock(e);
-    c->r = dedup_region_next(e, e->pass_at);
-    if (c->r) {
-        c->first = dedup_region_at(c->r, e->pass_at);
-        if (!c->first || !c->r->prepared) {
-            dedup_presence_prepare(c->r);
-            c->is_void = true;
-        }
-        if (c->is_void && c->first % DEDUP_CHUNK_PAGES == 0) {
-            more = dedup_skip_void(c->r, &c->first);
-        }
-        if (more) {
-            c->n = MIN(DEDUP_CHUNK_PAGES - c->first % DEDUP_CHUNK_PAGES,
-                       c->r->npages - c->first);
-            /* a batch smaller than a chunk is honoured, by the page */
-            c->n = MIN(c->n, MAX(most, 1));
-        }
-        __atomic_store_n(&e->pass_at, c->r->base + c->first,
-                         __ATOMIC_RELAXED);
+/* Where the pass goes on; place.n is 0 if nothing is there.  False: its end. */
+static bool go_on(DedupScan *scan, int64_t most)
+{
+    DedupPlace *place = &scan->place;
+    Chunk *c = scan->chunk;
+
+    if (!dedup_space_go_on(scan->space, place, scan->at, most)) {
+        return false;
     }
-    dedup_unlock(e);
-    return c->r;
-}
-
-static void end_pass(DedupEngine *e)
-{
-    dedup_publish_flush(e);
-    if (dedup_stats_pass(e)) {
-        dedup_policy_pass_end(e);
+    c->r = place->region;
+    c->memo = dedup_memo_of(c->r);
+    if (!c->memo) {
+        scan->limits |= DEDUP_LIMIT_MEMORY;
+        place->n = 0;
+        place->first = dedup_region_npages(c->r);
+    } else if (place->skipped) {
+        dedup_memo_forget(c->memo, (place->first + DEDUP_CHUNK_PAGES - 1) /
+                          DEDUP_CHUNK_PAGES - place->skipped,
+                          place->skipped);
     }
-    __atomic_store_n(&e->pass_at, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&scan->at, dedup_region_base(c->r) + place->first,
+                     __ATOMIC_RELAXED);
+    return true;
 }
 
-void dedup_scan_init(DedupEngine *e)
+bool dedup_scan_batch(DedupScan *scan, const DedupParams *params)
 {
-    e->chunk = g_new0(Chunk, 1);
-}
-
-void dedup_scan_free(DedupEngine *e)
-{
-    g_free(e->chunk);
-}
-
-size_t dedup_scan_size(void)
-{
-    return sizeof(Chunk);
-}
-
-bool dedup_scan_batch(DedupEngine *e, uint32_t budget)
-{
-    int64_t left = (int64_t)budget * LOOK_SHARE;
-    Chunk *c = e->chunk;
+    int64_t left = (int64_t)params->pages_to_scan * LOOK_SHARE;
+    Chunk *c = scan->chunk;
     bool ended = false;
 
-    dedup_forget_looks(e);
-    dedup_ksm_look(e);
-    while (left > 0 && !ended && dedup_may_scan(e)) {
-        if (!next_chunk(e, c, left / LOOK_SHARE)) {
+    scan->now = *params;
+    dedup_space_begin_batch(scan->space, params->huge_pages_split);
+    if (dedup_space_asks_room(scan->space)) {
+        dedup_space_set_room(scan->space, dedup_restore_room(scan->room));
+    }
+    while (left > 0 && !ended && dedup_scan_may_go_on(scan)) {
+        if (!go_on(scan, left / LOOK_SHARE)) {
             ended = true;
-        } else if (!c->n) {
+        } else if (!scan->place.n) {
             left -= LOOK_SHARE;
         } else {
-            dedup_policy_index_room(e);
-            scan_chunk(e, c);
+            dedup_upkeep_index_room(scan);
+            scan_chunk(scan, c);
             /* whoever asks for the figures reads it */
-            __atomic_store_n(&e->pass_at, e->pass_at + c->n,
+            __atomic_store_n(&scan->at, scan->at + scan->place.n,
                              __ATOMIC_RELAXED);
-            left -= c->n + (int64_t)c->nseen * (LOOK_SHARE - 1);
+            left -= scan->place.n + (int64_t)c->npages * (LOOK_SHARE - 1);
         }
     }
     if (ended) {
-        end_pass(e);
+        dedup_publish_seal(scan);
     }
     return ended;
+}
+
+void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
+{
+    int64_t now = g_get_monotonic_time();
+    DedupRegion *r;
+    uint32_t at = 0;
+
+    *tally = (DedupTally) {
+        .found = scan->found, .limits = scan->limits,
+        .us = now - scan->start_us,
+    };
+    while ((r = dedup_space_next(scan->space, at))) {
+        DedupMemo *memo = dedup_region_memo(r);
+
+        if (memo) {
+            memo->counting.swapped +=
+                dedup_region_swapped(r, memo->counting.swapped);
+            dedup_memo_take_counts(memo, &tally->counts);
+        }
+        at = dedup_region_base(r) + dedup_region_npages(r);
+    }
+    scan->upkeep.was_full = scan->limits & DEDUP_LIMIT_INDEX;
+    scan->found = 0;
+    scan->limits = 0;
+    scan->start_us = now;
+    __atomic_store_n(&scan->at, 0, __ATOMIC_RELAXED);
+}
+
+void dedup_scan_upkeep(DedupScan *scan)
+{
+    dedup_group_refresh(scan->group);
+    g_hash_table_remove_all(scan->publisher.failed);
+    dedup_upkeep_set_index_limit(scan, dedup_leave_tick(scan));
+    dedup_leave_lean(scan);
+    dedup_scan_drop_unused(scan);
+    dedup_names_give(scan);
+    dedup_upkeep_sweep(scan);
+    dedup_upkeep_announce(scan);
+}
+
+unsigned dedup_scan_limits(const DedupScan *scan)
+{
+    return scan->limits;
+}
+
+uint32_t dedup_scan_at(const DedupScan *scan)
+{
+    return __atomic_load_n(&scan->at, __ATOMIC_RELAXED);
+}
+
+uint64_t dedup_scan_pages(const DedupScan *scan)
+{
+    return __atomic_load_n(&scan->pages, __ATOMIC_RELAXED);
+}
+
+/* ---- life ---- */
+
+DedupScan *dedup_scan_new(DedupSpace *space, DedupGroup *group,
+                          DedupControl *control, DedupRoom *room,
+                          GError **error)
+{
+    DedupScan *scan = g_new0(DedupScan, 1);
+
+    scan->space = space;
+    scan->group = group;
+    scan->control = control;
+    scan->room = room;
+    scan->chunk = g_new0(Chunk, 1);
+    dedup_leave_init(scan);
+    dedup_upkeep_init(scan);
+    if (!dedup_publish_init(scan, error)) {
+        dedup_leave_clear(scan);
+        g_free(scan->chunk);
+        g_free(scan);
+        return NULL;
+    }
+    return scan;
+}
+
+void dedup_scan_free(DedupScan *scan)
+{
+    dedup_publish_clear(scan);
+    dedup_leave_clear(scan);
+    g_free(scan->chunk);
+    g_free(scan);
+}
+
+uint64_t dedup_scan_bytes(DedupScan *scan)
+{
+    uint64_t bytes = sizeof(*scan) + sizeof(Chunk) + dedup_publish_bytes(scan);
+    DedupRegion *r;
+    uint32_t at = 0;
+
+    while ((r = dedup_space_next(scan->space, at))) {
+        DedupMemo *memo = dedup_region_memo(r);
+
+        bytes += memo ? dedup_memo_bytes(memo) : 0;
+        at = dedup_region_base(r) + dedup_region_npages(r);
+    }
+    return bytes;
 }

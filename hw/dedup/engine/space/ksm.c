@@ -42,23 +42,28 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "ksm.h"
-#include "pagemap.h"
+#include "host/mutant.h"
+#include "host/pagemap.h"
+#include "space/ksm.h"
+#include "space/ledger.h"
+#include "space/need.h"
+#include "space/presence.h"
 
 /* Of the room, what windows that fail may take from KSM until the next look. */
 #define FAILED_SHARE 8
 #define FAILED_MOST (64ULL << 20)
 
-void dedup_ksm_open(DedupEngine *e)
+void dedup_ksm_open(DedupSpace *space)
 {
     /* Linux 6.1; without it each chunk is looked at */
-    e->ksm.stat_fd = open("/proc/self/ksm_stat", O_RDONLY | O_CLOEXEC);
+    space->ksm.stat_fd = open("/proc/self/ksm_stat", O_RDONLY | O_CLOEXEC);
+    space->ksm.may_take = UINT64_MAX; /* nobody has looked at the room yet */
 }
 
-void dedup_ksm_close(DedupEngine *e)
+void dedup_ksm_close(DedupSpace *space)
 {
-    if (e->ksm.stat_fd >= 0) {
-        close(e->ksm.stat_fd);
+    if (space->ksm.stat_fd >= 0) {
+        close(space->ksm.stat_fd);
     }
 }
 
@@ -70,9 +75,9 @@ static uint64_t figure(const char *text, const char *name)
     return at ? g_ascii_strtoull(at + strlen(name), NULL, 10) : 0;
 }
 
-static void read_stat(DedupEngine *e)
+static void read_stat(DedupSpace *space)
 {
-    DedupKsm *k = &e->ksm;
+    DedupKsm *k = &space->ksm;
     char text[512];
     ssize_t n = pread(k->stat_fd, text, sizeof(text) - 1, 0);
 
@@ -89,52 +94,57 @@ static void read_stat(DedupEngine *e)
 }
 
 /* Has KSM merged anything of this process?  If unknown, yes. */
-static bool has_pages(const DedupEngine *e)
+static bool has_pages(const DedupSpace *space)
 {
-    return !e->ksm.known || e->ksm.shared || e->ksm.zero;
+    return !space->ksm.known || space->ksm.shared || space->ksm.zero;
 }
 
-void dedup_ksm_look(DedupEngine *e)
+bool dedup_space_asks_room(DedupSpace *space)
 {
-    read_stat(e);
-    e->ksm.may_take = !has_pages(e) ? UINT64_MAX :
-                      MIN(dedup_restore_room(e) / FAILED_SHARE,
-                          FAILED_MOST) >> DEDUP_PAGE_SHIFT;
+    read_stat(space);
+    space->ksm.may_take = UINT64_MAX;
+    return has_pages(space);
 }
 
-uint64_t dedup_ksm_shared_bytes(DedupEngine *e)
+void dedup_space_set_room(DedupSpace *space, uint64_t bytes)
 {
-    return __atomic_load_n(&e->ksm.shared, __ATOMIC_RELAXED) <<
+    space->ksm.may_take = MIN(bytes / FAILED_SHARE, FAILED_MOST) >>
+                          DEDUP_PAGE_SHIFT;
+}
+
+uint64_t dedup_space_ksm_bytes(DedupSpace *space)
+{
+    return __atomic_load_n(&space->ksm.shared, __ATOMIC_RELAXED) <<
            DEDUP_PAGE_SHIFT;
 }
 
 /* False: not all of it was taken. */
 static bool take(DedupRegion *r, uint32_t page, uint32_t n)
 {
-    if (r->engine->ksm.absent || DEDUP_MUTANT(KSM_LEFT)) {
+    if (r->space->ksm.absent || DEDUP_MUTANT(KSM_LEFT)) {
         return true;
     }
     if (madvise(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
                 MADV_UNMERGEABLE) == 0) {
         return true;
     }
-    r->engine->ksm.absent = errno == EINVAL; /* a kernel without KSM */
-    return r->engine->ksm.absent;
+    r->space->ksm.absent = errno == EINVAL; /* a kernel without KSM */
+    return r->space->ksm.absent;
 }
 
 bool dedup_ksm_shares_any(DedupRegion *r, uint32_t first, uint32_t n,
                           const uint8_t *flags)
 {
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     uint64_t entries[DEDUP_CHUNK_PAGES];
-    bool zeroes = !__atomic_load_n(&e->ksm.known, __ATOMIC_RELAXED) ||
-                  __atomic_load_n(&e->ksm.zero, __ATOMIC_RELAXED);
+    bool zeroes = !__atomic_load_n(&space->ksm.known, __ATOMIC_RELAXED) ||
+                  __atomic_load_n(&space->ksm.zero, __ATOMIC_RELAXED);
     uint8_t wanted = DEDUP_PRESENT | (zeroes ? DEDUP_ZERO_MAPPED : 0);
     off_t at = ((uintptr_t)dedup_region_addr(r, first) >> DEDUP_PAGE_SHIFT) *
                sizeof(entries[0]);
 
     g_assert(n <= DEDUP_CHUNK_PAGES);
-    if (pread(e->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
+    if (pread(space->process.pagemap_fd, entries, n * sizeof(entries[0]), at) !=
         (ssize_t)(n * sizeof(entries[0]))) {
         return true;
     }
@@ -157,17 +167,17 @@ static bool chunk_shares_any(DedupRegion *r, uint32_t first, uint32_t n)
 
 void dedup_ksm_take_chunk(DedupRegion *r, uint32_t first)
 {
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     uint32_t n = MIN(DEDUP_CHUNK_PAGES, r->npages - first);
     uint8_t *area = &r->area[first / DEDUP_CHUNK_PAGES];
 
-    if ((*area & DEDUP_AREA_UNKSM) && (e->ksm.absent || e->ksm.idle)) {
+    if ((*area & DEDUP_AREA_UNKSM) && (space->ksm.absent || space->ksm.idle)) {
         return;
     }
     /* it may have been made mergeable again */
     *area &= ~DEDUP_AREA_UNKSM;
-    read_stat(e);
-    if ((!has_pages(e) || !chunk_shares_any(r, first, n)) &&
+    read_stat(space);
+    if ((!has_pages(space) || !chunk_shares_any(r, first, n)) &&
         take(r, first, n)) {
         *area |= DEDUP_AREA_UNKSM;
     }
@@ -182,7 +192,7 @@ static bool is_taken(const DedupRegion *r, const DedupAction *a)
 static unsigned take_runs(DedupRegion *r, DedupAction **actions, unsigned n,
                           unsigned *limits)
 {
-    DedupKsm *k = &r->engine->ksm;
+    DedupKsm *k = &r->space->ksm;
     unsigned kept = 0;
     uint64_t news = 0;
 
@@ -216,7 +226,7 @@ unsigned dedup_ksm_take_pages(DedupRegion *r, DedupAction **actions,
     uint32_t first = actions[0]->page;
     bool taken = true;
 
-    if (r->engine->ksm.absent) {
+    if (r->space->ksm.absent) {
         return n;
     }
     for (unsigned i = 0; i < n; i++) {
@@ -233,7 +243,7 @@ void dedup_ksm_replaced(DedupRegion *r, const DedupAction *actions,
                         unsigned n)
 {
     for (unsigned i = 0; i < n; i++) {
-        r->engine->ksm.may_take += actions[i].done &&
+        r->space->ksm.may_take += actions[i].done &&
                                    !is_taken(r, &actions[i]);
     }
 }
@@ -246,16 +256,17 @@ void dedup_ksm_take_range(DedupRegion *r, uint32_t first, uint32_t n)
 bool dedup_ksm_kept_out(DedupRegion *r, uint32_t first, uint32_t n,
                         const bool *which)
 {
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     uint64_t entries[DEDUP_WINDOW_PAGES];
     off_t at = ((uintptr_t)dedup_region_addr(r, first) >> DEDUP_PAGE_SHIFT) *
                sizeof(entries[0]);
     bool kept_out = true;
 
-    if (e->ksm.absent || DEDUP_MUTANT(KSM_LEFT) || DEDUP_MUTANT(NO_FREEZE)) {
+    if (space->ksm.absent || DEDUP_MUTANT(KSM_LEFT) ||
+        DEDUP_MUTANT(NO_FREEZE)) {
         return true;
     }
-    if (pread(e->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
+    if (pread(space->process.pagemap_fd, entries, n * sizeof(entries[0]), at) !=
         (ssize_t)(n * sizeof(entries[0]))) {
         return false;
     }

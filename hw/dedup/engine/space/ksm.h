@@ -1,26 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Keeping KSM, the kernel's own page merging, out of what the engine
- * replaces; ksm.c says why and how.
+ * replaces; ksm.c says why and how.  How much it may take: space.h.
  */
 
 #ifndef DEDUP_KSM_H
 #define DEDUP_KSM_H
 
-#include "internal.h"
+#include "space/space-internal.h"
 
-/* Part of an engine's life.  The file is opened before a chroot. */
-void dedup_ksm_open(DedupEngine *e);
-void dedup_ksm_close(DedupEngine *e);
-
-/*
- * Look at what KSM has of this process, and whether there is memory to take
- * pages from it.  Before each batch; scanner's thread, remap lock not held.
- */
-void dedup_ksm_look(DedupEngine *e);
-
-/* Bytes of this process that KSM shares: owed to it.  Any thread. */
-uint64_t dedup_ksm_shared_bytes(DedupEngine *e);
+/* Part of a space's life.  The file is opened before a chroot. */
+void dedup_ksm_open(DedupSpace *space);
+void dedup_ksm_close(DedupSpace *space);
 
 /*
  * A pass has come to the chunk that begins at @first: take all of it from

@@ -3,29 +3,27 @@
  * The ledger: what this process has merged.
  *
  * One 32-bit entry per page says which segment page is mapped there (see
- * internal.h).  All sums that the figures and the budget need follow from
+ * ledger.h).  All sums that the figures and the budget need follow from
  * changes of entries and are kept here, in one function, so that no path can
  * forget one: pages per state, users per segment and per segment page, and
  * the number of mappings.
  *
- * A segment is dropped only when no entry refers to it; entries leave the
- * segment only after its mapping is gone.  So whatever number is read from
- * an entry is a segment that exists.
- *
- * Everything here needs the remap lock; the sums of regions and segments are
- * written atomically because figures and policy read them without it.
+ * Everything here needs the remap lock; the sums of regions and holdings are
+ * written atomically because figures and scan/ read them without it.
  */
 
 #include <sys/mman.h>
 
-#include "internal.h"
+#include "host/mutant.h"
+#include "space/holdings.h"
+#include "space/ledger.h"
 
 static void add(uint64_t *sum, int64_t delta)
 {
     __atomic_fetch_add(sum, delta, __ATOMIC_RELAXED);
 }
 
-/* Sums of the engine: those of a region that is gone were taken off at once. */
+/* Sums of the space: those of a region that is gone were taken off at once. */
 static void add_all(const DedupRegion *r, uint64_t *sum, int64_t delta)
 {
     if (!r->dead) {
@@ -56,7 +54,17 @@ static bool is_boundary(const DedupRegion *r, uint32_t a, uint32_t b)
         return (a & ~DEDUP_BROKEN) + 1 != (b & ~DEDUP_BROKEN) ||
                dedup_entry_no(a) != dedup_entry_no(b);
     }
-    return a != b && r->memory == DEDUP_MEMORY_PRIVATE_FILE;
+    return a != b && r->info.memory == DEDUP_MEMORY_PRIVATE_FILE;
+}
+
+DedupHolding *dedup_entry_holding(DedupSpace *space, uint32_t entry)
+{
+    return g_ptr_array_index(space->holdings.table, dedup_entry_no(entry));
+}
+
+static DedupHolding *holding_of(const DedupRegion *r, uint32_t entry)
+{
+    return dedup_entry_holding(r->space, entry);
 }
 
 /*
@@ -71,13 +79,13 @@ static void count_boundary(DedupRegion *r, uint32_t a, uint32_t b, int sign)
     if (!is_boundary(r, a, b)) {
         return;
     }
-    add(&r->boundaries, sign);
+    add(&r->sums.boundaries, sign);
     if (a_segment) {
-        add32(&dedup_entry_segment(r->engine, a)->ends,
+        add32(&holding_of(r, a)->ends,
               b_segment ? sign : 2 * sign);
     }
     if (b_segment) {
-        add32(&dedup_entry_segment(r->engine, b)->ends,
+        add32(&holding_of(r, b)->ends,
               a_segment ? sign : 2 * sign);
     }
 }
@@ -96,44 +104,33 @@ static void count_boundaries(DedupRegion *r, uint32_t page, uint32_t entry,
 
 static void account(DedupRegion *r, uint32_t entry, int sign)
 {
-    DedupSegment *s;
+    DedupHolding *h;
 
     if (entry == DEDUP_OWN) {
         return;
     }
     if (entry == DEDUP_ZERO) {
-        add(&r->zero, sign);
-        add_all(r, &r->engine->zero, sign);
+        add(&r->sums.zero, sign);
+        add_all(r, &r->space->sums.zero, sign);
         return;
     }
-    s = dedup_entry_segment(r->engine, entry);
-    add32(&s->refs, sign);
+    h = holding_of(r, entry);
+    add32(&h->refs, sign);
     if (entry & DEDUP_BROKEN) {
-        add(&r->broken, sign);
-        add_all(r, &r->engine->broken, sign);
+        add(&r->sums.broken, sign);
+        add_all(r, &r->space->sums.broken, sign);
         return;
     }
-    if (s->zeroes) {
-        add(&r->zero_mapped, sign);
-        add_all(r, &r->engine->zero_mapped, sign);
+    if (h->zeroes) {
+        add(&r->sums.zero_mapped, sign);
+        add_all(r, &r->space->sums.zero_mapped, sign);
         return;
     }
-    add(&r->merged, sign);
-    add_all(r, &r->engine->merged, sign);
-    __atomic_store_n(&s->dirty, true, __ATOMIC_RELAXED);
-    add32(&s->mapped, sign);
-    add32(&s->use[dedup_entry_page(entry)], sign);
-}
-
-/*
- * Does a page in this state have memory of its own?  An own page may be a
- * hole: whoever makes one own says which (dedup_ledger_absent()), and who
- * takes one (a window) has seen that it is there.
- */
-static bool has_memory(uint32_t entry)
-{
-    return entry == DEDUP_OWN ||
-           (dedup_entry_is_segment(entry) && (entry & DEDUP_BROKEN));
+    add(&r->sums.merged, sign);
+    add_all(r, &r->space->sums.merged, sign);
+    __atomic_store_n(&h->dirty, true, __ATOMIC_RELAXED);
+    add32(&h->mapped, sign);
+    add32(&h->use[dedup_entry_page(entry)], sign);
 }
 
 /* Nothing is in the ledger around a chunk any more: nor is there memory. */
@@ -145,7 +142,7 @@ static void give_back(DedupRegion *r, uint32_t chunk)
     uint32_t end = MIN(first + chunks, dedup_region_chunks(r));
 
     for (uint32_t c = first; c < end; c++) {
-        if (r->sums[c].taken) {
+        if (r->chunk[c].taken) {
             return;
         }
     }
@@ -160,10 +157,10 @@ static void store(DedupRegion *r, uint32_t page, uint32_t entry)
     uint32_t before = r->entry[page];
 
     r->entry[page] = entry;
-    r->sums[chunk].taken += (entry != DEDUP_OWN) - (before != DEDUP_OWN);
-    r->sums[chunk].mapped += dedup_entry_is_segment(entry) -
+    r->chunk[chunk].taken += (entry != DEDUP_OWN) - (before != DEDUP_OWN);
+    r->chunk[chunk].mapped += dedup_entry_is_segment(entry) -
                              dedup_entry_is_segment(before);
-    if (!r->sums[chunk].taken) {
+    if (!r->chunk[chunk].taken) {
         give_back(r, chunk);
     }
 }
@@ -174,19 +171,19 @@ static void store(DedupRegion *r, uint32_t page, uint32_t entry)
  */
 static void add_own(DedupRegion *r, uint32_t chunk, int delta)
 {
-    int own = r->sums[chunk].own;
+    int own = r->chunk[chunk].own;
 
     delta = CLAMP(own + delta, 0, DEDUP_CHUNK_PAGES) - own;
     if (delta) {
-        r->sums[chunk].own = own + delta;
-        add(&r->own, delta);
-        add_all(r, &r->engine->own_present, delta);
+        r->chunk[chunk].own = own + delta;
+        add(&r->sums.own, delta);
+        add_all(r, &r->space->sums.own, delta);
     }
 }
 
 void dedup_ledger_own(DedupRegion *r, uint32_t chunk, uint32_t own)
 {
-    add_own(r, chunk, (int)own - r->sums[chunk].own);
+    add_own(r, chunk, (int)own - r->chunk[chunk].own);
 }
 
 static void change(DedupRegion *r, uint32_t page, uint32_t entry,
@@ -203,11 +200,18 @@ static void change(DedupRegion *r, uint32_t page, uint32_t entry,
     store(r, page, entry);
 }
 
+/*
+ * An own page may be a hole: whoever makes one own says which
+ * (dedup_ledger_absent()), and who takes one (a window) has seen that it is
+ * there.
+ */
 void dedup_ledger_set(DedupRegion *r, uint32_t page, uint32_t entry)
 {
     uint32_t old = dedup_entry_at(r, page);
 
-    add_own(r, page / DEDUP_CHUNK_PAGES, has_memory(entry) - has_memory(old));
+    dedup_space_assert_locked(r->space);
+    add_own(r, page / DEDUP_CHUNK_PAGES,
+            dedup_entry_is_private(entry) - dedup_entry_is_private(old));
     change(r, page, entry, old);
 }
 
@@ -215,72 +219,31 @@ void dedup_ledger_absent(DedupRegion *r, uint32_t page)
 {
     uint32_t old = dedup_entry_at(r, page);
 
-    add_own(r, page / DEDUP_CHUNK_PAGES, -has_memory(old));
+    dedup_space_assert_locked(r->space);
+    add_own(r, page / DEDUP_CHUNK_PAGES, -dedup_entry_is_private(old));
     change(r, page, DEDUP_OWN, old);
 }
 
 uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page, uint32_t end)
 {
-    if (!(r->merged + r->broken + r->zero + r->zero_mapped)) {
+    if (!(dedup_region_mapped(r) + r->sums.zero)) {
         return end;
     }
     while (page < end && dedup_entry_at(r, page) == DEDUP_OWN) {
-        page += r->sums[page / DEDUP_CHUNK_PAGES].taken ? 1 :
+        page += r->chunk[page / DEDUP_CHUNK_PAGES].taken ? 1 :
                 DEDUP_CHUNK_PAGES - page % DEDUP_CHUNK_PAGES;
     }
     return MIN(page, end);
 }
 
-uint64_t dedup_ledger_maps(DedupEngine *e)
+uint64_t dedup_ledger_maps(DedupSpace *space)
 {
-    uint64_t n = e->segments_held;
+    uint64_t n = space->holdings.held;
 
-    for (unsigned i = 0; i < e->regions->len; i++) {
-        DedupRegion *r = g_ptr_array_index(e->regions, i);
+    for (unsigned i = 0; i < space->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(space->regions, i);
 
-        n += r->boundaries;
+        n += r->sums.boundaries;
     }
     return n;
-}
-
-void dedup_segments_add(DedupEngine *e, DedupSegment *s)
-{
-    unsigned no;
-
-    for (no = e->segment_hint; no < e->segments->len; no++) {
-        if (!g_ptr_array_index(e->segments, no)) {
-            break;
-        }
-    }
-    if (no == e->segments->len) {
-        g_ptr_array_add(e->segments, s);
-    } else {
-        g_ptr_array_index(e->segments, no) = s;
-    }
-    s->no = no;
-    e->segment_hint = no + 1;
-    e->segments_held += !s->zeroes;
-    if (s->gid) {
-        g_hash_table_insert(e->by_gid, GUINT_TO_POINTER(s->gid), s);
-    }
-}
-
-void dedup_segments_drop(DedupEngine *e, DedupSegment *s)
-{
-    g_assert(s->refs == 0);
-    g_ptr_array_index(e->segments, s->no) = NULL;
-    e->segment_hint = MIN(e->segment_hint, s->no);
-    e->segments_held -= !s->zeroes;
-    g_hash_table_remove(e->by_gid, GUINT_TO_POINTER(s->gid));
-    dedup_segment_free(s);
-}
-
-DedupSegment *dedup_segments_find(DedupEngine *e, uint32_t gid)
-{
-    return g_hash_table_lookup(e->by_gid, GUINT_TO_POINTER(gid));
-}
-
-DedupSegment *dedup_entry_segment(DedupEngine *e, uint32_t entry)
-{
-    return g_ptr_array_index(e->segments, dedup_entry_no(entry));
 }

@@ -30,8 +30,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "internal.h"
-#include "pagemap.h"
+#include "host/pagemap.h"
+#include "space/ledger.h"
+#include "space/presence.h"
 
 /*
  * How far the kernel is asked at a time for the next page that is there.  Its
@@ -63,7 +64,7 @@ static uint8_t own_flags(uint64_t categories)
  * @mixed: a file's memory may be mapped there, too.  To tell that the kernel
  * has to look at each page's descriptor, which doubles the cost.
  */
-static bool pagemap_scan(DedupEngine *e, uint8_t *addr, uint32_t n,
+static bool pagemap_scan(DedupSpace *space, uint8_t *addr, uint32_t n,
                          bool mixed, uint8_t *flags)
 {
     struct page_region vec[64];
@@ -83,7 +84,7 @@ static bool pagemap_scan(DedupEngine *e, uint8_t *addr, uint32_t n,
                            PAGE_IS_PFNZERO | PAGE_IS_HUGE |
                            (mixed ? PAGE_IS_FILE : 0),
         };
-        int found = ioctl(e->pagemap_fd, PAGEMAP_SCAN, &arg);
+        int found = ioctl(space->process.pagemap_fd, PAGEMAP_SCAN, &arg);
 
         if (found < 0) {
             return false;
@@ -105,14 +106,14 @@ static bool pagemap_scan(DedupEngine *e, uint8_t *addr, uint32_t n,
     return true;
 }
 
-static bool pagemap_read(DedupEngine *e, uint8_t *addr, uint32_t n,
+static bool pagemap_read(DedupSpace *space, uint8_t *addr, uint32_t n,
                          uint8_t *flags)
 {
     uint64_t entries[DEDUP_CHUNK_PAGES];
     uint64_t offset = ((uintptr_t)addr >> DEDUP_PAGE_SHIFT) *
                       sizeof(entries[0]);
-    ssize_t len = pread(e->pagemap_fd, entries, n * sizeof(entries[0]),
-                        offset);
+    ssize_t len = pread(space->process.pagemap_fd, entries,
+                        n * sizeof(entries[0]), offset);
 
     if (len != (ssize_t)(n * sizeof(entries[0]))) {
         return false;
@@ -128,19 +129,19 @@ static bool pagemap_read(DedupEngine *e, uint8_t *addr, uint32_t n,
     return true;
 }
 
-static bool private_presence(DedupEngine *e, uint8_t *addr, uint32_t n,
+static bool private_presence(DedupSpace *space, uint8_t *addr, uint32_t n,
                              bool mixed, uint8_t *flags)
 {
-    if (e->has_pagemap_scan) {
-        if (pagemap_scan(e, addr, n, mixed, flags)) {
+    if (space->process.has_pagemap_scan) {
+        if (pagemap_scan(space, addr, n, mixed, flags)) {
             return true;
         }
         if (errno != ENOTTY && errno != EINVAL) {
             return false;
         }
-        e->has_pagemap_scan = false;
+        space->process.has_pagemap_scan = false;
     }
-    return pagemap_read(e, addr, n, flags);
+    return pagemap_read(space, addr, n, flags);
 }
 
 void dedup_presence_prepare(DedupRegion *r)
@@ -149,11 +150,11 @@ void dedup_presence_prepare(DedupRegion *r)
     struct stat st;
 
     r->prepared = true;
-    if (r->memory != DEDUP_MEMORY_SHARED) {
+    if (r->info.memory != DEDUP_MEMORY_SHARED) {
         return;
     }
-    path = g_strdup_printf("/proc/self/fd/%d", r->fd);
-    r->blind = (fstat(r->fd, &st) < 0 || st.st_uid != geteuid()) &&
+    path = g_strdup_printf("/proc/self/fd/%d", r->info.fd);
+    r->blind = (fstat(r->info.fd, &st) < 0 || st.st_uid != geteuid()) &&
                faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) < 0;
 }
 
@@ -167,14 +168,14 @@ static bool file_data(const DedupRegion *r, uint32_t first, uint32_t n,
 
     memset(resident, 0, n);
     for (off_t at = start; at < end; at = hole) {
-        data = lseek(r->fd, at, SEEK_DATA);
+        data = lseek(r->info.fd, at, SEEK_DATA);
         if (data < 0) {
             return errno == ENXIO; /* no data behind */
         }
         if (data >= end) {
             return true;
         }
-        hole = lseek(r->fd, data, SEEK_HOLE);
+        hole = lseek(r->info.fd, data, SEEK_HOLE);
         if (hole < 0) {
             return false;
         }
@@ -199,13 +200,13 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
             segments_last = i;
         }
     }
-    if (r->memory != DEDUP_MEMORY_SHARED) {
-        return private_presence(r->engine, addr, n,
-                                r->memory != DEDUP_MEMORY_ANON ||
+    if (r->info.memory != DEDUP_MEMORY_SHARED) {
+        return private_presence(r->space, addr, n,
+                                r->info.memory != DEDUP_MEMORY_ANON ||
                                 segments_first <= segments_last, flags);
     }
     if (segments_first <= segments_last &&
-        !private_presence(r->engine,
+        !private_presence(r->space,
                           addr + ((size_t)segments_first <<
                                   DEDUP_PAGE_SHIFT),
                           segments_last - segments_first + 1, true,
@@ -230,7 +231,7 @@ static uint32_t next_in_file(const DedupRegion *r, uint32_t page,
                              uint32_t end)
 {
     off_t start = dedup_region_file_offset(r, page);
-    off_t data = lseek(r->fd, start, SEEK_DATA);
+    off_t data = lseek(r->info.fd, start, SEEK_DATA);
 
     if (data < 0) {
         return errno == ENXIO ? end : page;
@@ -245,7 +246,7 @@ static uint32_t next_in_file(const DedupRegion *r, uint32_t page,
 static uint32_t next_private(const DedupRegion *r, uint32_t page,
                              uint32_t end)
 {
-    bool mixed = r->memory != DEDUP_MEMORY_ANON;
+    bool mixed = r->info.memory != DEDUP_MEMORY_ANON;
     struct page_region found;
     struct pm_scan_arg arg = {
         .size = sizeof(arg),
@@ -259,8 +260,8 @@ static uint32_t next_private(const DedupRegion *r, uint32_t page,
         .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         .return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
     };
-    int n = r->engine->has_pagemap_scan ?
-            ioctl(r->engine->pagemap_fd, PAGEMAP_SCAN, &arg) : -1;
+    int n = r->space->process.has_pagemap_scan ?
+            ioctl(r->space->process.pagemap_fd, PAGEMAP_SCAN, &arg) : -1;
 
     if (n < 0) {
         return page; /* dedup_presence() finds another way */
@@ -268,14 +269,22 @@ static uint32_t next_private(const DedupRegion *r, uint32_t page,
     return n ? page + ((found.start - arg.start) >> DEDUP_PAGE_SHIFT) : end;
 }
 
+/* The chunks from @first on, before @last, have no memory of their own now. */
+static void forget(DedupRegion *r, uint32_t first, uint32_t last)
+{
+    for (uint32_t c = first; r->sums.own && c < last; c++) {
+        dedup_ledger_own(r, c, 0);
+    }
+}
+
 /* The first chunk from @first on, before @last, with a segment mapped in it. */
 static uint32_t next_mapped(const DedupRegion *r, uint32_t first,
                             uint32_t last)
 {
-    if (!r->merged && !r->broken && !r->zero_mapped) {
+    if (!dedup_region_mapped(r)) {
         return last;
     }
-    while (first < last && !r->sums[first].mapped) {
+    while (first < last && !r->chunk[first].mapped) {
         first++;
     }
     return first;
@@ -283,7 +292,7 @@ static uint32_t next_mapped(const DedupRegion *r, uint32_t first,
 
 bool dedup_skip_void(DedupRegion *r, uint32_t *page)
 {
-    bool shared = r->memory == DEDUP_MEMORY_SHARED;
+    bool shared = r->info.memory == DEDUP_MEMORY_SHARED;
     uint32_t chunks = dedup_region_chunks(r);
     uint32_t first = *page / DEDUP_CHUNK_PAGES;
     uint32_t reach = shared ? chunks : MIN(first + REACH_CHUNKS, chunks);
@@ -299,28 +308,29 @@ bool dedup_skip_void(DedupRegion *r, uint32_t *page)
     if (next < end) {
         last = next / DEDUP_CHUNK_PAGES;
     }
-    dedup_region_forget(r, first, last);
+    forget(r, first, last);
     *page = MIN(last * DEDUP_CHUNK_PAGES, r->npages);
     return last < reach || reach == chunks;
 }
 
 bool dedup_is_present(DedupRegion *r, uint32_t page)
 {
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     DedupLook *look;
 
-    for (unsigned i = 0; i < G_N_ELEMENTS(e->look); i++) {
-        look = &e->look[i];
-        if (look->region == r && look->visits == e->visits &&
+    for (unsigned i = 0; i < G_N_ELEMENTS(space->looks.cached); i++) {
+        look = &space->looks.cached[i];
+        if (look->region == r && look->strangers == space->lock.strangers &&
             page - look->first < DEDUP_LOOK_PAGES) {
-            e->last_look = i;
+            space->looks.last = i;
             return look->flags[page - look->first] & DEDUP_PRESENT;
         }
     }
-    e->last_look = (e->last_look + 1) % G_N_ELEMENTS(e->look);
-    look = &e->look[e->last_look];
+    space->looks.last = (space->looks.last + 1) %
+                        G_N_ELEMENTS(space->looks.cached);
+    look = &space->looks.cached[space->looks.last];
     look->first = page - page % DEDUP_LOOK_PAGES;
-    look->visits = e->visits;
+    look->strangers = space->lock.strangers;
     look->region = dedup_presence(r, look->first,
                                   MIN(DEDUP_LOOK_PAGES,
                                       r->npages - look->first),
@@ -329,9 +339,23 @@ bool dedup_is_present(DedupRegion *r, uint32_t page)
            (look->flags[page - look->first] & DEDUP_PRESENT);
 }
 
-void dedup_forget_looks(DedupEngine *e)
+void dedup_forget_looks(DedupSpace *space)
 {
-    for (unsigned i = 0; i < G_N_ELEMENTS(e->look); i++) {
-        e->look[i].region = NULL;
+    for (unsigned i = 0; i < G_N_ELEMENTS(space->looks.cached); i++) {
+        space->looks.cached[i].region = NULL;
     }
+}
+
+uint64_t dedup_region_swapped(const DedupRegion *r, uint64_t copies)
+{
+    uint64_t copied = r->sums.broken - MIN(copies, r->sums.broken);
+    struct stat st;
+    uint64_t blocks;
+
+    if (r->info.memory != DEDUP_MEMORY_SHARED || fstat(r->info.fd, &st) < 0) {
+        return 0;
+    }
+    /* what the file has and mincore() did not see resident */
+    blocks = (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT;
+    return blocks - MIN(blocks, r->sums.own - MIN(copied, r->sums.own));
 }

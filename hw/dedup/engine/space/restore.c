@@ -12,22 +12,21 @@
  *
  * A page that is dropped (zero) needs nothing: its own mapping is in place,
  * with a hole or fresh memory below it.
- * unmerge.c restores everything there is.
+ * Who restores what: walk.c.
  */
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-#include "freeze.h"
-#include "internal.h"
-#include "ksm.h"
-
-/* How often to try to close a hole that the kernel left. */
-#define HOLE_TRIES 100
+#include "host/mutant.h"
+#include "space/ksm.h"
+#include "space/ledger.h"
+#include "space/own.h"
+#include "space/presence.h"
+#include "space/punch.h"
+#include "space/restore.h"
 
 /* The part of a restore window that is segment-mapped. */
 typedef struct Span {
@@ -129,57 +128,6 @@ static void enter_own(Span *s, uint32_t i, uint32_t n)
     }
 }
 
-/* Write one run's contents to the file; on failure they leave it again. */
-static bool write_back(DedupRegion *r, uint32_t page, uint32_t n,
-                       const uint8_t *from)
-{
-    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
-    off_t offset = dedup_region_file_offset(r, page);
-    size_t done = 0;
-
-    while (done < len) {
-        ssize_t ret = DEDUP_FAIL(WRITE) ? 0 : pwrite(r->fd, from + done,
-                                                     len - done,
-                                                     offset + done);
-
-        if (ret < 0 && errno == EINTR) {
-            continue;
-        }
-        if (ret <= 0) {
-            r->lacks |= DEDUP_LACK_FILE;
-            dedup_punch_replaced(r, page, n);
-            return false;
-        }
-        done += ret;
-    }
-    return true;
-}
-
-/*
- * Did the kernel unmap a place, and could not map there what was wanted?  That
- * takes a lack of its own memory at the worst moment.
- */
-static bool has_hole(const DedupRegion *r, uint32_t page, uint32_t n)
-{
-    unsigned char vec[DEDUP_WINDOW_PAGES];
-
-    return mincore(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
-                   vec) < 0 && errno == ENOMEM;
-}
-
-/* What is in the file is mapped again; false: nothing has changed. */
-static bool map_back(DedupRegion *r, uint32_t page, uint32_t n)
-{
-    bool ok = !DEDUP_FAIL(MAP_BACK) && dedup_region_map_own(r, page, n);
-
-    for (unsigned try = 0; !ok && try < HOLE_TRIES && has_hole(r, page, n);
-         try++) {
-        ok = dedup_region_map_own(r, page, n);
-    }
-    r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
-    return ok;
-}
-
 /* Nobody has stored to what was copied: KSM was kept out. */
 static bool is_still_frozen(DedupRegion *r, uint32_t page, uint32_t n)
 {
@@ -194,33 +142,34 @@ static uint64_t file_pages(const DedupRegion *r)
 {
     struct stat st;
 
-    return fstat(r->fd, &st) == 0 ?
+    return fstat(r->info.fd, &st) == 0 ?
            (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT : 0;
 }
 
 static void restore_shared(Span *s)
 {
     DedupRegion *r = s->r;
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     uint8_t *addr = dedup_region_addr(r, s->first);
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
     uint64_t before = file_pages(r);
     uint64_t written = 0;
 
     take_from_ksm(s, false);
-    if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
+    if (!dedup_freeze_begin(&space->freezer.uffd, addr, len, false)) {
         r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
         return;
     }
     choose(s);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         uint32_t page = s->first + i;
-        bool ok = write_back(r, page, n, dedup_region_addr(r, page));
+        bool ok = dedup_own_write(r, page, n, dedup_region_addr(r, page));
 
         DEDUP_MUTANT_HOOK(COPIED);
-        if (ok && (!is_still_frozen(r, page, n) || !map_back(r, page, n))) {
+        if (ok && (!is_still_frozen(r, page, n) ||
+                   !dedup_own_map_back(r, page, n))) {
             /* where a hole stays, the file has the only copy */
-            ok = has_hole(r, page, n);
+            ok = dedup_own_has_hole(r, page, n);
             if (!ok) {
                 dedup_punch_replaced(r, page, n);
             }
@@ -229,7 +178,7 @@ static void restore_shared(Span *s)
             s->take[k] = ok;
         }
     }
-    dedup_freeze_end(&e->uffd, addr, len);
+    dedup_freeze_end(&space->freezer.uffd, addr, len);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         enter_own(s, i, n);
         written += n;
@@ -237,31 +186,6 @@ static void restore_shared(Span *s)
     if (file_pages(r) > before + written) {
         dedup_punch_around(r, s->first, s->n);
     }
-}
-
-/* Fresh memory with the region's attributes. */
-static uint8_t *staging_new(const DedupRegion *r, uint32_t page, size_t len)
-{
-    uint8_t *p = mmap(NULL, len, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS |
-                      (r->flags & DEDUP_REGION_NORESERVE ? MAP_NORESERVE
-                                                         : 0), -1, 0);
-
-    if (p == MAP_FAILED) {
-        return NULL;
-    }
-    if (r->flags & DEDUP_REGION_DONTFORK) {
-        madvise(p, len, MADV_DONTFORK);
-    }
-    if (r->flags & DEDUP_REGION_DONTDUMP) {
-        madvise(p, len, MADV_DONTDUMP);
-    }
-    if (r->flags & DEDUP_REGION_HUGEPAGE) {
-        bool nohuge = r->area[page / DEDUP_CHUNK_PAGES] & DEDUP_AREA_NOHUGE;
-
-        madvise(p, len, nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
-    }
-    return p;
 }
 
 /*
@@ -274,8 +198,8 @@ static uint8_t *staging_new(const DedupRegion *r, uint32_t page, size_t len)
 static bool choose_whole(Span *s, bool *move)
 {
     uint8_t flags[DEDUP_WINDOW_PAGES];
-    bool whole = s->r->memory == DEDUP_MEMORY_ANON &&
-                 s->r->engine->zero_anon &&
+    bool whole = s->r->info.memory == DEDUP_MEMORY_ANON &&
+                 s->r->space->freezer.zero_anon &&
                  dedup_presence(s->r, s->first, s->n, flags) &&
                  (DEDUP_MUTANT(RESTORE_KSM) ||
                   !dedup_ksm_shares_any(s->r, s->first, s->n, flags));
@@ -318,69 +242,13 @@ static void drop_staging(const Span *s, uint8_t *staging)
     }
 }
 
-/*
- * Move a run of the staging memory to its place, at one stroke.  False: it
- * is not there.  Where the kernel had unmapped the place already there is a
- * hole then, if trying again does not help: who touches it stops, which is
- * better than going on with other bytes.
- */
-static bool move_run(DedupRegion *r, uint8_t *from, uint32_t page,
-                     uint32_t n)
-{
-    uint8_t *to = dedup_region_addr(r, page);
-    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
-    unsigned try = 0;
-
-    do {
-        if (mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) !=
-            MAP_FAILED) {
-            return true;
-        }
-    } while (has_hole(r, page, n) && ++try < HOLE_TRIES);
-    return false;
-}
-
-bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
-                     const uint8_t *content)
-{
-    size_t len = (size_t)n << DEDUP_PAGE_SHIFT;
-    uint8_t *staging;
-
-    if (!has_hole(r, page, n)) {
-        return false;
-    }
-    if (r->memory == DEDUP_MEMORY_SHARED) {
-        /*
-         * Without @content it is what the file has there.  If the hole stays
-         * after all, the file has the only copy: that makes the pages own.
-         */
-        return (!content || write_back(r, page, n, content)) &&
-               (map_back(r, page, n) || has_hole(r, page, n));
-    }
-    /* one page more: or the kernel takes the hole itself for it, empty */
-    staging = staging_new(r, page, len + DEDUP_PAGE_SIZE);
-    if (!staging) {
-        return false;
-    }
-    munmap(staging + len, DEDUP_PAGE_SIZE);
-    for (uint32_t i = 0; content && i < n; i++) {
-        dedup_page_copy(staging + ((size_t)i << DEDUP_PAGE_SHIFT),
-                        content + ((size_t)i << DEDUP_PAGE_SHIFT));
-    }
-    if (!move_run(r, staging, page, n)) {
-        munmap(staging, len);
-        return false;
-    }
-    return true;
-}
-
 static void restore_private(Span *s)
 {
     DedupRegion *r = s->r;
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     uint8_t *addr = dedup_region_addr(r, s->first);
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
-    uint8_t *staging = staging_new(r, s->first, len);
+    uint8_t *staging = dedup_own_staging(r, s->first, len);
     bool move[DEDUP_WINDOW_PAGES];
     bool whole;
 
@@ -397,8 +265,8 @@ static void restore_private(Span *s)
         }
     }
     /* "missing": an absent own page must not come to be while we look away */
-    if (!dedup_freeze_begin(&e->uffd, addr, len,
-                            r->memory == DEDUP_MEMORY_ANON)) {
+    if (!dedup_freeze_begin(&space->freezer.uffd, addr, len,
+                            r->info.memory == DEDUP_MEMORY_ANON)) {
         r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
         munmap(staging, len);
         return;
@@ -421,14 +289,14 @@ static void restore_private(Span *s)
         DEDUP_MUTANT_HOOK(COPIED);
         ok = is_still_frozen(r, s->first + i, n);
         if (ok) {
-            ok = move_run(r, staging + off, s->first + i, n);
+            ok = dedup_own_move(r, staging + off, s->first + i, n);
             r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
         }
         for (uint32_t k = i; k < i + n; k++) {
             s->take[k] = ok;
         }
     }
-    dedup_freeze_end(&e->uffd, addr, len);
+    dedup_freeze_end(&space->freezer.uffd, addr, len);
     drop_staging(s, staging);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         enter_own(s, i, n);
@@ -455,11 +323,12 @@ static void populate(Span *s)
 
 unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
 {
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     Span s = { .r = r, .first = first, .n = n };
     unsigned left = 0;
 
     g_assert(n <= DEDUP_WINDOW_PAGES);
+    dedup_space_assert_locked(space);
     if (r->dead) {
         return 0;
     }
@@ -471,7 +340,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
     if (!trim(&s)) {
         return 0;
     }
-    if (e->hard_blocked || e->uffd < 0) {
+    if (space->sealed || space->freezer.uffd < 0) {
         r->lacks |= DEDUP_LACK_FREEZE;
     } else if (choose(&s)) {
         for (uint32_t i = 0; i < s.n; i++) {
@@ -479,7 +348,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
                 dedup_page_touch(dedup_region_addr(r, s.first + i));
             }
         }
-        if (r->memory == DEDUP_MEMORY_SHARED) {
+        if (r->info.memory == DEDUP_MEMORY_SHARED) {
             restore_shared(&s);
         } else {
             restore_private(&s);
@@ -491,7 +360,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
             r->lacks |= dedup_region_pinned(r, i) ? DEDUP_LACK_UNPINNED : 0;
         }
     }
-    if (left && r->memory != DEDUP_MEMORY_SHARED && !e->hard_blocked) {
+    if (left && r->info.memory != DEDUP_MEMORY_SHARED && !space->sealed) {
         populate(&s);
     }
     return left;

@@ -7,7 +7,9 @@
 
 #include <sys/mman.h>
 
-#include "internal.h"
+#include "space/ledger.h"
+#include "space/presence.h"
+#include "space/split.h"
 
 /* A huge page of x86-64: 2 MiB. */
 #define HUGE_SHIFT 21
@@ -46,7 +48,7 @@ bool dedup_split_huge(DedupRegion *r, DedupAction *const *actions, unsigned n,
 {
     uintptr_t last = 0;
 
-    if (r->memory == DEDUP_MEMORY_SHARED) {
+    if (r->info.memory == DEDUP_MEMORY_SHARED) {
         return false; /* the punch splits those */
     }
     for (unsigned i = 0; i < n; i++) {
@@ -67,8 +69,8 @@ bool dedup_split_huge(DedupRegion *r, DedupAction *const *actions, unsigned n,
         if (is_huge) {
             last = (uintptr_t)addr >> HUGE_SHIFT;
         }
-        if (!a->segment && r->memory == DEDUP_MEMORY_ANON &&
-            (r->flags & DEDUP_REGION_HUGEPAGE) &&
+        if (!a->holding && r->info.memory == DEDUP_MEMORY_ANON &&
+            (r->info.flags & DEDUP_REGION_HUGEPAGE) &&
             !(*area & DEDUP_AREA_NOHUGE)) {
             uint32_t chunk = a->page / DEDUP_CHUNK_PAGES * DEDUP_CHUNK_PAGES;
             uint32_t len = MIN(DEDUP_CHUNK_PAGES, r->npages - chunk);

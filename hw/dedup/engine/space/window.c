@@ -36,22 +36,28 @@
  */
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "freeze.h"
-#include "internal.h"
-#include "ksm.h"
+#include "host/clock.h"
+#include "host/mutant.h"
+#include "space/holdings.h"
+#include "space/ksm.h"
+#include "space/ledger.h"
+#include "space/maps.h"
+#include "space/own.h"
+#include "space/presence.h"
+#include "space/punch.h"
+#include "space/split.h"
 
 /* Pages that follow each other here and in the segment. */
 typedef struct Run {
     uint32_t page;
     uint32_t n;
-    DedupSegment *segment;    /* NULL: zero pages */
+    DedupHolding *holding;    /* NULL: zero pages */
     uint16_t index;
     bool own;                 /* the pages were own, not broken */
     bool mapped;              /* out: the replacement stands */
@@ -72,13 +78,12 @@ typedef struct Window {
 
 static bool is_broken(const DedupRegion *r, uint32_t page)
 {
-    return dedup_entry_is_segment(dedup_entry_at(r, page)) &&
-           (dedup_entry_at(r, page) & DEDUP_BROKEN);
+    return dedup_entry_is_broken(dedup_entry_at(r, page));
 }
 
 static const void *segment_page(const DedupAction *a)
 {
-    return a->segment->map + ((size_t)a->index << DEDUP_PAGE_SHIFT);
+    return dedup_segment_page(a->holding->segment, a->index);
 }
 
 static bool content_fits(const DedupRegion *r, const DedupAction *a)
@@ -86,7 +91,7 @@ static bool content_fits(const DedupRegion *r, const DedupAction *a)
     const void *page = dedup_region_addr(r, a->page);
 
     /* the segment of zeros gets memory where it is read */
-    return a->segment && !a->segment->zeroes ?
+    return a->holding && !a->holding->zeroes ?
            dedup_page_equal(page, segment_page(a)) : dedup_page_is_zero(page);
 }
 
@@ -97,20 +102,20 @@ static bool admit(const Window *w, DedupAction *a)
     uint32_t entry = dedup_entry_at(r, a->page);
     uint8_t flags = w->flags[a->page - w->first];
 
-    if (!a->segment && entry == DEDUP_ZERO) {
+    if (!a->holding && entry == DEDUP_ZERO) {
         a->done = true; /* when its huge page was split */
     }
-    if (entry != DEDUP_OWN && !is_broken(r, a->page)) {
+    if (!dedup_entry_is_private(entry)) {
         return false;
     }
     if (!(flags & DEDUP_PRESENT)) {
         return false; /* went away since it was hashed */
     }
-    if (!a->segment && r->memory == DEDUP_MEMORY_ANON &&
-        !r->engine->zero_anon) {
+    if (!a->holding && r->info.memory == DEDUP_MEMORY_ANON &&
+        !r->space->freezer.zero_anon) {
         return false; /* a store might get past the freeze */
     }
-    if ((flags & DEDUP_HUGE) && !r->engine->active.huge_pages_split) {
+    if ((flags & DEDUP_HUGE) && !r->space->split_huge) {
         return false;
     }
     if (dedup_region_held(r, a->page)) {
@@ -124,7 +129,7 @@ static bool admit(const Window *w, DedupAction *a)
      * A first look: saves windows that would come to nothing.  All bytes
      * would cost as much as the judge, who looks at them anyway.
      */
-    return a->segment && !a->segment->zeroes ?
+    return a->holding && !a->holding->zeroes ?
            dedup_page_similar(dedup_region_addr(r, a->page),
                               segment_page(a)) : content_fits(r, a);
 }
@@ -132,8 +137,8 @@ static bool admit(const Window *w, DedupAction *a)
 static bool continues(const Run *run, const DedupRegion *r,
                       const DedupAction *a)
 {
-    return run->page + run->n == a->page && run->segment == a->segment &&
-           (!a->segment || run->index + run->n == a->index) &&
+    return run->page + run->n == a->page && run->holding == a->holding &&
+           (!a->holding || run->index + run->n == a->index) &&
            run->own == !is_broken(r, a->page);
 }
 
@@ -148,7 +153,7 @@ static void add_to_runs(Window *w, const DedupAction *a)
     w->runs[w->nruns++] = (Run) {
         .page = a->page,
         .n = 1,
-        .segment = a->segment,
+        .holding = a->holding,
         .index = a->index,
         .own = !is_broken(w->r, a->page),
     };
@@ -201,7 +206,7 @@ static bool is_still_frozen(const Window *w)
     for (unsigned i = 0; i < w->nruns; i++) {
         const Run *run = &w->runs[i];
 
-        if (w->r->memory == DEDUP_MEMORY_SHARED && run->own) {
+        if (w->r->info.memory == DEDUP_MEMORY_SHARED && run->own) {
             continue; /* the file's: not for KSM */
         }
         memset(which + run->page - w->first, true, run->n);
@@ -272,7 +277,7 @@ typedef enum Flushed {
 static Flushed flush_anon(Window *w)
 {
     DedupRegion *r = w->r;
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     uint8_t *addr = dedup_region_addr(r, w->first);
     size_t len = (size_t)w->span << DEDUP_PAGE_SHIFT;
     struct iovec iov[DEDUP_WINDOW_PAGES];
@@ -280,7 +285,7 @@ static Flushed flush_anon(Window *w)
     unsigned n = 0;
     long dropped;
 
-    if (!w->may_drop || !dedup_freeze_readers(e->uffd, addr, len)) {
+    if (!w->may_drop || !dedup_freeze_readers(space->freezer.uffd, addr, len)) {
         return FLUSHED_NONE;
     }
     for (unsigned i = 0; i < w->nruns; i++) {
@@ -294,17 +299,17 @@ static Flushed flush_anon(Window *w)
         return FLUSHED_NONE;
     }
     n -= DEDUP_FAIL(DROP) ? n / 2 : 0;
-    dropped = syscall(SYS_process_madvise, e->self_pidfd, iov, n,
+    dropped = syscall(SYS_process_madvise, space->process.self_pidfd, iov, n,
                       MADV_DONTNEED_LOCKED, 0);
     if (dropped < 0) {
         /* an older kernel never does it; a part of the first run may be gone */
-        e->has_madvise_vector = errno == ENOMEM || errno == EINTR;
+        space->process.has_madvise_vector = errno == ENOMEM || errno == EINTR;
     }
     if (dropped < 0 || (size_t)dropped != wanted) {
         return FLUSHED_SOME;
     }
     if (n == w->nruns) {
-        dedup_freeze_unprotect(e->uffd, addr, len);
+        dedup_freeze_unprotect(space->freezer.uffd, addr, len);
     }
     return FLUSHED_ALL;
 }
@@ -318,10 +323,11 @@ static Flushed flush_runs(Window *w)
     if (w->nruns < 2) {
         return FLUSHED_NONE; /* its mmap() flushes as well */
     }
-    if (w->r->memory == DEDUP_MEMORY_SHARED) {
+    if (w->r->info.memory == DEDUP_MEMORY_SHARED) {
         flush_shared(w);
     }
-    return w->r->memory == DEDUP_MEMORY_ANON ? flush_anon(w) : FLUSHED_NONE;
+    return w->r->info.memory == DEDUP_MEMORY_ANON ? flush_anon(w)
+                                                  : FLUSHED_NONE;
 }
 
 static bool map_segment(Window *w, const Run *run)
@@ -333,7 +339,8 @@ static bool map_segment(Window *w, const Run *run)
         return false;
     }
     return mmap(addr, len, PROT_READ | PROT_WRITE,
-                MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE, run->segment->fd,
+                MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
+                run->holding->segment->fd,
                 (off_t)run->index << DEDUP_PAGE_SHIFT) != MAP_FAILED;
 }
 
@@ -342,7 +349,7 @@ static bool drop_zero(Window *w, const Run *run)
 {
     DedupRegion *r = w->r;
 
-    if (r->memory == DEDUP_MEMORY_PRIVATE_FILE) {
+    if (r->info.memory == DEDUP_MEMORY_PRIVATE_FILE) {
         /* the file below may hold anything: put anonymous memory over it */
         return mmap(dedup_region_addr(r, run->page),
                     (size_t)run->n << DEDUP_PAGE_SHIFT,
@@ -354,13 +361,13 @@ static bool drop_zero(Window *w, const Run *run)
          * Broken: below is fresh memory, or a hole of the file; which is
          * made sure of, as the punch of the merge may not have been yet.
          */
-        if (r->memory == DEDUP_MEMORY_SHARED &&
+        if (r->info.memory == DEDUP_MEMORY_SHARED &&
             !dedup_punch(r, run->page, run->n)) {
             return false;
         }
         return dedup_region_map_own(r, run->page, run->n);
     }
-    if (r->memory == DEDUP_MEMORY_SHARED) {
+    if (r->info.memory == DEDUP_MEMORY_SHARED) {
         return dedup_punch(r, run->page, run->n);
     }
     return madvise(dedup_region_addr(r, run->page),
@@ -375,20 +382,23 @@ static bool drop_zero(Window *w, const Run *run)
  */
 static void put_back(Window *w, Run *run, Flushed flushed)
 {
-    DedupEngine *e = w->r->engine;
-    bool in_file = w->r->memory == DEDUP_MEMORY_SHARED && run->own;
-    const uint8_t *content = run->segment && !in_file ?
-        dedup_segment_page(run->segment, run->index) : NULL;
+    DedupSpace *space = w->r->space;
+    bool in_file = w->r->info.memory == DEDUP_MEMORY_SHARED && run->own;
+    const uint8_t *content = run->holding && !in_file ?
+        dedup_segment_page(run->holding->segment, run->index) : NULL;
 
     run->refilled = dedup_fill_hole(w->r, run->page, run->n, content);
     if (run->refilled || !content || !flushed || !run->own) {
         return;
     }
     for (uint32_t i = 0; i < run->n; i++) {
-        dedup_freeze_refill(e->uffd, dedup_region_addr(w->r, run->page + i),
+        uint32_t page = run->page + i;
+
+        dedup_freeze_refill(space->freezer.uffd,
+                            dedup_region_addr(w->r, page),
                             content + ((size_t)i << DEDUP_PAGE_SHIFT),
-                            dedup_spare_take(&e->spare,
-                                             run->page + i - w->first));
+                            dedup_spare_take(&space->spare,
+                                             page - w->first));
     }
 }
 
@@ -399,12 +409,12 @@ static void replace(Window *w, unsigned *limits)
     for (unsigned i = 0; i < w->nruns; i++) {
         Run *run = &w->runs[i];
 
-        if (!run->segment) {
+        if (!run->holding) {
             run->mapped = (flushed == FLUSHED_ALL && run->own) ||
                           drop_zero(w, run);
         } else {
             if (DEDUP_MUTANT(PUNCH_FIRST) &&
-                w->r->memory == DEDUP_MEMORY_SHARED) {
+                w->r->info.memory == DEDUP_MEMORY_SHARED) {
                 dedup_punch(w->r, run->page, run->n);
                 DEDUP_MUTANT_DELAY();
             }
@@ -427,10 +437,10 @@ static void punch_runs(Window *w)
         uint32_t end = w->runs[i].page + w->runs[i].n;
 
         j = i + 1;
-        if (!w->runs[i].mapped || !w->runs[i].segment || !w->runs[i].own) {
+        if (!w->runs[i].mapped || !w->runs[i].holding || !w->runs[i].own) {
             continue;
         }
-        while (j < w->nruns && w->runs[j].mapped && w->runs[j].segment &&
+        while (j < w->nruns && w->runs[j].mapped && w->runs[j].holding &&
                w->runs[j].own && w->runs[j].page == end) {
             end += w->runs[j++].n;
         }
@@ -445,8 +455,8 @@ static void enter(Window *w)
         const Run *run = &w->runs[i];
 
         for (uint32_t k = 0; run->mapped && k < run->n; k++) {
-            dedup_ledger_set(w->r, run->page + k, run->segment ?
-                             dedup_entry(run->segment->no, run->index + k) :
+            dedup_ledger_set(w->r, run->page + k, run->holding ?
+                             dedup_entry(run->holding->no, run->index + k) :
                              DEDUP_ZERO);
         }
         for (uint32_t k = 0; run->refilled && k < run->n; k++) {
@@ -474,12 +484,12 @@ static void mark_done(Window *w)
     }
 }
 
-static void note_duration(DedupEngine *e, int64_t ns)
+static void note_duration(DedupSpace *space, int64_t ns)
 {
-    int64_t max = __atomic_load_n(&e->window_max_ns, __ATOMIC_RELAXED);
+    int64_t max = __atomic_load_n(&space->window_max_ns, __ATOMIC_RELAXED);
 
     while (ns > max &&
-           !__atomic_compare_exchange_n(&e->window_max_ns, &max, ns, true,
+           !__atomic_compare_exchange_n(&space->window_max_ns, &max, ns, true,
                                         __ATOMIC_RELAXED,
                                         __ATOMIC_RELAXED)) {
         ;
@@ -489,7 +499,7 @@ static void note_duration(DedupEngine *e, int64_t ns)
 static void window_locked(Window *w, unsigned *limits)
 {
     DedupRegion *r = w->r;
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     uint8_t *addr = dedup_region_addr(r, w->first);
     size_t len = (size_t)w->span << DEDUP_PAGE_SHIFT;
     int64_t start;
@@ -498,10 +508,11 @@ static void window_locked(Window *w, unsigned *limits)
         DEDUP_MUTANT_DELAY();
     }
     DEDUP_MUTANT_HOOK(ADMITTED);
-    w->may_drop = r->memory == DEDUP_MEMORY_ANON && e->has_madvise_vector &&
-                  dedup_spare_ready(&e->spare);
+    w->may_drop = r->info.memory == DEDUP_MEMORY_ANON &&
+                  space->process.has_madvise_vector &&
+                  dedup_spare_ready(&space->spare);
     start = dedup_now_ns();
-    if (!dedup_freeze_begin(&e->uffd, addr, len, false)) {
+    if (!dedup_freeze_begin(&space->freezer.uffd, addr, len, false)) {
         /* ENOMEM: no map left to split off; EBUSY: somebody else's */
         *limits |= errno == ENOMEM ? DEDUP_LIMIT_MAPS : 0;
         return;
@@ -510,27 +521,31 @@ static void window_locked(Window *w, unsigned *limits)
     if (w->nruns) {
         replace(w, limits);
     }
-    dedup_freeze_end(&e->uffd, addr, len);
-    note_duration(e, dedup_now_ns() - start);
+    dedup_freeze_end(&space->freezer.uffd, addr, len);
+    note_duration(space, dedup_now_ns() - start);
 
     enter(w);
     if (DEDUP_MUTANT(NO_LOCK)) {
-        dedup_unlock(e);
+        dedup_space_unlock(space);
         DEDUP_MUTANT_DELAY();
     }
-    if (r->memory == DEDUP_MEMORY_SHARED && !DEDUP_MUTANT(PUNCH_FIRST)) {
+    if (r->info.memory == DEDUP_MEMORY_SHARED && !DEDUP_MUTANT(PUNCH_FIRST)) {
         punch_runs(w);
     }
     if (DEDUP_MUTANT(NO_LOCK)) {
-        dedup_lock(e);
+        dedup_space_lock(space);
     }
     mark_done(w);
 }
 
-unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
-                      unsigned *limits)
+/*
+ * One window: merge or drop @n pages of @r that lie within
+ * DEDUP_WINDOW_PAGES of each other.
+ */
+static unsigned do_window(DedupRegion *r, DedupAction *actions, unsigned n,
+                          unsigned *limits)
 {
-    DedupEngine *e = r->engine;
+    DedupSpace *space = r->space;
     Window w = { .r = r, .first = actions[0].page };
     unsigned done = 0;
 
@@ -538,11 +553,12 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
     g_assert(w.span <= DEDUP_WINDOW_PAGES);
     g_assert(actions[n - 1].page < r->npages);
 
-    dedup_lock(e);
+    dedup_space_lock(space);
     if (!r->dead && !dedup_file_has_room(r)) {
         *limits |= DEDUP_LIMIT_FILE;
-    } else if (!r->dead && !r->closing && !e->blocked && e->uffd >= 0 &&
-        dedup_presence(r, w.first, w.span, w.flags)) {
+    } else if (!r->dead && !r->closing && !space->closed &&
+               space->freezer.uffd >= 0 &&
+               dedup_presence(r, w.first, w.span, w.flags)) {
         for (unsigned i = 0; i < n; i++) {
             actions[i].done = false;
             if (admit(&w, &actions[i])) {
@@ -550,7 +566,7 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
             }
         }
         if (w.nadmitted &&
-            dedup_policy_maps(r, w.admitted, &w.nadmitted, limits) &&
+            dedup_maps_admit(r, w.admitted, &w.nadmitted, limits) &&
             split_huge(&w) && take_from_ksm(&w, limits)) {
             window_locked(&w, limits);
             dedup_ksm_replaced(r, actions, n);
@@ -559,12 +575,12 @@ unsigned dedup_window(DedupRegion *r, DedupAction *actions, unsigned n,
             done += actions[i].done;
         }
     }
-    dedup_unlock(e);
+    dedup_space_unlock(space);
     return done;
 }
 
-unsigned dedup_windows(DedupRegion *r, DedupAction *actions, unsigned n,
-                       unsigned *limits)
+unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
+                             unsigned *limits)
 {
     unsigned done = 0;
 
@@ -573,7 +589,7 @@ unsigned dedup_windows(DedupRegion *r, DedupAction *actions, unsigned n,
              DEDUP_WINDOW_PAGES; j++) {
             ;
         }
-        done += dedup_window(r, &actions[i], j - i, limits);
+        done += do_window(r, &actions[i], j - i, limits);
     }
     return done;
 }

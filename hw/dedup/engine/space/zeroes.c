@@ -13,7 +13,7 @@
  *
  * The segment is sparse, so that it costs nothing but what guests read of it:
  * at most 2 MiB.  It is this process's alone: it has no name in the group, its
- * pages are not announced, and it is not among the costs of policy.c, as it
+ * pages are not announced, and it is not among those that scan/ judges, as it
  * never has more pages than are mapped to it.  Nothing reads its view but who
  * has to put a page back after the kernel refused a mapping.
  *
@@ -24,7 +24,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "zeroes.h"
+#include "space/holdings.h"
+#include "space/space-internal.h"
+#include "space/zeroes.h"
 
 bool dedup_file_is_bounded(int fd, dev_t *dev)
 {
@@ -40,48 +42,48 @@ bool dedup_file_is_bounded(int fd, dev_t *dev)
     return bounded;
 }
 
-bool dedup_zeroes_action(DedupRegion *r, uint32_t page, DedupAction *action)
+bool dedup_space_zero_action(DedupRegion *r, uint32_t page,
+                             DedupAction *action, unsigned *limits)
 {
-    DedupEngine *e = r->engine;
+    DedupHolding **zeroes = &r->space->holdings.zeroes;
     g_autoptr(GError) error = NULL;
 
-    action->segment = NULL;
+    action->page = page;
+    action->holding = NULL;
     action->index = 0;
     if (!r->bounded) {
         return true;
     }
-    if (!e->zeroes) {
+    if (!*zeroes) {
         DedupSegment *s = dedup_segment_new_zeroes(&error);
 
         if (!s) {
-            e->pass_limits |= DEDUP_LIMIT_FDS;
+            *limits |= DEDUP_LIMIT_FDS;
             return false;
         }
-        dedup_lock(e);
-        dedup_segments_add(e, s);
-        dedup_unlock(e);
-        e->zeroes = s;
+        *zeroes = dedup_holding_add(r->space, s);
     }
-    action->segment = e->zeroes;
+    action->holding = *zeroes;
     action->index = page % DEDUP_SEGMENT_PAGES;
     return true;
 }
 
-void dedup_zeroes_drop_unused(DedupEngine *e)
+void dedup_zeroes_drop_unused(DedupSpace *space)
 {
+    DedupHolding **zeroes = &space->holdings.zeroes;
+
     /* only the scanner, which is here, makes it rise from 0 */
-    if (e->zeroes && !__atomic_load_n(&e->zeroes->refs, __ATOMIC_RELAXED)) {
-        dedup_lock(e);
-        dedup_segments_drop(e, e->zeroes);
-        dedup_unlock(e);
-        e->zeroes = NULL;
+    if (*zeroes && !__atomic_load_n(&(*zeroes)->refs, __ATOMIC_RELAXED)) {
+        dedup_holding_drop(space, *zeroes);
+        *zeroes = NULL;
     }
 }
 
-uint64_t dedup_zeroes_bytes(const DedupEngine *e)
+uint64_t dedup_zeroes_bytes(const DedupSpace *space)
 {
+    const DedupHolding *zeroes = space->holdings.zeroes;
     struct stat st;
 
-    return e->zeroes && fstat(e->zeroes->fd, &st) == 0 ?
+    return zeroes && fstat(zeroes->segment->fd, &st) == 0 ?
            (uint64_t)st.st_blocks * 512 + DEDUP_SEGMENT_SLAB : 0;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The segment of zeros: what zero pages are merged to where a hole in the
- * RAM's file is not safe; see zeroes.c.
+ * RAM's file is not safe; see zeroes.c.  Its use: space.h, holdings.h.
  *
  * Thread: the scanner's.
  */
@@ -9,21 +9,14 @@
 #ifndef DEDUP_ZEROES_H
 #define DEDUP_ZEROES_H
 
-#include "internal.h"
+#include <sys/types.h>
+
+#include "space/space.h"
 
 /* May the file system of the file run full?  Any thread. */
 bool dedup_file_is_bounded(int fd, dev_t *dev);
 
-/*
- * What to do with the zero page @page of @r: sets @action's segment and index;
- * no segment: drop it.  False: it cannot be merged now.
- */
-bool dedup_zeroes_action(DedupRegion *r, uint32_t page, DedupAction *action);
-
-/* Let it go if no page refers to it. */
-void dedup_zeroes_drop_unused(DedupEngine *e);
-
 /* Memory of its own: pages of it that guests have read. */
-uint64_t dedup_zeroes_bytes(const DedupEngine *e);
+uint64_t dedup_zeroes_bytes(const DedupSpace *space);
 
 #endif /* DEDUP_ZEROES_H */

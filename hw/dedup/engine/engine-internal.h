@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the face's files share: the engine, which is its layers.
+ */
+
+#ifndef DEDUP_ENGINE_INTERNAL_H
+#define DEDUP_ENGINE_INTERNAL_H
+
+#include "engine.h"
+#include "figures.h"
+#include "scan/scan.h"
+#include "unmerge.h"
+
+struct DedupEngine {
+    DedupCallbacks callbacks;
+    void *opaque;
+    DedupHostMem *hostmem;
+    DedupGroup *group;
+    DedupControl control;
+    DedupSpace *space;
+    DedupRoom room;
+    DedupScan *scan;
+    DedupUnmerge unmerge;
+    DedupFigures figures;
+    char *group_error;        /* control lock */
+};
+
+#endif /* DEDUP_ENGINE_INTERNAL_H */

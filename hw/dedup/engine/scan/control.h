@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Control: what is asked of the scanner, and its sleep.
+ *
+ * Whatever is asked is written down under the lock and announced with
+ * dedup_control_kick(); the scanner looks at it between batches, and between
+ * the chunks of a batch.
+ *
+ * Thread: any.  The lock comes before those of the group and of the space; a
+ * caller may hold it over several changes.
+ */
+
+#ifndef DEDUP_CONTROL_H
+#define DEDUP_CONTROL_H
+
+#include <glib.h>
+#include <stdbool.h>
+
+#include "host/types.h"
+
+typedef struct DedupControl {
+    GMutex lock;
+    GCond wake;
+    DedupParams params;
+    bool stop;
+    bool restoring;           /* everything: no scanning meanwhile */
+    bool kick;                /* something was asked */
+} DedupControl;
+
+void dedup_control_init(DedupControl *c, const DedupParams *params);
+void dedup_control_clear(DedupControl *c);
+
+/* Something was asked: the scanner shall look again. */
+void dedup_control_kick(DedupControl *c);
+void dedup_control_stop(DedupControl *c);
+bool dedup_control_is_stopping(DedupControl *c);
+
+/* May be scanned, by what was asked? */
+bool dedup_control_may_scan(DedupControl *c);
+
+/* Sleep, or until something is asked; @us < 0: for as long as it takes. */
+void dedup_control_wait(DedupControl *c, int64_t us);
+
+#endif /* DEDUP_CONTROL_H */

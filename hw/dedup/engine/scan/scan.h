@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The scan: what shall happen to which page.  It can cost time or savings, but
+ * no guest a byte: that is the space's.
+ *
+ * Thread: the scanner's, unless a comment says otherwise.
+ */
+
+#ifndef DEDUP_SCAN_H
+#define DEDUP_SCAN_H
+
+#include "group/group.h"
+#include "scan/control.h"
+#include "scan/memo.h"
+#include "scan/room.h"
+#include "space/holdings.h"
+
+typedef struct DedupScan DedupScan;
+
+/* Takes nothing: all of it outlives the scan.  NULL and @error: no memory. */
+DedupScan *dedup_scan_new(DedupSpace *space, DedupGroup *group,
+                          DedupControl *control, DedupRoom *room,
+                          GError **error);
+/* Before the group goes: what is claimed there is given up. */
+void dedup_scan_free(DedupScan *scan);
+
+/*
+ * Join the group, or join it again.  False and @error: the scan has no index
+ * then, and may not be run.
+ */
+bool dedup_scan_join(DedupScan *scan, const DedupGroupOps *ops, void *opaque,
+                     GError **error);
+/* Look, now and then, whether the group's files are there.  True: no more. */
+bool dedup_scan_has_lost_group(DedupScan *scan);
+
+/*
+ * Scan about as many pages as @params says.  True: that was the end of a pass;
+ * then dedup_scan_end_pass() is due.
+ */
+bool dedup_scan_batch(DedupScan *scan, const DedupParams *params);
+
+/* What a pass has counted. */
+typedef struct DedupTally {
+    DedupCounts counts;
+    uint64_t found;           /* pages merged or dropped */
+    unsigned limits;          /* DedupLimit bits */
+    int64_t us;               /* how long it took */
+} DedupTally;
+
+/* The pass is over, and another one begins. */
+void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally);
+
+/* DedupLimit bits of the pass that is under way. */
+unsigned dedup_scan_limits(const DedupScan *scan);
+
+/* Do pages wait for a segment that is not sealed yet? */
+bool dedup_scan_is_waiting(const DedupScan *scan);
+/* Forget what waits. */
+void dedup_scan_abandon(DedupScan *scan);
+
+/*
+ * What is to be done when the costly figures are new: leave holdings that cost
+ * more than they save (I8), mend the index.
+ */
+void dedup_scan_upkeep(DedupScan *scan);
+/* Let go of holdings that nothing refers to. */
+void dedup_scan_drop_unused(DedupScan *scan);
+
+/* So many pages of others' are merged to the holding's segment. */
+void dedup_scan_note_others(DedupScan *scan, const DedupHolding *h,
+                            uint32_t mapped);
+/*
+ * All of the group's table was walked: a name that was not met, by
+ * dedup_scan_note_others(), is not ours any more.  Others release the names of
+ * a member that they take for dead.  Such holdings get new names.
+ */
+void dedup_scan_mend_names(DedupScan *scan);
+
+/* Where the pass is, as a member page number; any thread. */
+uint32_t dedup_scan_at(const DedupScan *scan);
+/* Pages hashed since the start; any thread. */
+uint64_t dedup_scan_pages(const DedupScan *scan);
+/* Memory of the layer's own, in bytes. */
+uint64_t dedup_scan_bytes(DedupScan *scan);
+
+#endif /* DEDUP_SCAN_H */

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Lazily populated arrays; see array.h.
+ */
+
+#include <glib.h>
+#include <sys/mman.h>
+
+#include "host/page.h"
+#include "space/array.h"
+
+void *dedup_array_new(size_t size)
+{
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (p == MAP_FAILED) {
+        return NULL;
+    }
+    /* a huge page here would cost what we are about to save */
+    madvise(p, size, MADV_NOHUGEPAGE);
+    madvise(p, size, MADV_DONTDUMP);
+    return p;
+}
+
+void dedup_array_free(void *array, size_t size)
+{
+    if (array) {
+        munmap(array, size);
+    }
+}
+
+uint64_t dedup_array_resident(const void *array, size_t size)
+{
+    unsigned char vec[1024];
+    uint64_t pages = 0;
+    const uint8_t *p = array;
+
+    for (size_t off = 0; off < size; ) {
+        size_t len = MIN(size - off, sizeof(vec) << DEDUP_PAGE_SHIFT);
+
+        if (mincore((void *)(p + off), len, vec) < 0) {
+            return size;
+        }
+        for (size_t i = 0; i < (len + DEDUP_PAGE_SIZE - 1) >>
+             DEDUP_PAGE_SHIFT; i++) {
+            pages += vec[i] & 1;
+        }
+        off += len;
+    }
+    return pages << DEDUP_PAGE_SHIFT;
+}

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Discards: the region's owner throws pages away, and the engine must not
+ * bring them back.  See dedup_engine_discard_begin().
+ */
+
+#include "space/ledger.h"
+#include "space/own.h"
+#include "space/presence.h"
+
+static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
+{
+    uint32_t end = first + n;
+
+    for (uint32_t i = dedup_ledger_next(r, first, end), j; i < end;
+         i = dedup_ledger_next(r, j, end)) {
+        uint32_t entry = dedup_entry_at(r, i);
+        bool mapped = dedup_entry_is_segment(entry) ||
+                      (entry == DEDUP_ZERO &&
+                       r->info.memory == DEDUP_MEMORY_PRIVATE_FILE);
+
+        j = i + 1;
+        if (entry == DEDUP_ZERO && !mapped) {
+            dedup_ledger_absent(r, i);
+        }
+        if (!mapped) {
+            continue;
+        }
+        while (j < end && dedup_entry_is_segment(dedup_entry_at(r, j))) {
+            j++;
+        }
+        if (!dedup_region_map_own(r, i, j - i)) {
+            return false;
+        }
+        for (uint32_t k = i; k < j; k++) {
+            dedup_ledger_absent(r, k);
+        }
+    }
+    return true;
+}
+
+/* Own pages lose what they have: from now on it is owed to the guest. */
+static void forget_own(DedupRegion *r, uint32_t first, uint32_t end)
+{
+    uint8_t flags[DEDUP_CHUNK_PAGES];
+    uint32_t n;
+
+    for (; first < end; first += n) {
+        bool known;
+
+        n = 0;
+        if (end - first >= DEDUP_CHUNK_PAGES &&
+            first % DEDUP_CHUNK_PAGES == 0 && !dedup_skip_void(r, &first)) {
+            continue;
+        }
+        if (first >= end) {
+            break;
+        }
+        n = MIN(end - first, DEDUP_CHUNK_PAGES - first % DEDUP_CHUNK_PAGES);
+        known = dedup_presence(r, first, n, flags);
+        for (uint32_t i = 0; i < n; i++) {
+            if ((!known || (flags[i] & DEDUP_PRESENT)) &&
+                dedup_entry_at(r, first + i) == DEDUP_OWN) {
+                dedup_ledger_absent(r, first + i);
+            }
+        }
+    }
+}
+
+bool dedup_space_discard_begin(DedupSpace *space, void *host, uint64_t size)
+{
+    const uint8_t *end = (const uint8_t *)host + size;
+    bool ok = true;
+
+    dedup_space_lock(space);
+    for (unsigned i = 0; i < space->regions->len; i++) {
+        DedupRegion *r = g_ptr_array_index(space->regions, i);
+        uint32_t first, n;
+
+        if (dedup_region_intersect(r, host, end, &first, &n)) {
+            forget_own(r, first, first + n);
+            ok &= discard_locked(r, first, n);
+        }
+    }
+    if (!ok) {
+        dedup_space_unlock(space);
+    }
+    return ok;
+}
+
+void dedup_space_discard_end(DedupSpace *space)
+{
+    dedup_space_unlock(space);
+}

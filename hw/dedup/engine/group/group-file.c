@@ -22,12 +22,9 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "engine.h"
-#include "group-internal.h"
-
-#ifndef MFD_NOEXEC_SEAL
-#define MFD_NOEXEC_SEAL 0x0008U         /* Linux 6.3 */
-#endif
+#include "group/group-internal.h"
+#include "host/error.h"
+#include "host/memfd.h"
 
 #define FILE_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW)
 
@@ -105,17 +102,13 @@ static bool map_file(DedupGroupFile *f, int fd, GError **error)
 
 bool dedup_group_file_create(DedupGroupFile *f, GError **error)
 {
-    const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
     DedupFileHeader header = {
         .magic = DEDUP_FILE_MAGIC,
         .version = DEDUP_FILE_VERSION,
         .page_size = DEDUP_PAGE_SIZE,
     };
-    int fd = memfd_create("dedup-group", flags | MFD_NOEXEC_SEAL);
+    int fd = dedup_memfd_new("dedup-group");
 
-    if (fd < 0 && errno == EINVAL) {
-        fd = memfd_create("dedup-group", flags);
-    }
     f->fd = fd;
     /* The header is written before it is mapped: it has memory then. */
     if (fd < 0 ||

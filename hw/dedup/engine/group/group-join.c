@@ -132,14 +132,13 @@ static bool group_error(const DedupGroup *g, GError **error,
                         const char *format, ...)
 {
     va_list args;
-    char *what;
 
     va_start(args, format);
-    what = g_strdup_vprintf(format, args);
+    g_propagate_error(error, g_error_new_valist(DEDUP_ERROR,
+                                                DEDUP_ERROR_GROUP, format,
+                                                args));
     va_end(args);
-    g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_GROUP,
-                "group directory '%s': %s", g->path, what);
-    g_free(what);
+    g_prefix_error(error, "group directory '%s': ", g->path);
     return false;
 }
 

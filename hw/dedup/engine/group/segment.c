@@ -27,13 +27,10 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "engine.h"
-#include "mutant.h"
-#include "segment.h"
-
-#ifndef MFD_NOEXEC_SEAL
-#define MFD_NOEXEC_SEAL 0x0008U         /* Linux 6.3 */
-#endif
+#include "group/segment.h"
+#include "host/error.h"
+#include "host/memfd.h"
+#include "host/mutant.h"
 
 #define ALL_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 #define MAX_SIZE (DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
@@ -44,23 +41,6 @@ struct DedupBuilder {
     unsigned count;
 };
 
-G_GNUC_PRINTF(2, 3)
-static void set_error(GError **error, const char *format, ...)
-{
-    int err = errno;
-    va_list args;
-    char *what;
-
-    va_start(args, format);
-    what = g_strdup_vprintf(format, args);
-    va_end(args);
-    g_set_error(error, DEDUP_ERROR,
-                err == ENOMEM || err == ENOSPC ? DEDUP_ERROR_MEMORY :
-                DEDUP_ERROR_SYSTEM, "segment: %s: %s", what,
-                g_strerror(err));
-    g_free(what);
-}
-
 /* A view of a segment's file; MAP_FAILED and @error on failure. */
 static uint8_t *map_file(int fd, size_t size, GError **error)
 {
@@ -69,7 +49,7 @@ static uint8_t *map_file(int fd, size_t size, GError **error)
                      0);
 
     if (map == MAP_FAILED) {
-        set_error(error, "cannot map the memfd");
+        dedup_error_errno(error, "segment: cannot map the memfd");
         return map;
     }
     madvise(map, size, MADV_DONTFORK);
@@ -79,14 +59,10 @@ static uint8_t *map_file(int fd, size_t size, GError **error)
 
 static int memfd_new(const char *name, GError **error)
 {
-    const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
-    int fd = memfd_create(name, flags | MFD_NOEXEC_SEAL);
+    int fd = dedup_memfd_new(name);
 
-    if (fd < 0 && errno == EINVAL) {
-        fd = memfd_create(name, flags);
-    }
     if (fd < 0) {
-        set_error(error, "cannot create a memfd");
+        dedup_error_errno(error, "segment: cannot create a memfd");
     }
     return fd;
 }
@@ -167,16 +143,16 @@ DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
 
     if (b->count == 0) {
         errno = ENODATA;
-        set_error(error, "nothing to publish");
+        dedup_error_errno(error, "segment: nothing to publish");
         goto out;
     }
     /* a write that came to nothing may have left a part behind the end */
     if (ftruncate(b->fd, size) < 0) {
-        set_error(error, "cannot cut the memfd to length");
+        dedup_error_errno(error, "segment: cannot cut the memfd to length");
         goto out;
     }
     if (fcntl(b->fd, F_ADD_SEALS, ALL_SEALS) < 0) {
-        set_error(error, "cannot seal the memfd");
+        dedup_error_errno(error, "segment: cannot seal the memfd");
         goto out;
     }
     if (size < MAX_SIZE) {
@@ -204,7 +180,7 @@ DedupSegment *dedup_segment_new_zeroes(GError **error)
     }
     if (ftruncate(fd, MAX_SIZE) < 0 ||
         fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0) {
-        set_error(error, "cannot seal the memfd");
+        dedup_error_errno(error, "segment: cannot seal the memfd");
         close(fd);
         return NULL;
     }
@@ -227,35 +203,37 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
     uint8_t *map;
 
     if (seals < 0) {
-        set_error(error, "received file cannot be sealed");
+        dedup_error_errno(error, "segment: received file cannot be sealed");
         goto fail;
     }
     errno = EPERM;
     if ((seals & ALL_SEALS) != ALL_SEALS && !DEDUP_MUTANT(NO_SEAL_CHECK)) {
-        set_error(error, "received file has seals 0x%x", seals);
+        dedup_error_errno(error, "segment: received file has seals 0x%x",
+                          seals);
         goto fail;
     }
     if (fstat(fd, &st) < 0 || fstatfs(fd, &fs) < 0) {
-        set_error(error, "received file cannot be examined");
+        dedup_error_errno(error, "segment: received file cannot be examined");
         goto fail;
     }
     errno = EINVAL;
     if (npages == 0 || npages > DEDUP_SEGMENT_PAGES) {
-        set_error(error, "length of %u pages", npages);
+        dedup_error_errno(error, "segment: length of %u pages", npages);
         goto fail;
     }
     if (!S_ISREG(st.st_mode) || fs.f_type != TMPFS_MAGIC) {
-        set_error(error, "received file is not on shmem");
+        dedup_error_errno(error, "segment: received file is not on shmem");
         goto fail;
     }
     if (st.st_size != npages * DEDUP_PAGE_SIZE) {
-        set_error(error, "received file has %lld bytes instead of %zu",
-                  (long long)st.st_size, npages * DEDUP_PAGE_SIZE);
+        dedup_error_errno(error, "segment: received file has %lld bytes"
+                          " instead of %zu", (long long)st.st_size,
+                          npages * DEDUP_PAGE_SIZE);
         goto fail;
     }
     if (lseek(fd, 0, SEEK_HOLE) != st.st_size) {
         /* a hole takes memory when it is read, at our cost */
-        set_error(error, "received file has holes");
+        dedup_error_errno(error, "segment: received file has holes");
         goto fail;
     }
     map = map_file(fd, npages * DEDUP_PAGE_SIZE, error);

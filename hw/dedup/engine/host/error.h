@@ -34,6 +34,15 @@ typedef enum DedupError {
 #define DEDUP_ERROR (dedup_error_quark())
 GQuark dedup_error_quark(void);
 
+/**
+ * dedup_error_errno() - set @error after a system call that failed
+ *
+ * Its text is what @format gives, ": " and that of errno; its code is
+ * DEDUP_ERROR_MEMORY if errno is ENOMEM or ENOSPC, else DEDUP_ERROR_SYSTEM.
+ */
+void dedup_error_errno(GError **error, const char *format, ...)
+    G_GNUC_PRINTF(2, 3);
+
 G_END_DECLS
 
 #endif /* DEDUP_ERROR_H */

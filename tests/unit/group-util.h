@@ -8,7 +8,7 @@
 #ifndef TEST_GROUP_UTIL_H
 #define TEST_GROUP_UTIL_H
 
-#include "group-internal.h"
+#include "group/group-internal.h"
 
 #define TEST_PAGES 256          /* pages that a member has */
 

@@ -6,8 +6,8 @@
 
 #include <glib.h>
 
-#include "index.h"
-#include "page.h"
+#include "host/page.h"
+#include "index/index.h"
 
 #define HEADER_SIZE DEDUP_PAGE_SIZE
 

@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "group-internal.h"
+#include "group/group-internal.h"
 
 #define PAGES 2048
 #define SECRET(i) (0x5ec0000u + (i) * 1000)

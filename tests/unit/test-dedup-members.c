@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "group.h"
+#include "group/group.h"
 
 #define MEMBERS 3
 #define PAGES 256

@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "segment.h"
+#include "group/segment.h"
 
 #define SMALL 32768             /* 128 MiB */
 #define LARGE 163840            /* 640 MiB */

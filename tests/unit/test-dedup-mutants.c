@@ -17,7 +17,7 @@
 
 #include "engine-fixture.h"
 #include "mutant.h"
-#include "segment.h"
+#include "group/segment.h"
 
 /*
  * A test that does not end is killed: also the one for "hangs" ends.  But it

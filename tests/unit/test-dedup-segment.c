@@ -16,7 +16,7 @@
 
 #include "engine.h"
 #include "mutant.h"
-#include "segment.h"
+#include "group/segment.h"
 
 #define ALL_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 

@@ -8,7 +8,7 @@
  */
 
 #include "engine-fixture.h"
-#include "group.h"
+#include "group/group.h"
 
 #define PAGES 256
 #define SEED(i) (0x5eed0000u + (i) / 2 * 1000)

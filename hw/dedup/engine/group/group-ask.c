@@ -10,8 +10,8 @@
  * Thread: the scanner's.
  */
 
-#include "group-internal.h"
-#include "mutant.h"
+#include "group/group-internal.h"
+#include "host/mutant.h"
 
 /* Wait so long for answers that take longer than SLOW_US each. */
 #define PATIENCE_US G_TIME_SPAN_SECOND

@@ -22,8 +22,8 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "engine.h"
-#include "group-internal.h"
+#include "group/group-internal.h"
+#include "host/error.h"
 
 static bool same_file(const struct stat *a, const struct stat *b)
 {

@@ -12,8 +12,8 @@
 
 #include <sys/un.h>
 
-#include "group.h"
-#include "peer.h"
+#include "group/group.h"
+#include "group/peer.h"
 
 /* In the group's directory: one for each protocol version and page size */
 #define DEDUP_GROUP_SUBDIR "v1-4k"

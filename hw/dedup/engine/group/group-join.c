@@ -29,8 +29,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "engine.h"
-#include "group-internal.h"
+#include "group/group-internal.h"
+#include "host/error.h"
 
 #define SUBDIR DEDUP_GROUP_SUBDIR
 #define TABLE_BYTE 4096

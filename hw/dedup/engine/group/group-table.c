@@ -20,7 +20,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "group-internal.h"
+#include "group/group-internal.h"
 
 /* Entries read at a time. */
 #define CHUNK 1024u

@@ -16,8 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "engine.h"
-#include "group-internal.h"
+#include "group/group-internal.h"
 
 DedupGroup *dedup_group_new(const char *dir, GError **error)
 {

@@ -26,9 +26,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "hostmem.h"
-#include "index.h"
-#include "segment.h"
+#include "group/segment.h"
+#include "host/hostmem.h"
+#include "index/index.h"
 
 #define DEDUP_MAX_MEMBERS (1u << DEDUP_MEMBER_BITS)
 /* Segments that can exist at a time; a gid is this plus a generation. */

@@ -19,7 +19,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "peer.h"
+#include "group/peer.h"
 
 static int64_t deadline_after(unsigned timeout_ms)
 {

@@ -22,9 +22,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "engine.h"
-#include "mutant.h"
-#include "peer.h"
+#include "group/peer.h"
+#include "host/error.h"
+#include "host/mutant.h"
 
 /* One per member, and some that join. */
 #define MAX_CLIENTS (DEDUP_MAX_MEMBERS + 16)

@@ -16,7 +16,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "peer.h"
+#include "group/peer.h"
 
 /* The most that the kernel lets into one message (SCM_MAX_FD). */
 #define MAX_FDS 253

@@ -49,7 +49,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "group.h"
+#include "group/group.h"
 
 #define DEDUP_PEER_VERSION 2
 #define DEDUP_PEER_MAGIC 0x70756464u    /* "ddup" */

@@ -20,7 +20,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "page.h"
+#include "host/page.h"
 
 #define DEDUP_SEGMENT_PAGES 512
 

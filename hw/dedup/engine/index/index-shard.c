@@ -6,8 +6,8 @@
  * Threads: any, of any process.
  */
 
-#include "index-shard.h"
-#include "index-table.h"
+#include "index/index-shard.h"
+#include "index/index-table.h"
 
 /*
  * A shard grows by an eighth: by a quarter it would be emptier by a tenth in

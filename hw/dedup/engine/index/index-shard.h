@@ -15,7 +15,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "index.h"
+#include "index/index.h"
 
 /*
  * Put @entry in the place of one that is no published hint, beginning at a

@@ -10,7 +10,7 @@
  * Threads: any, of any process.
  */
 
-#include "index-table.h"
+#include "index/index-table.h"
 
 /*
  * The page at @cursor or the next one that a shard has in use; false: there

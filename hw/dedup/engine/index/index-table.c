@@ -26,7 +26,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include "index-table.h"
+#include "index/index-table.h"
 
 static uint64_t page_offset(const DedupIndex *index, uint64_t page)
 {

@@ -15,8 +15,8 @@
 
 #include <glib.h>
 
-#include "index.h"
-#include "page.h"
+#include "host/page.h"
+#include "index/index.h"
 
 #define SHARDS 16
 #define LINE_ENTRIES 8

@@ -41,8 +41,8 @@
  * Threads: any, of any process.  All shared words are accessed with atomics.
  */
 
-#include "index-shard.h"
-#include "index-table.h"
+#include "index/index-shard.h"
+#include "index/index-table.h"
 
 /* Attempts of an insert before it gives in to the others. */
 #define ATTEMPTS 16

@@ -23,7 +23,7 @@ SEGMENT_PAGES = 512
 # Pages that may hide each other: the index keeps only a part of their hashes.
 COLLISIONS = 32
 
-# The table of segments in the group's file (hw/dedup/engine/group-internal.h)
+# The table of segments in the group's file (hw/dedup/engine/group/group-internal.h)
 TABLE_OFFSET = 4096 + 256 * 128
 TABLE_ENTRIES = 1 << 18
 

@@ -4,7 +4,7 @@
  * opened, and whether it still is what its members hold open.
  *
  * Files in /run do not live for ever: a boot, a logout or somebody's rm takes
- * them away under live members.  Who came then would find nobody and begin a
+ * them away under live members.  A newcomer would find nobody then and begin a
  * group of its own.  So each member compares what it holds open with what the
  * path leads to, once in a while, and joins again if that is something else
  * (group-join.c).
@@ -104,8 +104,8 @@ bool dedup_group_open_path(DedupGroup *g, GError **error)
 
 /*
  * Did a look at a name find nothing?  Any other error (no permission, no
- * memory, a disk that fails) says nothing of the name, and to leave a group for
- * that would do harm.
+ * memory, a disk that fails) says nothing about the name, and leaving a group
+ * for it would do harm.
  */
 static bool is_missing(int error)
 {

@@ -538,6 +538,7 @@ void dedup_group_leave_directory(DedupGroup *g)
 
 bool dedup_group_resumed(const DedupGroup *g)
 {
+    dedup_group_assert_scanner(g);
     return g->resumed;
 }
 

@@ -126,6 +126,7 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g)
 {
     struct stat st;
 
+    dedup_group_assert_scanner(g);
     return fstat(g->file.fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
 }
 
@@ -196,6 +197,7 @@ unsigned dedup_group_members(const DedupGroup *g)
 
 unsigned dedup_group_members_incompatible(const DedupGroup *g)
 {
+    dedup_group_assert_scanner(g);
     return g->members_incompatible;
 }
 

@@ -13,10 +13,14 @@
  * mapping, so that a hole costs no memory and a lack of memory is an error
  * code.  Only the index is mapped.
  *
+ * Owner: whoever made it by dedup_group_new().
  * Threads: the scanner's is the one that joins first, and the only one that
- * may call most of this; that is asserted.  What is marked "any thread" may be
- * called by all, whether we have joined or not, and takes a lock of the
- * group's own, which comes before the engine's remap lock in the order.
+ * may call most of this; that is asserted.  Any thread may call, whether we
+ * have joined or not:
+ *   _tell(), _tell_reserved(), _member(), _foreach_member(): they take a lock
+ *       of the group's own, which comes after the engine's control lock and
+ *       before its remap lock
+ *   _members(), _is_joined(), _has_dir(), _cpu_ns(): they take none
  */
 
 #ifndef DEDUP_GROUP_H
@@ -31,7 +35,7 @@
 #include "index/index.h"
 
 #define DEDUP_MAX_MEMBERS (1u << DEDUP_MEMBER_BITS)
-/* Segments that can exist at a time; a gid is this plus a generation. */
+/* Segments that can exist at a time: a gid is one of them and a generation. */
 #define DEDUP_MAX_SEGMENTS (1u << 18)
 
 typedef struct DedupGroup DedupGroup;
@@ -99,10 +103,10 @@ typedef struct DedupFetch {
 /*
  * Make a group.  @dir NULL: this process only.  A directory is opened here,
  * made if only its last part is missing, and joined later.  NULL and
- * DEDUP_ERROR_GROUP when nobody can mean it: no directory, a symbolic link,
- * the root, a file system of the kernel's.  One that cannot be made or read or
- * is not ours is reported by dedup_group_join() instead: the VM must start
- * (I9).
+ * DEDUP_ERROR_GROUP if nobody can mean it: no directory, a symbolic link, the
+ * root, a file system of the kernel's.  One that cannot be made or read, or
+ * is not ours, is reported by dedup_group_join() instead: the VM must start
+ * (I9).  Any thread.
  */
 DedupGroup *dedup_group_new(const char *dir, GError **error);
 
@@ -110,16 +114,18 @@ DedupGroup *dedup_group_new(const char *dir, GError **error);
  * Join: find a live member and take the shared file from it, or make it;
  * take a slot; listen; start the peer thread.  Removes stale socket names.
  * The directory must belong to our effective uid or root and be writable by
- * its owner only.  May be called again after it failed or was undone by
- * dedup_group_detach().  The caller's thread is the scanner's from now on.
+ * its owner only.  It may take seconds, and looks for @ops->is_stopping().
+ * False: DEDUP_ERROR_GROUP, or _MEMORY or _SYSTEM if the host lacks something;
+ * call it again later, as after dedup_group_detach().  The caller's thread is
+ * the scanner's from now on.
  */
 bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
                       GError **error);
 
 /*
- * Between a join, after which the caller may have to name its segments anew,
- * and dedup_group_enter() only the scanner's functions work: for all others
- * we are not in the group.  Call it when that is done.
+ * Make us a member for all threads.  After a join the caller may have to name
+ * its segments anew first: until then only the scanner's functions find the
+ * group.
  */
 void dedup_group_enter(DedupGroup *g);
 
@@ -133,9 +139,10 @@ bool dedup_group_is_joined(const DedupGroup *g);
 bool dedup_group_is_current(const DedupGroup *g);
 
 /*
- * Let go of the directory, to join again.  First of all we have not joined any
- * more, and no other thread is in the middle of what it may call.  Stops the
- * peer thread; of the scanner's functions only join may be called then.
+ * Let go of the directory, to join again.  dedup_group_is_joined() becomes
+ * false first, under the lock: so no other thread is in the middle of
+ * something, or begins.  Stops the peer thread.  The scanner's thread may only
+ * join then.
  */
 void dedup_group_detach(DedupGroup *g);
 
@@ -147,14 +154,14 @@ void dedup_group_detach(DedupGroup *g);
 bool dedup_group_resumed(const DedupGroup *g);
 
 /*
- * Leave and free; stops the peer thread, removes our socket's name.  By the
- * last one that has it, any thread.
+ * Leave and free; stops the peer thread, removes our socket's name.  Any
+ * thread, and no other one calls anything any more.
  */
 void dedup_group_free(DedupGroup *g);
 
 /* Any thread. */
 bool dedup_group_has_dir(const DedupGroup *g);
-/* As of the last join: the scanner's thread, or when that has ended. */
+/* As of the last join.  The scanner's thread, or any one after its end. */
 unsigned dedup_group_self(const DedupGroup *g);
 uint64_t dedup_group_salt(const DedupGroup *g);
 DedupIndex *dedup_group_index(const DedupGroup *g);
@@ -168,7 +175,7 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g);
  * versions.  Call once a pass, and after a peer did not answer.
  */
 void dedup_group_refresh(DedupGroup *g);
-/* As it was found last; who has joined since is seen, who is gone is not. */
+/* Did it live when we last looked, or has it joined since? */
 bool dedup_group_alive(DedupGroup *g, unsigned member);
 /* Any thread; atomic. */
 unsigned dedup_group_members(const DedupGroup *g);
@@ -217,8 +224,9 @@ bool dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
 void dedup_group_segment_release(DedupGroup *g, uint32_t gid);
 
 /*
- * Usage: the own row of @gid out; and the sum over all *other* live members
- * in.  @use->pages is the union, @use->mapped the sum (saturating).
+ * Who uses a segment.  tell and clear: we do (@use->gid), or do not any more;
+ * false: not written, try again later.  others: the sum over all *other* live
+ * members; @use->pages is the union, @use->mapped the sum (saturating).
  */
 bool dedup_group_tell_use(DedupGroup *g, const DedupSegmentUse *use);
 bool dedup_group_clear_use(DedupGroup *g, uint32_t gid);
@@ -228,7 +236,7 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
 /*
  * Walk all segments that exist (for the figures and for what becomes of
  * them): calls @fn with the segment's length, whether this member published
- * it, this member's usage as it was published, and that of all other live
+ * it, this member's usage as it was told, and that of all other live
  * members together.  @fn returns whether this member holds the segment, mapped
  * or not; no lock is held.  False: a part of the table could not be read.
  *
@@ -243,15 +251,15 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
 
 /*
  * Ask member @member to prove that it has the pages: peer.h tells how.  Sets
- * @proven of each.  Returns false when it does not answer (in time).
+ * @proven of each.  False: it does not answer, or not in time.
  */
 bool dedup_group_prove(DedupGroup *g, unsigned member, DedupProof *proofs,
                        unsigned n);
 
 /*
- * Get the fds of @n segments from @member or, where it gives none, from any
+ * Get the fds of @n segments from @member or, if it gives none, from any
  * other live user.  Whoever has the segment gives it to us only if @content
- * is the content of that page of it.
+ * is the content of that page of it.  The fds are the caller's.
  */
 void dedup_group_fetch(DedupGroup *g, unsigned member, DedupFetch *items,
                        unsigned n);

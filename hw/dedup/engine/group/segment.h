@@ -9,8 +9,9 @@
  * dedup_segment_accept() before its first byte is looked at: the seals, the
  * size, the kind of file system.
  *
- * Owner: the scanner's thread, but for @fd, which the peer thread may
- * duplicate under the table's lock (DedupSegmentTable).
+ * Owner: whoever made or accepted it.  Thread: the scanner's, but that the peer
+ * thread may read a page and duplicate @fd, under the lock of whoever keeps
+ * the segments of this process (the engine's remap lock).
  */
 
 #ifndef DEDUP_SEGMENT_H
@@ -26,7 +27,7 @@
 
 /*
  * Kernel memory of one memfd (inode, dentry, file), in bytes: what slabinfo
- * gives on Linux 6.18, see docs/devel/dedup.rst.
+ * gives on Linux 6.18.
  */
 #define DEDUP_SEGMENT_SLAB 1280
 
@@ -45,7 +46,7 @@ typedef struct DedupSegment {
     uint64_t lean_since;  /* policy's memory, see policy.c; 0: it pays */
     bool leaving;         /* does not pay: nothing is merged to it any more */
     bool met;             /* in the last walk of the group's table */
-    bool dirty;           /* @mapped or @use changed since it was published */
+    bool dirty;           /* @mapped or @use changed since that was told */
     uint32_t use[DEDUP_SEGMENT_PAGES]; /* guest pages merged to each page */
 } DedupSegment;
 
@@ -57,7 +58,7 @@ static inline const uint8_t *dedup_segment_page(const DedupSegment *s,
 
 typedef struct DedupBuilder DedupBuilder;
 
-/* Returns NULL and @error when no memfd can be made. */
+/* NULL and @error if no memfd can be made; see dedup_error_errno(). */
 DedupBuilder *dedup_builder_new(GError **error);
 
 /*
@@ -82,8 +83,8 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
                                    GError **error);
 
 /*
- * A segment of zeros without memory: it takes some where it is read.  NULL and
- * @error when no memfd can be made.
+ * A segment of zeros without memory: what is read of it takes some.  NULL and
+ * @error if no memfd can be made.
  */
 DedupSegment *dedup_segment_new_zeroes(GError **error);
 

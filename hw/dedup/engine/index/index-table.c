@@ -11,10 +11,10 @@
  *
  * So whoever looks reads a page that is not known to be backed once with
  * pread(): that costs no memory, a hole reads as zeros, and a page of zeros
- * holds no hint, be it a hole or not.  SEEK_DATA would say as much.  But it
- * takes the inode's lock, and that of the file position, which all members
- * share with the open file; and where somebody has allocated pages without
- * touching them, it walks over all of these to the next one that was.
+ * holds no hint, whether it is a hole or not.  SEEK_DATA would say as much.
+ * But it takes the inode's lock, and that of the file position, which all
+ * members share with the open file; and if somebody has allocated pages
+ * without touching them, it walks over all of these to the next one that was.
  *
  * Whoever stores takes memory for no more pages than the limit lets it grow
  * to, twice: the wrong number in the header is where it stores to, not how

@@ -7,6 +7,9 @@
  * written by an enemy.  Every number read from it is bounds-checked by who
  * uses it; the byte compare under write protection decides.  See index.c for
  * why each kind of loss is harmless.
+ *
+ * Threads: any, of any process; but a DedupIndex is freed by its owner when
+ * nobody uses it any more.
  */
 
 #ifndef DEDUP_INDEX_H

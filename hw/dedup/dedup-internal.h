@@ -242,8 +242,8 @@ bool dedup_ram_init(DedupScanner *ds, Error **errp);
 bool dedup_ram_guard_register(DedupScanner *ds);
 void dedup_ram_start(DedupScanner *ds);
 void dedup_ram_update(DedupScanner *ds);
-/* @lean: put the regions' mappings back to what they were; else leave all */
-void dedup_ram_stop(DedupScanner *ds, bool lean);
+/* @whole: put the regions' mappings back to what they were; else leave all */
+void dedup_ram_stop(DedupScanner *ds, bool whole);
 void dedup_ram_destroy(DedupScanner *ds);
 /* Is there a block that may be merged, or is? */
 bool dedup_ram_has_eligible(DedupScanner *ds);

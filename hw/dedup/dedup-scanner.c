@@ -105,7 +105,7 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
         dedup_blockers_warn(ds);
     }
 
-    if (ds->discard_required && blocked && dedup_engine_lean(ds->engine)) {
+    if (ds->discard_required && blocked && dedup_engine_is_whole(ds->engine)) {
         ram_block_discard_require(false);
         qatomic_set(&ds->discard_required, false);
     }
@@ -384,7 +384,7 @@ static bool dedup_scanner_prepare_delete(UserCreatable *uc, Error **errp)
     }
     /* Nothing may be merged between the look and the end. */
     dedup_engine_block(ds->engine, true, ds->hard);
-    if (dedup_engine_lean(ds->engine)) {
+    if (dedup_engine_is_whole(ds->engine)) {
         /* An unmerge has ended by that, whether it was said or not. */
         dedup_scanner_send_events(ds);
         if (ds->unmerging) {
@@ -400,16 +400,16 @@ static bool dedup_scanner_prepare_delete(UserCreatable *uc, Error **errp)
 
 static void scanner_stop(DedupScanner *ds)
 {
-    bool lean;
+    bool whole;
 
     timer_del(ds->recheck);
     dedup_migration_stop(ds);
     dedup_engine_stop(ds->engine);
     qemu_thread_join(&ds->thread);
-    lean = dedup_engine_lean(ds->engine);
-    trace_dedup_scanner_stop(lean);
-    dedup_ram_stop(ds, lean);
-    if (lean) {
+    whole = dedup_engine_is_whole(ds->engine);
+    trace_dedup_scanner_stop(whole);
+    dedup_ram_stop(ds, whole);
+    if (whole) {
         dedup_coredump_stop(ds);
     }
     if (ds->discard_required) {

@@ -529,7 +529,7 @@ void dedup_ram_start(DedupScanner *ds)
     memory_listener_register(&ram->listener, &address_space_memory);
 }
 
-void dedup_ram_stop(DedupScanner *ds, bool lean)
+void dedup_ram_stop(DedupScanner *ds, bool whole)
 {
     DedupRam *ram = &ds->ram;
     DedupBlock *block;
@@ -542,7 +542,7 @@ void dedup_ram_stop(DedupScanner *ds, bool lean)
 
     while ((block = QTAILQ_FIRST(&ram->blocks))) {
         QTAILQ_REMOVE(&ram->blocks, block, next);
-        if (lean) {
+        if (whole) {
             if (block->region) {
                 dedup_region_remove(block->region, false, NULL);
             }

@@ -306,7 +306,7 @@ void bench_engine_merge(BenchRam *ram, BenchCost *cost,
     g_mutex_unlock(&s->lock);
     snapshot(s, &to, &wall_to);
     take(restore_cost, from.pages_merged, &from, &to, wall_from, wall_to);
-    if (!dedup_engine_lean(s->e) || !bench_ram_verify(ram)) {
+    if (!dedup_engine_is_whole(s->e) || !bench_ram_verify(ram)) {
         die("wrong bytes after restoring");
     }
     scanner_free(s);

@@ -364,7 +364,7 @@ static void unmerge(DedupEngine *e)
         return;
     }
     wait_until(was_restored, "unmerging");
-    if (!dedup_engine_lean(e)) {
+    if (!dedup_engine_is_whole(e)) {
         stress_fail(&stress, "something is still merged after unmerging");
     }
 }

@@ -73,7 +73,7 @@ static void assert_whole(FxEngine *fe, FxRam *ram)
 
     fx_view(ram, &view);
     g_assert_cmpuint(view.segment_pages, ==, 0);
-    g_assert_true(dedup_engine_lean(fe->e));
+    g_assert_true(dedup_engine_is_whole(fe->e));
     g_assert_cmpuint(dedup_region_pages_merged(ram->region), ==, 0);
     if (is_shared(ram)) {
         /* the file's mapping is one again */
@@ -97,7 +97,7 @@ static void test_whole(gconstpointer data)
     FxView view;
 
     start_mixed(fe, ram);
-    g_assert_false(dedup_engine_lean(fe->e));
+    g_assert_false(dedup_engine_is_whole(fe->e));
     fx_unmerge(fe);
     assert_whole(fe, ram);
     g_assert_true(no_segments(NULL));

@@ -380,7 +380,7 @@ void dedup_engine_block(DedupEngine *e, bool block, bool hard)
     dedup_control_kick(&e->control);
 }
 
-bool dedup_engine_lean(DedupEngine *e)
+bool dedup_engine_is_whole(DedupEngine *e)
 {
     DedupSpaceSums sums;
 

@@ -260,10 +260,10 @@ bool dedup_engine_restore(DedupEngine *engine, bool unmerge, bool force,
                           GError **error);
 
 /**
- * dedup_engine_lean() - true when no page is merged or dropped any more and
- * no mapping of ours is left in any region
+ * dedup_engine_is_whole() - true when no page is merged or dropped any more,
+ * and no mapping of ours is left in any region
  */
-bool dedup_engine_lean(DedupEngine *engine);
+bool dedup_engine_is_whole(DedupEngine *engine);
 
 /**
  * struct DedupGroupStats - the group as a whole, the same for all members;

@@ -22,7 +22,7 @@
  *   vCPU's;
  * - mappings that last as long as a device runs and that are written in the
  *   same way: vhost's rings, by the kernel's copy_to_user(), and the lists of
- *   an AHCI port; ram_guard_not_dma() takes them back;
+ *   an AHCI port; ram_guard_dma_exempt() takes them back;
  * - vfio, vdpa, iommufd, nvme://, blkio, RDMA: pin for good, and disable
  *   discards (ram_block_discard_disable()), which excludes replacing;
  * - migration with zero-copy or to and from a file with direct I/O: nothing
@@ -263,12 +263,12 @@ static void host_counters_change(void *ptr, ram_addr_t length, bool is_write,
     }
 }
 
-void ram_guard_not_dma(void *ptr, ram_addr_t length, bool is_write)
+void ram_guard_dma_exempt(void *ptr, ram_addr_t length, bool is_write)
 {
     host_counters_change(ptr, length, is_write, counter_lower);
 }
 
-void ram_guard_dma_again(void *ptr, ram_addr_t length, bool is_write)
+void ram_guard_dma_unexempt(void *ptr, ram_addr_t length, bool is_write)
 {
     host_counters_change(ptr, length, is_write, counter_raise);
 }

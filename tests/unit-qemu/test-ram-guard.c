@@ -141,26 +141,26 @@ static void test_dma_saturated(void)
 }
 
 /* Mapped for long, but not for DMA; in RAM and elsewhere. */
-static void test_not_dma(void)
+static void test_exempt(void)
 {
     RAMBlock *rb = block_new(2 * CHUNK);
     uint8_t elsewhere;
 
     memory_block = rb;
     ram_guard_dma_map(rb, 3, 8, true);
-    ram_guard_not_dma(memory + 3, 8, true);
+    ram_guard_dma_exempt(memory + 3, 8, true);
     assert_counters(rb, "00");
     /* Somebody else's count is not touched. */
     ram_guard_dma_map(rb, 0, 1, true);
-    ram_guard_dma_again(memory + 3, 8, true);
+    ram_guard_dma_unexempt(memory + 3, 8, true);
     assert_counters(rb, "20");
     ram_guard_dma_unmap(rb, 3, 8, true);
     /* Unmapped with another length than it was mapped with */
-    ram_guard_dma_again(memory + 3, CHUNK, true);
+    ram_guard_dma_unexempt(memory + 3, CHUNK, true);
     ram_guard_dma_unmap(rb, 3, CHUNK, true);
-    ram_guard_not_dma(NULL, 0, true);
-    ram_guard_not_dma(&elsewhere, 1, true);
-    ram_guard_dma_again(&elsewhere, 1, true);
+    ram_guard_dma_exempt(NULL, 0, true);
+    ram_guard_dma_exempt(&elsewhere, 1, true);
+    ram_guard_dma_unexempt(&elsewhere, 1, true);
     assert_counters(rb, "10");
     memory_block = NULL;
     block_free(rb);
@@ -585,7 +585,7 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-guard/dma/chunks", test_dma_chunks);
     g_test_add_func("/ram-guard/dma/uneven", test_dma_uneven);
     g_test_add_func("/ram-guard/dma/saturated", test_dma_saturated);
-    g_test_add_func("/ram-guard/dma/not-dma", test_not_dma);
+    g_test_add_func("/ram-guard/dma/exempt", test_exempt);
     g_test_add_func("/ram-guard/dma/threads", test_dma_threads);
     g_test_add_func("/ram-guard/dma/order", test_dma_order);
     g_test_add_func("/ram-guard/register", test_register);

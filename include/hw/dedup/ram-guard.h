@@ -133,25 +133,25 @@ void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
                          bool is_write);
 
 /**
- * ram_guard_not_dma - what was just mapped is not for the kernel to pin
+ * ram_guard_dma_exempt - what was just mapped is not for the kernel to pin
  * @ptr: what address_space_map() returned; NULL and bounce buffers are fine
  * @length: how much it mapped
  * @is_write: as it was told
  *
  * Takes back what address_space_map() counted.  For who keeps memory mapped
  * for long, and reaches it through page tables only: the CPU's, or the
- * kernel's copy_to_user().  Needs ram_guard_dma_again() right before
+ * kernel's copy_to_user().  Needs ram_guard_dma_unexempt() right before
  * address_space_unmap().
  */
-void ram_guard_not_dma(void *ptr, ram_addr_t length, bool is_write);
+void ram_guard_dma_exempt(void *ptr, ram_addr_t length, bool is_write);
 
 /**
- * ram_guard_dma_again - it is about to be unmapped
+ * ram_guard_dma_unexempt - it is about to be unmapped
  *
  * The same arguments as for address_space_unmap(), which counts in the other
  * direction: so this is balanced even if they are not those of the map.
  */
-void ram_guard_dma_again(void *ptr, ram_addr_t length, bool is_write);
+void ram_guard_dma_unexempt(void *ptr, ram_addr_t length, bool is_write);
 
 /**
  * ram_guard_dma_maps - the counters of a block, for writes or for reads
@@ -292,13 +292,13 @@ static inline void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start,
 {
 }
 
-static inline void ram_guard_not_dma(void *ptr, ram_addr_t length,
-                                     bool is_write)
+static inline void ram_guard_dma_exempt(void *ptr, ram_addr_t length,
+                                        bool is_write)
 {
 }
 
-static inline void ram_guard_dma_again(void *ptr, ram_addr_t length,
-                                       bool is_write)
+static inline void ram_guard_dma_unexempt(void *ptr, ram_addr_t length,
+                                          bool is_write)
 {
 }
 

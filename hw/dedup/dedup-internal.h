@@ -8,7 +8,7 @@
  *   blockers.c        what forbids deduplication for the whole VM
  *   migration.c       what migration and snapshots forbid, and when
  *   ram.c             RAM blocks -> regions of the engine
- *   block-reasons.c   which block is eligible, and why not
+ *   eligible.c        which block is eligible, and why not
  *   leases.c          who else opens a RAM file; the worker thread
  *   drain.c           an end to the transfers of block devices
  *   coredump.c        guest RAM in core dumps of QEMU
@@ -224,7 +224,7 @@ void dedup_migration_start(DedupScanner *ds);
 void dedup_migration_stop(DedupScanner *ds);
 bool dedup_migration_blocks(DedupScanner *ds);
 
-/* block-reasons.c: is the block eligible; if not, why not */
+/* eligible.c: is the block eligible; if not, why not */
 bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
                           DedupBlockReason *reason);
 /* Might others open its file? */

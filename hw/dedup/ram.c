@@ -5,7 +5,7 @@
  *
  * The list of blocks follows the RAMBlockNotifier.  Which of them the engine
  * works on is decided by dedup_ram_update(), in a bottom half, because a
- * block is announced before its attributes are set (block-reasons.c): after
+ * block is announced before its attributes are set (eligible.c): after
  * each change of the memory map, when something else has changed that may
  * matter, and once a second for what nobody announces.
  *

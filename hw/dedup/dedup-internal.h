@@ -224,15 +224,14 @@ void dedup_migration_start(DedupScanner *ds);
 void dedup_migration_stop(DedupScanner *ds);
 bool dedup_migration_blocks(DedupScanner *ds);
 
-/* eligible.c: is the block eligible; if not, why not */
-bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
+/*
+ * eligible.c: is the block eligible; if not, why not.  It must be secured
+ * (dedup_block_secure()) besides.
+ */
+bool dedup_block_eligible(DedupScanner *ds, const DedupBlock *block,
                           DedupBlockReason *reason);
-/* Might others open its file? */
-bool dedup_block_needs_lease(const DedupBlock *block);
 /* What the engine is told about it */
-void dedup_block_info(DedupBlock *block, DedupRegionInfo *info);
-/* The engine has left it: may KSM have it? */
-void dedup_block_to_ksm(DedupBlock *block);
+void dedup_block_info(const DedupBlock *block, DedupRegionInfo *info);
 const char *dedup_block_id(const DedupBlock *block);
 const char *dedup_block_reason_text(DedupBlockReason reason);
 
@@ -290,8 +289,12 @@ void dedup_worker_kick(DedupScanner *ds);
  */
 void dedup_worker_try_pinned(DedupScanner *ds, bool last);
 int dedup_worker_signalfd(void);
-/* Take a lease on the block's file: 0 or a negative errno. */
-int dedup_lease_take(DedupScanner *ds, DedupBlock *block);
+/*
+ * If others might open the block's file: take the lease that tells of them.
+ * False, and why, if it cannot be had.  DedupRam.lock held.
+ */
+bool dedup_block_secure(DedupScanner *ds, DedupBlock *block,
+                        DedupBlockReason *reason);
 
 /* coredump.c */
 void dedup_coredump_init(DedupScanner *ds);

@@ -20,7 +20,6 @@
 #include "hw/boards.h"
 #include "hw/dedup/ram-guard.h"
 #include "hw/mem/pc-dimm.h"
-#include "qemu/madvise.h"
 #include "system/hostmem.h"
 #include "system/qtest.h"
 #include "dedup-internal.h"
@@ -96,33 +95,6 @@ static bool block_is_tmpfs(const DedupBlock *block)
     return fstatfs(block->rb->fd, &sfs) == 0 && sfs.f_type == TMPFS_MAGIC;
 }
 
-/*
- * Was mem-path the name of somebody's memfd, like /proc/PID/fd/5?  Then that
- * somebody may map it, and a lease does not tell: a memfd's first opening is
- * not counted.
- */
-static bool block_is_foreign_memfd(const DedupBlock *block)
-{
-    g_autofree char *link = g_strdup_printf("/proc/self/fd/%d",
-                                            block->rb->fd);
-    g_autofree char *name = g_file_read_link(link, NULL);
-
-    return !name || g_str_has_prefix(name, "/memfd:");
-}
-
-/* Does the file outlive us?  A directory as mem-path leads to one without. */
-static bool block_is_named(const DedupBlock *block)
-{
-    struct stat st;
-
-    return fstat(block->rb->fd, &st) == 0 && st.st_nlink > 0;
-}
-
-bool dedup_block_needs_lease(const DedupBlock *block)
-{
-    return (block->rb->flags & RAM_NAMED_FILE) && block_is_shared(block);
-}
-
 static int is_dimm_of(Object *obj, void *opaque)
 {
     HostMemoryBackend *backend = opaque;
@@ -163,18 +135,17 @@ static bool backend_is_ram(HostMemoryBackend *backend)
     return false;
 }
 
-static bool migration_keeps_whole(DedupScanner *ds, DedupBlock *block)
+static bool migration_keeps_whole(DedupScanner *ds, const DedupBlock *block)
 {
     return ds->migration.whole && migrate_ram_is_ignored(block->rb);
 }
 
 /* @reason is undefined if the block is eligible. */
-bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
+bool dedup_block_eligible(DedupScanner *ds, const DedupBlock *block,
                           DedupBlockReason *reason)
 {
     RAMBlock *rb = block->rb;
     HostMemoryBackend *backend;
-    int err;
 
     if (rb->flags & RAM_PREALLOC || memory_region_is_ram_device(rb->mr)) {
         *reason = DEDUP_BLOCK_REASON_DEVICE_MEMORY;
@@ -241,26 +212,10 @@ bool dedup_block_eligible(DedupScanner *ds, DedupBlock *block,
         *reason = DEDUP_BLOCK_REASON_EXPORTED;
         return false;
     }
-
-    /*
-     * The lease comes last: it makes others wait who open the file.  The
-     * worker sees who breaks it, and then it is never taken again, lest a
-     * tool that looks every minute has us restore all of it every minute.
-     */
-    if (dedup_block_needs_lease(block)) {
-        block->named = block_is_named(block);
-        err = block_is_foreign_memfd(block) ? -EAGAIN
-                                            : dedup_lease_take(ds, block);
-        if (err) {
-            *reason = err == -EAGAIN ? DEDUP_BLOCK_REASON_OPENED_ELSEWHERE
-                                    : DEDUP_BLOCK_REASON_LEASE_DENIED;
-            return false;
-        }
-    }
     return true;
 }
 
-void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
+void dedup_block_info(const DedupBlock *block, DedupRegionInfo *info)
 {
     RAMBlock *rb = block->rb;
     HostMemoryBackend *backend = MEMORY_BACKEND(memory_region_owner(rb->mr));
@@ -287,21 +242,5 @@ void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
     }
     if (rb->flags & RAM_NORESERVE) {
         info->flags |= DEDUP_REGION_NORESERVE;
-    }
-}
-
-/*
- * Not in dedup_region_remove(): what the backend's owner wants by now is only
- * known under the BQL.
- */
-void dedup_block_to_ksm(DedupBlock *block)
-{
-    RAMBlock *rb = block->rb;
-
-    if (block->from_ksm) {
-        block->from_ksm = false;
-        if (MEMORY_BACKEND(memory_region_owner(rb->mr))->merge) {
-            qemu_madvise(rb->host, rb->used_length, QEMU_MADV_MERGEABLE);
-        }
     }
 }

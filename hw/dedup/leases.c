@@ -27,6 +27,7 @@
 #include "qemu/osdep.h"
 #include <poll.h>
 #include <sys/signalfd.h>
+#include "exec/cpu-common.h"
 #include "exec/ramblock.h"
 #include "qemu/error-report.h"
 #include "qemu/lockable.h"
@@ -50,7 +51,37 @@
 /* How long to wait before it is tried again after that */
 #define DEDUP_RETRY_MS 1000
 
-int dedup_lease_take(DedupScanner *ds, DedupBlock *block)
+/* Might others open its file? */
+static bool needs_lease(const DedupBlock *block)
+{
+    return (block->rb->flags & RAM_NAMED_FILE) &&
+           qemu_ram_is_shared(block->rb);
+}
+
+/*
+ * Was mem-path the name of somebody's memfd, like /proc/PID/fd/5?  Then that
+ * somebody may map it, and a lease does not tell: a memfd's first opening is
+ * not counted.
+ */
+static bool is_foreign_memfd(const DedupBlock *block)
+{
+    g_autofree char *link = g_strdup_printf("/proc/self/fd/%d",
+                                            block->rb->fd);
+    g_autofree char *name = g_file_read_link(link, NULL);
+
+    return !name || g_str_has_prefix(name, "/memfd:");
+}
+
+/* Does the file outlive us?  A directory as mem-path leads to one without. */
+static bool is_named(const DedupBlock *block)
+{
+    struct stat st;
+
+    return fstat(block->rb->fd, &st) == 0 && st.st_nlink > 0;
+}
+
+/* 0 or a negative errno.  Lock held. */
+static int lease_take(DedupScanner *ds, DedupBlock *block)
 {
     struct f_owner_ex owner = {
         .type = F_OWNER_TID,
@@ -58,10 +89,6 @@ int dedup_lease_take(DedupScanner *ds, DedupBlock *block)
     };
     int fd = block->rb->fd;
 
-    QEMU_LOCK_GUARD(&ds->ram.lock);
-    if (block->opened) {
-        return -EAGAIN;
-    }
     if (block->leased) {
         return 0;
     }
@@ -71,8 +98,30 @@ int dedup_lease_take(DedupScanner *ds, DedupBlock *block)
         return -errno;
     }
     block->leased = true;
-    trace_dedup_lease_take(dedup_block_id(block));
+    trace_dedup_lease_take(block->id);
     return 0;
+}
+
+/*
+ * The worker sees who breaks a lease, and then it is never taken again, lest
+ * a tool that looks every minute has us restore all of it every minute.
+ */
+bool dedup_block_secure(DedupScanner *ds, DedupBlock *block,
+                        DedupBlockReason *reason)
+{
+    int err;
+
+    if (!needs_lease(block)) {
+        return true;
+    }
+    block->named = is_named(block);
+    err = block->opened || is_foreign_memfd(block) ? -EAGAIN
+                                                   : lease_take(ds, block);
+    if (err) {
+        *reason = err == -EAGAIN ? DEDUP_BLOCK_REASON_OPENED_ELSEWHERE
+                                 : DEDUP_BLOCK_REASON_LEASE_DENIED;
+    }
+    return !err;
 }
 
 /* On the worker; lock held. */

@@ -23,7 +23,9 @@
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/lockable.h"
+#include "qemu/madvise.h"
 #include "qemu/main-loop.h"
+#include "system/hostmem.h"
 #include "dedup-internal.h"
 #include "trace.h"
 
@@ -77,6 +79,35 @@ static bool is_stale(DedupBlock *block)
     return info.flags != block->flags;
 }
 
+/* Lock held. */
+static void stay_in_engine(DedupBlock *block)
+{
+    /* Too late if the worker is at it: then it enters again. */
+    block->leaving = false;
+    block->pinned = false;
+    g_clear_error(&block->error);
+    if (block->closed && block->region) {
+        block->closed = false;
+        dedup_region_open(block->region);
+    }
+}
+
+/*
+ * Not in dedup_region_remove(): what the backend's owner wants by now is only
+ * known under the BQL.
+ */
+static void give_to_ksm(DedupBlock *block)
+{
+    RAMBlock *rb = block->rb;
+
+    if (block->from_ksm) {
+        block->from_ksm = false;
+        if (MEMORY_BACKEND(memory_region_owner(rb->mr))->merge) {
+            qemu_madvise(rb->host, rb->used_length, QEMU_MADV_MERGEABLE);
+        }
+    }
+}
+
 static void update_block(DedupScanner *ds, DedupBlock *block)
 {
     DedupRam *ram = &ds->ram;
@@ -87,44 +118,28 @@ static void update_block(DedupScanner *ds, DedupBlock *block)
     WITH_QEMU_LOCK_GUARD(&ram->lock) {
         g_free(block->id);
         block->id = g_strdup(dedup_block_id(block));
-        /* The worker may have noticed it since we looked. */
-        if (eligible && block->opened) {
-            eligible = false;
-            reason = DEDUP_BLOCK_REASON_OPENED_ELSEWHERE;
-        }
+        /* Last: it makes others wait who open the file. */
+        eligible = eligible && dedup_block_secure(ds, block, &reason);
         if (block->eligible && !eligible) {
-            trace_dedup_block_leave(dedup_block_id(block),
-                                    DedupBlockReason_str(reason));
+            trace_dedup_block_leave(block->id, DedupBlockReason_str(reason));
         }
         block->eligible = eligible;
         block->reason = reason;
         if (eligible && !is_stale(block)) {
-            /* Too late if the worker is at it: then it enters again. */
-            block->leaving = false;
-            block->pinned = false;
-            g_clear_error(&block->error);
-            if (block->closed && block->region) {
-                block->closed = false;
-                dedup_region_open(block->region);
-            }
+            stay_in_engine(block);
         } else if (!block->leaving && (block->region || block->leased)) {
             block->leaving = true;
             block->tries = 0;
             block->retry_ms = 0;
             kick = true;
         }
-        /*
-         * Under the lock: a worker that is asked for the lease must find the
-         * region.  If it has given the lease back since we looked, it has us
-         * look again.
-         */
-        if (eligible && !block->region && !block->busy &&
-            (block->leased || !dedup_block_needs_lease(block))) {
+        /* Under the lock: who is asked for the lease must find the region. */
+        if (eligible && !block->region && !block->busy) {
             enter_engine(ds, block);
             kick = block->leaving;
         }
         if (!block->region && !block->busy) {
-            dedup_block_to_ksm(block);
+            give_to_ksm(block);
         }
     }
     if (kick) {
@@ -546,7 +561,7 @@ void dedup_ram_stop(DedupScanner *ds, bool whole)
             if (block->region) {
                 dedup_region_remove(block->region, false, NULL);
             }
-            dedup_block_to_ksm(block);
+            give_to_ksm(block);
             if (block->leased) {
                 fcntl(block->rb->fd, F_SETLEASE, F_UNLCK);
             }

@@ -189,24 +189,25 @@ void dedup_scanner_recheck(DedupScanner *s)
 {
 }
 
-bool dedup_block_eligible(DedupScanner *s, DedupBlock *block,
+bool qemu_ram_is_shared(RAMBlock *rb)
+{
+    return false;
+}
+
+Object *memory_region_owner(MemoryRegion *mr)
+{
+    g_assert_not_reached();
+}
+
+bool dedup_block_eligible(DedupScanner *s, const DedupBlock *block,
                           DedupBlockReason *reason)
 {
     g_assert_not_reached();
 }
 
-bool dedup_block_needs_lease(const DedupBlock *block)
-{
-    return false;
-}
-
-void dedup_block_info(DedupBlock *block, DedupRegionInfo *info)
+void dedup_block_info(const DedupBlock *block, DedupRegionInfo *info)
 {
     g_assert_not_reached();
-}
-
-void dedup_block_to_ksm(DedupBlock *block)
-{
 }
 
 const char *dedup_block_id(const DedupBlock *block)

@@ -93,6 +93,17 @@ static bool host_is_supported(void)
 #endif
 }
 
+/* Why, and until when: migration.c. */
+static bool migration_blocks(DedupScanner *ds)
+{
+    return ds->migration.left || ds->migration.uncounted ||
+           migration_in_incoming_postcopy() ||
+           runstate_check(RUN_STATE_INMIGRATE) ||
+           runstate_check(RUN_STATE_FINISH_MIGRATE) ||
+           runstate_check(RUN_STATE_POSTMIGRATE) ||
+           runstate_check(RUN_STATE_COLO);
+}
+
 uint32_t dedup_blockers(DedupScanner *ds)
 {
     uint32_t r = 0;
@@ -131,7 +142,7 @@ uint32_t dedup_blockers(DedupScanner *ds)
     }
     if (ds->migration.snapshot) {
         r |= BIT(DEDUP_BLOCKED_REASON_BACKGROUND_SNAPSHOT);
-    } else if (dedup_migration_blocks(ds)) {
+    } else if (migration_blocks(ds)) {
         r |= BIT(DEDUP_BLOCKED_REASON_MIGRATION);
     }
     if (ds->engine && !dedup_engine_has_pagemap(ds->engine)) {

@@ -222,7 +222,6 @@ void dedup_blockers_warn(DedupScanner *ds);
 /* migration.c */
 void dedup_migration_start(DedupScanner *ds);
 void dedup_migration_stop(DedupScanner *ds);
-bool dedup_migration_blocks(DedupScanner *ds);
 
 /*
  * eligible.c: is the block eligible; if not, why not.  It must be secured

@@ -110,16 +110,6 @@ static void vm_state_changed(void *opaque, bool running, RunState state)
     dedup_scanner_recheck(ds);
 }
 
-bool dedup_migration_blocks(DedupScanner *ds)
-{
-    return ds->migration.left || ds->migration.uncounted ||
-           migration_in_incoming_postcopy() ||
-           runstate_check(RUN_STATE_INMIGRATE) ||
-           runstate_check(RUN_STATE_FINISH_MIGRATE) ||
-           runstate_check(RUN_STATE_POSTMIGRATE) ||
-           runstate_check(RUN_STATE_COLO);
-}
-
 void dedup_migration_start(DedupScanner *ds)
 {
     DedupMigration *m = &ds->migration;

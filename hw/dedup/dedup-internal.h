@@ -183,12 +183,12 @@ struct DedupScanner {
 #define DEDUP_DEFAULT_SLEEP_MILLISECS 20
 #define DEDUP_DEFAULT_MAX_MAPS 60
 
-/* The VM's scanner, or NULL.  Complete, and not yet being finalized. */
+/* watch.c: the VM's scanner, or NULL.  Complete, and not being finalized. */
 DedupScanner *dedup_scanner_get(void);
+void dedup_scanner_set(DedupScanner *ds);
 
-/* dedup-properties.c: the parameters in force, in every state. */
+/* The parameters in force, in every state. */
 void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params);
-void dedup_scanner_add_properties(ObjectClass *oc);
 
 /*
  * Look again at everything that may forbid deduplication, for the VM and for
@@ -198,6 +198,9 @@ void dedup_scanner_update(DedupScanner *ds, bool run);
 
 /* The same for the property's present value. */
 void dedup_scanner_recheck(DedupScanner *ds);
+
+/* dedup-properties.c */
+void dedup_scanner_add_properties(ObjectClass *oc);
 
 /* Say what the scanner's thread has to say, if the bottom half did not yet. */
 void dedup_scanner_send_events(DedupScanner *ds);

@@ -13,15 +13,6 @@
 #include "qapi/visitor.h"
 #include "dedup-internal.h"
 
-void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params)
-{
-    if (ds->engine) {
-        dedup_engine_get_params(ds->engine, params);
-    } else {
-        *params = ds->params;
-    }
-}
-
 static void set_params(DedupScanner *ds, const DedupParams *params)
 {
     ds->params = *params;

@@ -48,76 +48,7 @@ OBJECT_DEFINE_SIMPLE_TYPE_WITH_INTERFACES(DedupScanner, dedup_scanner,
 /* How often to look at what nobody announces */
 #define DEDUP_RECHECK_MS 1000
 
-static DedupScanner *the_scanner;
-
-DedupScanner *dedup_scanner_get(void)
-{
-    return the_scanner;
-}
-
 /* Looking at what forbids deduplication */
-
-void dedup_scanner_update(DedupScanner *ds, bool run)
-{
-    uint32_t reasons;
-    bool blocked, hard;
-
-    assert(bql_locked());
-    reasons = dedup_blockers(ds);
-    if (!ds->started) {
-        ds->reasons = reasons;
-        return;
-    }
-
-    /*
-     * Merging needs memory that may be taken away, and so does what is
-     * merged: VFIO and others must not pin it.  Required before the engine
-     * may merge the first page, until after the last was restored.
-     */
-    if (run && !reasons && !ds->discard_required) {
-        if (ram_block_discard_require(true) == 0) {
-            qatomic_set(&ds->discard_required, true);
-        } else {
-            reasons |= BIT(DEDUP_BLOCKED_REASON_DISCARD_DISABLED);
-        }
-    }
-
-    /*
-     * Also when run is off: the engine notices that in its own time, and
-     * might merge a page when it is not required any more.  When it has been
-     * blocked it does not.
-     */
-    blocked = !run || reasons;
-    hard = dedup_blockers_hard(ds);
-    if (blocked != ds->blocked || hard != ds->hard) {
-        trace_dedup_scanner_block(reasons, blocked, hard);
-        dedup_engine_block(ds->engine, blocked, hard);
-        ds->blocked = blocked;
-        ds->hard = hard;
-    }
-    dedup_ram_update(ds);
-    /* Only said: what is not there is not scanned. */
-    if (run && !dedup_ram_has_eligible(ds)) {
-        reasons |= BIT(DEDUP_BLOCKED_REASON_NO_ELIGIBLE_MEMORY);
-    }
-    ds->reasons = reasons;
-    if (run) {
-        dedup_blockers_warn(ds);
-    }
-
-    if (ds->discard_required && blocked && dedup_engine_is_whole(ds->engine)) {
-        ram_block_discard_require(false);
-        qatomic_set(&ds->discard_required, false);
-    }
-}
-
-void dedup_scanner_recheck(DedupScanner *ds)
-{
-    DedupParams params;
-
-    dedup_scanner_get_params(ds, &params);
-    dedup_scanner_update(ds, params.run);
-}
 
 static void recheck_timer(void *opaque)
 {
@@ -331,12 +262,12 @@ static bool make_engine(DedupScanner *ds, Error **errp)
 static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
 {
     ERRP_GUARD();
-    DedupScanner *ds = DEDUP_SCANNER(uc);
+    DedupScanner *ds = DEDUP_SCANNER(uc), *other = dedup_scanner_get();
 
-    if (the_scanner) {
+    if (other) {
         error_setg(errp, "only one dedup-scanner is possible per virtual "
                    "machine, and '%s' exists",
-                   object_get_canonical_path_component(OBJECT(the_scanner)));
+                   object_get_canonical_path_component(OBJECT(other)));
         return;
     }
     if (ds->write_protect == DEDUP_WRITE_PROTECT_MPROTECT) {
@@ -366,7 +297,7 @@ static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
         qemu_add_machine_init_done_notifier(&ds->machine_done);
     }
     ds->completed = true;
-    the_scanner = ds;
+    dedup_scanner_set(ds);
 }
 
 static bool dedup_scanner_prepare_delete(UserCreatable *uc, Error **errp)
@@ -452,8 +383,8 @@ static void dedup_scanner_finalize(Object *obj)
         qemu_remove_machine_init_done_notifier(&ds->machine_done);
         ram_guard_unregister();
     }
-    if (the_scanner == ds) {
-        the_scanner = NULL;
+    if (dedup_scanner_get() == ds) {
+        dedup_scanner_set(NULL);
     }
     g_clear_pointer(&ds->recheck, timer_free);
     g_clear_pointer(&ds->start_bh, qemu_bh_delete);

@@ -132,7 +132,7 @@ typedef struct DedupMigration {
     VMChangeStateEntry *vm_state;
 } DedupMigration;
 
-/* What the scanner's thread has to say; @lock protects the rest. */
+/* What the scanner's thread has to say (events.c); @lock protects the rest. */
 typedef struct DedupEvent {
     QemuMutex lock;
     bool unmerged;
@@ -202,11 +202,18 @@ void dedup_scanner_recheck(DedupScanner *ds);
 /* dedup-properties.c */
 void dedup_scanner_add_properties(ObjectClass *oc);
 
+/* events.c */
+void dedup_events_init(DedupScanner *ds);
+void dedup_events_destroy(DedupScanner *ds);
+/* The engine's callback, on the scanner's thread: an unmerge has ended. */
+void dedup_events_restored(void *opaque, uint64_t pages_left,
+                           const GError *error);
 /* Say what the scanner's thread has to say, if the bottom half did not yet. */
-void dedup_scanner_send_events(DedupScanner *ds);
-
+void dedup_events_send(DedupScanner *ds);
 /* The engine was told to merge again while it was unmerging: say so. */
-void dedup_scanner_cancel_unmerge(DedupScanner *ds);
+void dedup_events_cancel_unmerge(DedupScanner *ds);
+/* No page is merged any more, nor will be: an unmerge has ended by that. */
+void dedup_events_end_unmerge(DedupScanner *ds);
 
 /*
  * blockers.c: what forbids deduplication now, BIT(DedupBlockedReason) each.

@@ -23,7 +23,7 @@ static void set_params(DedupScanner *ds, const DedupParams *params)
         }
         dedup_engine_set_params(ds->engine, params);
         if (params->run && ds->unmerging) {
-            dedup_scanner_cancel_unmerge(ds);
+            dedup_events_cancel_unmerge(ds);
         }
         dedup_scanner_update(ds, params->run);
     }

@@ -170,7 +170,7 @@ void qmp_dedup_unmerge(const char *id, bool has_force, bool force,
         return;
     }
     /* Or the end of the one before would be taken for the end of this one. */
-    dedup_scanner_send_events(ds);
+    dedup_events_send(ds);
     if (!dedup_engine_restore(ds->engine, true, has_force && force, &gerr)) {
         /* Hints do not reach QMP. */
         error_setg(errp, "%s%s", gerr->message,

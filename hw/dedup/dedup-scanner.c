@@ -26,8 +26,6 @@
 #include "qemu/osdep.h"
 #include "hw/dedup/ram-guard.h"
 #include "qapi/error.h"
-#include "qapi/qapi-events-dedup.h"
-#include "qemu/lockable.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/rcu.h"
@@ -59,54 +57,12 @@ static void recheck_timer(void *opaque)
               qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + DEDUP_RECHECK_MS);
 }
 
-static void unmerge_ended(DedupScanner *ds, uint64_t pages_left,
-                          const char *error)
-{
-    ds->unmerging = false;
-    /* What was cancelled after its last page is complete. */
-    qapi_event_send_dedup_unmerge_completed(
-        object_get_canonical_path_component(OBJECT(ds)), pages_left,
-        pages_left ? error : NULL);
-}
-
-void dedup_scanner_send_events(DedupScanner *ds)
-{
-    DedupEvent *ev = &ds->event;
-    g_autofree char *error = NULL;
-    uint64_t left;
-
-    WITH_QEMU_LOCK_GUARD(&ev->lock) {
-        if (!ev->unmerged) {
-            return;
-        }
-        ev->unmerged = false;
-        left = ev->pages_left;
-        error = g_steal_pointer(&ev->error);
-    }
-    if (ds->unmerging) {
-        unmerge_ended(ds, left, error);
-    }
-}
-
-void dedup_scanner_cancel_unmerge(DedupScanner *ds)
-{
-    DedupStats stats;
-
-    /* Its end may have been said, and wait for the bottom half. */
-    dedup_scanner_send_events(ds);
-    if (ds->unmerging) {
-        dedup_engine_get_stats(ds->engine, &stats, false);
-        unmerge_ended(ds, stats.pages_merged,
-                      "the property 'run' was turned on");
-    }
-}
-
 static void update_bh(void *opaque)
 {
     DedupScanner *ds = opaque;
 
     dedup_scanner_recheck(ds);
-    dedup_scanner_send_events(ds);
+    dedup_events_send(ds);
 }
 
 /* The scanner's thread */
@@ -116,22 +72,6 @@ static void scanner_state_changed(void *opaque, DedupState state)
     DedupScanner *ds = opaque;
 
     trace_dedup_scanner_state(dedup_state_str(state));
-    qemu_bh_schedule(ds->update_bh);
-}
-
-static void scanner_restored(void *opaque, uint64_t pages_left,
-                             const GError *error)
-{
-    DedupScanner *ds = opaque;
-    DedupEvent *ev = &ds->event;
-
-    trace_dedup_scanner_restored(pages_left, error ? error->message : "");
-    WITH_QEMU_LOCK_GUARD(&ev->lock) {
-        ev->unmerged = true;
-        ev->pages_left = pages_left;
-        g_free(ev->error);
-        ev->error = error ? g_strdup(error->message) : NULL;
-    }
     qemu_bh_schedule(ds->update_bh);
 }
 
@@ -231,7 +171,7 @@ static bool make_engine(DedupScanner *ds, Error **errp)
         .params = ds->params,
         .callbacks = {
             .state_changed = scanner_state_changed,
-            .restored = scanner_restored,
+            .restored = dedup_events_restored,
         },
         .opaque = ds,
     };
@@ -317,10 +257,7 @@ static bool dedup_scanner_prepare_delete(UserCreatable *uc, Error **errp)
     dedup_engine_block(ds->engine, true, ds->hard);
     if (dedup_engine_is_whole(ds->engine)) {
         /* An unmerge has ended by that, whether it was said or not. */
-        dedup_scanner_send_events(ds);
-        if (ds->unmerging) {
-            unmerge_ended(ds, 0, NULL);
-        }
+        dedup_events_end_unmerge(ds);
         return true;
     }
     dedup_engine_block(ds->engine, ds->blocked, ds->hard);
@@ -369,7 +306,7 @@ static void dedup_scanner_init(Object *obj)
     qemu_cond_init(&ds->ram.changed);
     qemu_sem_init(&ds->ram.worker_ready, 0);
     qemu_sem_init(&ds->thread_ready, 0);
-    qemu_mutex_init(&ds->event.lock);
+    dedup_events_init(ds);
 }
 
 static void dedup_scanner_finalize(Object *obj)
@@ -395,12 +332,11 @@ static void dedup_scanner_finalize(Object *obj)
     if (ds->overcommit_fd >= 0) {
         close(ds->overcommit_fd);
     }
-    qemu_mutex_destroy(&ds->event.lock);
+    dedup_events_destroy(ds);
     qemu_sem_destroy(&ds->thread_ready);
     qemu_sem_destroy(&ds->ram.worker_ready);
     qemu_cond_destroy(&ds->ram.changed);
     qemu_mutex_destroy(&ds->ram.lock);
-    g_free(ds->event.error);
     g_free(ds->userfaultfd_error);
     g_free(ds->group_dir);
     g_free(ds->group);

@@ -246,8 +246,6 @@ const char *dedup_block_reason_text(DedupBlockReason reason);
 
 /* ram.c */
 bool dedup_ram_init(DedupScanner *ds, Error **errp);
-/* From here on discards reach the engine, until ram_guard_unregister(). */
-bool dedup_ram_guard_register(DedupScanner *ds);
 void dedup_ram_start(DedupScanner *ds);
 void dedup_ram_update(DedupScanner *ds);
 /* @whole: put the regions' mappings back to what they were; else leave all */
@@ -257,19 +255,27 @@ void dedup_ram_destroy(DedupScanner *ds);
 bool dedup_ram_has_eligible(DedupScanner *ds);
 /* Why the largest block may not, for people.  To be freed. */
 char *dedup_ram_why_none(DedupScanner *ds);
+/* NULL if it is not there.  BQL or DedupRam.lock held. */
+DedupBlock *dedup_ram_find(DedupScanner *ds, const RAMBlock *rb);
+
 /*
- * Is there memory to restore all blocks that @needed is true for?  To be asked
- * before the first of them is made to leave: then nothing has changed if
- * there is not.
+ * whole.c: is there memory to restore all blocks that @needed is true for?  To
+ * be asked before the first of them is made to leave: then nothing has changed
+ * if there is not.
  */
-bool dedup_ram_check_room(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
-                          Error **errp);
+bool dedup_whole_check_room(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
+                            Error **errp);
 /*
  * Wait until no block that is not eligible is merged, of those that @needed
  * is true for (all if NULL).  May release and take the BQL.
  */
-bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
-                          Error **errp);
+bool dedup_whole_wait(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
+                      Error **errp);
+/* Wait until the block may be removed.  May release and take the BQL. */
+bool dedup_whole_wait_removable(DedupScanner *ds, RAMBlock *rb, Error **errp);
+
+/* guard.c: discards reach the engine from here on, until it is unregistered. */
+bool dedup_guard_register(DedupScanner *ds);
 
 /* Does it wait for transfers that a drain may end?  DedupRam.lock held. */
 static inline bool dedup_block_is_pinned(const DedupBlock *block)

@@ -226,7 +226,7 @@ static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
         if (!dedup_ram_init(ds, errp)) {
             return;
         }
-        if (!dedup_ram_guard_register(ds)) {
+        if (!dedup_guard_register(ds)) {
             error_setg(errp, "something else replaces guest RAM already");
             return;
         }

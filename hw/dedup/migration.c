@@ -60,11 +60,11 @@ static int mig_event(NotifierWithReturn *n, MigrationEvent *e, Error **errp)
             dedup_scanner_recheck(ds);
         } else {
             /* Blocks that are ignored are not eligible any more: ram.c. */
-            ok = dedup_ram_check_room(ds, migrate_ram_is_ignored, errp);
+            ok = dedup_whole_check_room(ds, migrate_ram_is_ignored, errp);
             if (ok) {
                 m->whole = true;
                 dedup_scanner_recheck(ds);
-                ok = dedup_ram_wait_whole(ds, migrate_ram_is_ignored, errp);
+                ok = dedup_whole_wait(ds, migrate_ram_is_ignored, errp);
             }
             m->whole = ok;
         }

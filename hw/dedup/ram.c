@@ -9,7 +9,8 @@
  * each change of the memory map, when something else has changed that may
  * matter, and once a second for what nobody announces.
  *
- * A block that is not eligible any more is left to the worker (leases.c).
+ * A block that is not eligible any more is left to the worker (leases.c), and
+ * who needs it whole waits for that (whole.c).
  * Only removal cannot wait: when ram_block_removed returns, the memory is
  * unmapped.
  */
@@ -19,7 +20,6 @@
 #include "exec/address-spaces.h"
 #include "exec/cpu-common.h"
 #include "exec/ramblock.h"
-#include "hw/dedup/ram-guard.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/lockable.h"
@@ -29,11 +29,11 @@
 #include "dedup-internal.h"
 #include "trace.h"
 
-static DedupBlock *find_block(DedupRam *ram, const RAMBlock *rb)
+DedupBlock *dedup_ram_find(DedupScanner *ds, const RAMBlock *rb)
 {
     DedupBlock *block;
 
-    QTAILQ_FOREACH(block, &ram->blocks, next) {
+    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
         if (block->rb == rb) {
             return block;
         }
@@ -216,7 +216,8 @@ static void ram_removed(RAMBlockNotifier *n, void *host, size_t size,
     DedupRegion *region;
     ram_addr_t offset;
 
-    block = find_block(ram, qemu_ram_block_from_host(host, false, &offset));
+    block = dedup_ram_find(ds,
+                           qemu_ram_block_from_host(host, false, &offset));
     assert(block);
 
     qemu_mutex_lock(&ram->lock);
@@ -249,269 +250,6 @@ static void memory_commit(MemoryListener *listener)
     DedupScanner *ds = container_of(listener, DedupScanner, ram.listener);
 
     qemu_bh_schedule(ds->update_bh);
-}
-
-/* On any thread, with or without the BQL. */
-static bool guard_discard_begin(void *opaque, RAMBlock *rb, ram_addr_t start,
-                                size_t length)
-{
-    DedupScanner *ds = opaque;
-
-    return dedup_engine_discard_begin(ds->engine,
-                                      rb ? rb->host + start : NULL, length);
-}
-
-static void guard_discard_end(void *opaque)
-{
-    DedupScanner *ds = opaque;
-
-    dedup_engine_discard_end(ds->engine);
-}
-
-static bool is_needed_whole(RAMBlock *rb)
-{
-    return ram_guard_is_whole(rb);
-}
-
-static bool guard_whole_begin(void *opaque, RAMBlock *rb, Error **errp)
-{
-    DedupScanner *ds = opaque;
-    bool ok;
-
-    if (!ds->started) {
-        return true;
-    }
-    ok = dedup_ram_check_room(ds, is_needed_whole, errp);
-    if (ok) {
-        /* The user is on the guard's list already: no block may stay. */
-        dedup_scanner_recheck(ds);
-        ok = dedup_ram_wait_whole(ds, is_needed_whole, errp);
-    }
-    if (!ok) {
-        error_append_hint(errp, "Stop dedup-scanner '%s' with dedup-unmerge "
-                          "on a host that has the memory.\n",
-                          object_get_canonical_path_component(OBJECT(ds)));
-    }
-    return ok;
-}
-
-static void guard_whole_end(void *opaque, RAMBlock *rb)
-{
-    DedupScanner *ds = opaque;
-
-    qemu_bh_schedule(ds->update_bh);
-}
-
-/*
- * Is there nothing left to restore but pages that a device writes to, and may
- * a drain help?  Lock held.
- */
-static bool is_pinned(DedupRam *ram)
-{
-    DedupBlock *block;
-    bool pinned = false;
-
-    QTAILQ_FOREACH(block, &ram->blocks, next) {
-        if (block->busy || (block->leaving && block->region &&
-                            !block->tries && !block->error)) {
-            return false;
-        }
-        pinned = pinned || dedup_block_is_pinned(block);
-    }
-    return pinned;
-}
-
-/*
- * Transfers end in the main loop, which is where we wait: so they are made to
- * end first, and none begins before the worker has tried again.  What it finds
- * is little, so the BQL is kept: a vCPU would begin the next transfer.  No
- * other block is restored meanwhile, as that might last.  BQL and lock held.
- */
-static void retry_drained(DedupScanner *ds)
-{
-    DedupRam *ram = &ds->ram;
-    bool idle;
-
-    /* None is busy now (is_pinned()), and from here on the worker waits. */
-    ram->draining = true;
-    qemu_mutex_unlock(&ram->lock);
-    idle = dedup_drain_begin(DEDUP_DRAIN_MS);
-    qemu_mutex_lock(&ram->lock);
-    /* The main loop was polled: it may have been changed, or ended. */
-    ram->draining = is_pinned(ram);
-    if (ram->draining) {
-        dedup_worker_try_pinned(ds, !idle);
-        ram->draining = false;
-    }
-    trace_dedup_ram_drained(idle);
-    qemu_mutex_unlock(&ram->lock);
-    dedup_drain_end();
-    dedup_worker_kick(ds);
-    qemu_mutex_lock(&ram->lock);
-}
-
-/*
- * Wait for the worker.  It does not need the BQL, but the vCPUs do, and it
- * may last.  As in run_on_cpu(), the caller has to expect changes.  BQL and
- * lock held.
- */
-static void wait_worker(DedupScanner *ds)
-{
-    DedupRam *ram = &ds->ram;
-
-    if (is_pinned(ram) && !qemu_in_coroutine()) {
-        retry_drained(ds);
-        return;
-    }
-    if (ram->draining) {
-        /* Called from within a drain: that one tries later. */
-        ram->draining = false;
-        dedup_worker_kick(ds);
-    }
-    bql_unlock();
-    qemu_cond_wait(&ram->changed, &ram->lock);
-    /* BQL first: so says the order of locks. */
-    qemu_mutex_unlock(&ram->lock);
-    bql_lock();
-    qemu_mutex_lock(&ram->lock);
-}
-
-static void set_restore_error(Error **errp, DedupBlock *block)
-{
-    error_setg(errp, "memory '%s' cannot be restored: %s",
-               dedup_block_id(block), block->error->message);
-}
-
-/* What failed for somebody else may go now.  Lock held. */
-static void try_again(DedupScanner *ds, DedupBlock *block)
-{
-    if (block->leaving && block->error) {
-        g_clear_error(&block->error);
-        block->pinned = false;
-        block->tries = 0;
-        block->retry_ms = 0;
-        dedup_worker_kick(ds);
-    }
-}
-
-/*
- * A file with a name lives on, and somebody may want to read it: the worker
- * restores it since no device uses the block.  The others need not be
- * restored, but if the worker is at it, it cannot be interrupted.
- */
-static bool guard_prepare_remove(void *opaque, RAMBlock *rb, Error **errp)
-{
-    DedupScanner *ds = opaque;
-    DedupBlock *block;
-    bool ok;
-
-    if (!ds->started) {
-        return true;
-    }
-    dedup_scanner_recheck(ds);
-    QEMU_LOCK_GUARD(&ds->ram.lock);
-    block = find_block(&ds->ram, rb);
-    if (block) {
-        try_again(ds, block);
-    }
-    for (;;) {
-        block = find_block(&ds->ram, rb);
-        ok = !block || !block->region || !block->named;
-        if (!block || (ok ? !block->busy : !!block->error)) {
-            break;
-        }
-        wait_worker(ds);
-    }
-    if (!ok) {
-        set_restore_error(errp, block);
-    }
-    return ok;
-}
-
-/* On any thread. */
-static bool guard_needs_discards(void *opaque)
-{
-    DedupScanner *ds = opaque;
-
-    return qatomic_read(&ds->discard_required);
-}
-
-static const RamGuardOps guard_ops = {
-    .discard_begin = guard_discard_begin,
-    .discard_end = guard_discard_end,
-    .whole_begin = guard_whole_begin,
-    .whole_end = guard_whole_end,
-    .prepare_remove = guard_prepare_remove,
-    .needs_discards = guard_needs_discards,
-};
-
-/*
- * Is none of these blocks merged?  *@failed is one that cannot be restored.
- * Lock held.
- */
-static bool is_whole(DedupRam *ram, bool (*needed)(RAMBlock *rb),
-                     DedupBlock **failed)
-{
-    DedupBlock *block;
-    bool whole = true;
-
-    QTAILQ_FOREACH(block, &ram->blocks, next) {
-        if (block->eligible || (needed && !needed(block->rb))) {
-            continue;
-        }
-        if (block->error) {
-            *failed = block;
-        }
-        whole = whole && !block->region && !block->busy;
-    }
-    return whole;
-}
-
-bool dedup_ram_check_room(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
-                          Error **errp)
-{
-    g_autoptr(GPtrArray) regions = g_ptr_array_new();
-    g_autoptr(GError) gerr = NULL;
-    DedupBlock *block;
-
-    assert(bql_locked());
-    /* Under the lock: the worker removes none of them meanwhile. */
-    QEMU_LOCK_GUARD(&ds->ram.lock);
-    QTAILQ_FOREACH(block, &ds->ram.blocks, next) {
-        if (block->region && needed(block->rb)) {
-            g_ptr_array_add(regions, block->region);
-        }
-    }
-    if (!dedup_engine_check_room(ds->engine, (DedupRegion **)regions->pdata,
-                                 regions->len, &gerr)) {
-        error_setg(errp, "%s", gerr->message);
-        return false;
-    }
-    return true;
-}
-
-bool dedup_ram_wait_whole(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
-                          Error **errp)
-{
-    DedupRam *ram = &ds->ram;
-    DedupBlock *block, *failed = NULL;
-    bool whole;
-
-    assert(bql_locked());
-    qemu_mutex_lock(&ram->lock);
-    QTAILQ_FOREACH(block, &ram->blocks, next) {
-        if (!needed || needed(block->rb)) {
-            try_again(ds, block);
-        }
-    }
-    while (!(whole = is_whole(ram, needed, &failed)) && !failed) {
-        wait_worker(ds);
-    }
-    if (!whole) {
-        set_restore_error(errp, failed);
-    }
-    qemu_mutex_unlock(&ram->lock);
-    return whole;
 }
 
 bool dedup_ram_init(DedupScanner *ds, Error **errp)
@@ -580,9 +318,4 @@ void dedup_ram_destroy(DedupScanner *ds)
     if (ram->signal_fd >= 0) {
         close(ram->signal_fd);
     }
-}
-
-bool dedup_ram_guard_register(DedupScanner *ds)
-{
-    return ram_guard_register(&guard_ops, ds);
 }

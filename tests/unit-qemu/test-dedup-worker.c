@@ -3,10 +3,10 @@
  *
  * The worker that restores blocks, and who waits for it with the BQL held
  *
- * Compiled with hw/dedup/ram.c, leases.c and drain.c.  The engine is a mock:
- * a region is a list of what removing it will come to.  So are the block
- * layer and the rest of QEMU.  The main thread stands for the one that has
- * the BQL.
+ * Compiled with drain.c, leases.c, ram.c, whole.c and guard.c of hw/dedup/.
+ * The engine is a mock: a region is a list of what removing it will come to.
+ * So are the block layer and the rest of QEMU.  The main thread stands for the
+ * one that has the BQL.
  */
 
 #include "qemu/osdep.h"
@@ -252,7 +252,7 @@ static void setup(void)
     qemu_sem_init(&ds.ram.worker_ready, 0);
     ds.update_bh = qemu_bh_new(nothing, NULL);
     g_assert_true(dedup_ram_init(&ds, &error_abort));
-    g_assert_true(dedup_ram_guard_register(&ds));
+    g_assert_true(dedup_guard_register(&ds));
     dedup_ram_start(&ds);
     alarm(60);
 }

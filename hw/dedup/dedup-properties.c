@@ -74,42 +74,6 @@ static void check_thread_context(const Object *obj, const char *name,
     is_fixed(DEDUP_SCANNER(obj), name, errp);
 }
 
-static bool get_run(Object *obj, Error **errp)
-{
-    DedupParams params;
-
-    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
-    return params.run;
-}
-
-static void set_run(Object *obj, bool value, Error **errp)
-{
-    DedupScanner *ds = DEDUP_SCANNER(obj);
-    DedupParams params;
-
-    dedup_scanner_get_params(ds, &params);
-    params.run = value;
-    set_params(ds, &params);
-}
-
-static bool get_zero_pages(Object *obj, Error **errp)
-{
-    DedupParams params;
-
-    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
-    return params.zero_pages;
-}
-
-static void set_zero_pages(Object *obj, bool value, Error **errp)
-{
-    DedupScanner *ds = DEDUP_SCANNER(obj);
-    DedupParams params;
-
-    dedup_scanner_get_params(ds, &params);
-    params.zero_pages = value;
-    set_params(ds, &params);
-}
-
 static int get_huge_pages(Object *obj, Error **errp)
 {
     DedupParams params;
@@ -129,57 +93,100 @@ static void set_huge_pages(Object *obj, int value, Error **errp)
     set_params(ds, &params);
 }
 
-typedef struct DedupNumber {
+/*
+ * A property that is a field of DedupParams.  Not huge-pages, because
+ * object_property_get_enum() needs what object_class_property_add_enum() makes.
+ */
+typedef struct DedupProperty {
     const char *name;
     size_t offset;
     uint32_t min;
-    uint32_t max;
+    uint32_t max;               /* 0: a bool */
     uint32_t def;
     const char *description;
-} DedupNumber;
+} DedupProperty;
 
-static DedupNumber numbers[] = {
-    { "pages-to-scan", offsetof(DedupParams, pages_to_scan), 1, 1U << 31,
-      DEDUP_DEFAULT_PAGES_TO_SCAN,
-      "Pages to look at in a batch (1 to 2147483648)" },
-    { "sleep-millisecs", offsetof(DedupParams, sleep_millisecs), 0, 60000,
-      DEDUP_DEFAULT_SLEEP_MILLISECS,
-      "Pause between two batches in milliseconds (0 to 60000)" },
-    { "max-maps", offsetof(DedupParams, max_maps), 1, 90,
-      DEDUP_DEFAULT_MAX_MAPS,
-      "Share of vm.max_map_count that QEMU may use, in percent (1 to 90)" },
+#define BOOL(name_, field, description_) \
+    { .name = name_, .offset = offsetof(DedupParams, field), \
+      .def = true, .description = description_ }
+#define NUMBER(name_, field, min_, max_, def_, description_) \
+    { .name = name_, .offset = offsetof(DedupParams, field), \
+      .min = min_, .max = max_, .def = def_, .description = description_ }
+
+static DedupProperty properties[] = {
+    BOOL("run", run, "Scan and merge; off keeps what is merged"),
+    BOOL("zero-pages", zero_pages, "Give back pages that contain only zeros"),
+    NUMBER("pages-to-scan", pages_to_scan, 1, 1U << 31,
+           DEDUP_DEFAULT_PAGES_TO_SCAN,
+           "Pages to look at in a batch (1 to 2147483648)"),
+    NUMBER("sleep-millisecs", sleep_millisecs, 0, 60000,
+           DEDUP_DEFAULT_SLEEP_MILLISECS,
+           "Pause between two batches in milliseconds (0 to 60000)"),
+    NUMBER("max-maps", max_maps, 1, 90, DEDUP_DEFAULT_MAX_MAPS,
+           "Share of vm.max_map_count that QEMU may use, in percent "
+           "(1 to 90)"),
 };
 
-static void get_number(Object *obj, Visitor *v, const char *name,
-                       void *opaque, Error **errp)
+static void get_param(Object *obj, Visitor *v, const char *name, void *opaque,
+                      Error **errp)
 {
-    DedupNumber *number = opaque;
+    DedupProperty *p = opaque;
     DedupParams params;
+    void *field = (void *)&params + p->offset;
 
     dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
-    visit_type_uint32(v, name, (void *)&params + number->offset, errp);
+    if (p->max) {
+        visit_type_uint32(v, name, field, errp);
+    } else {
+        visit_type_bool(v, name, field, errp);
+    }
 }
 
-static void set_number(Object *obj, Visitor *v, const char *name,
-                       void *opaque, Error **errp)
+static bool visit_number(Visitor *v, const DedupProperty *p, uint32_t *number,
+                         Error **errp)
 {
-    DedupScanner *ds = DEDUP_SCANNER(obj);
-    DedupNumber *number = opaque;
-    DedupParams params;
     int64_t value;
 
     /* A wider type than needed: who is out of range is told the range. */
-    if (!visit_type_int64(v, name, &value, errp)) {
-        return;
+    if (!visit_type_int64(v, p->name, &value, errp)) {
+        return false;
     }
-    if (value < number->min || value > number->max) {
+    if (value < p->min || value > p->max) {
         error_setg(errp, "property '%s' must be between %" PRIu32 " and %"
-                   PRIu32, number->name, number->min, number->max);
-        return;
+                   PRIu32, p->name, p->min, p->max);
+        return false;
     }
+    *number = value;
+    return true;
+}
+
+static void set_param(Object *obj, Visitor *v, const char *name, void *opaque,
+                      Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+    DedupProperty *p = opaque;
+    DedupParams params;
+    void *field = (void *)&params + p->offset;
+
     dedup_scanner_get_params(ds, &params);
-    *(uint32_t *)((void *)&params + number->offset) = value;
-    set_params(ds, &params);
+    if (p->max ? visit_number(v, p, field, errp)
+               : visit_type_bool(v, name, field, errp)) {
+        set_params(ds, &params);
+    }
+}
+
+static void add_param(ObjectClass *oc, DedupProperty *p)
+{
+    ObjectProperty *prop;
+
+    prop = object_class_property_add(oc, p->name, p->max ? "int" : "bool",
+                                     get_param, set_param, NULL, p);
+    if (p->max) {
+        object_property_set_default_uint(prop, p->def);
+    } else {
+        object_property_set_default_bool(prop, p->def);
+    }
+    object_class_property_set_description(oc, p->name, p->description);
 }
 
 void dedup_scanner_add_properties(ObjectClass *oc)
@@ -191,10 +198,6 @@ void dedup_scanner_add_properties(ObjectClass *oc)
     object_class_property_add_str(oc, "group", get_group, set_group);
     object_class_property_set_description(oc, "group",
         "Directory or name of the group to share pages with");
-    prop = object_class_property_add_bool(oc, "run", get_run, set_run);
-    object_property_set_default_bool(prop, true);
-    object_class_property_set_description(oc, "run",
-        "Scan and merge; off keeps what is merged");
     prop = object_class_property_add_enum(oc, "write-protect",
                                           "DedupWriteProtect",
                                           &DedupWriteProtect_lookup,
@@ -204,24 +207,14 @@ void dedup_scanner_add_properties(ObjectClass *oc)
     object_class_property_set_description(oc, "write-protect",
         "How pages are kept from changing while they are replaced "
         "(auto, userfaultfd, mprotect)");
-    prop = object_class_property_add_bool(oc, "zero-pages", get_zero_pages,
-                                          set_zero_pages);
-    object_property_set_default_bool(prop, true);
-    object_class_property_set_description(oc, "zero-pages",
-        "Give back pages that contain only zeros");
     prop = object_class_property_add_enum(oc, "huge-pages", "DedupHugePages",
                                           &DedupHugePages_lookup,
                                           get_huge_pages, set_huge_pages);
     object_property_set_default_str(prop, "split");
     object_class_property_set_description(oc, "huge-pages",
         "What to do with transparent huge pages (split, keep)");
-    for (i = 0; i < ARRAY_SIZE(numbers); i++) {
-        prop = object_class_property_add(oc, numbers[i].name, "int",
-                                         get_number, set_number, NULL,
-                                         &numbers[i]);
-        object_property_set_default_uint(prop, numbers[i].def);
-        object_class_property_set_description(oc, numbers[i].name,
-                                              numbers[i].description);
+    for (i = 0; i < ARRAY_SIZE(properties); i++) {
+        add_param(oc, &properties[i]);
     }
     object_class_property_add_link(oc, "thread-context", TYPE_THREAD_CONTEXT,
                                    offsetof(DedupScanner, thread_context),

@@ -3,16 +3,23 @@
  *
  * QEMU's side of memory deduplication: what its files share
  *
- *   dedup-scanner.c   the object: life cycle, the thread
- *   dedup-properties.c
- *   blockers.c        what forbids deduplication for the whole VM
- *   migration.c       what migration and snapshots forbid, and when
- *   ram.c             RAM blocks -> regions of the engine
- *   eligible.c        which block is eligible, and why not
- *   leases.c          who else opens a RAM file; the worker thread
- *   drain.c           an end to the transfers of block devices
  *   coredump.c        guest RAM in core dumps of QEMU
- *   dedup-qmp-cmds.c, dedup-hmp-cmds.c, dedup-stats.c   the figures
+ *   drain.c           an end to the transfers of block devices
+ *   leases.c          who else opens a RAM file; the worker thread
+ *   eligible.c        which block is eligible, and why not
+ *   ram.c             RAM blocks -> regions of the engine
+ *   whole.c           wait until blocks are whole
+ *   blockers.c        what forbids deduplication for the whole VM
+ *   events.c          the end of an unmerge, and who is told of it
+ *   watch.c           look again at everything that may forbid it
+ *   guard.c           what the RAM guard asks of us
+ *   migration.c       what migration and snapshots forbid, and when
+ *   dedup-properties.c, dedup-qmp-cmds.c, dedup-hmp-cmds.c, dedup-stats.c
+ *                     what users set and see
+ *   dedup-scanner.c   the object: life cycle, the thread
+ *
+ * Each calls only those above it.  ram-guard.c is above all of them, and knows
+ * none; what it calls is registered (guard.c), as are the engine's callbacks.
  *
  * Terms: those of engine/engine.h.  A block is a RAMBlock; a block that the
  * engine works on has a region.  Whole: no page of it is merged (ram-guard.h).
@@ -183,55 +190,45 @@ struct DedupScanner {
 #define DEDUP_DEFAULT_SLEEP_MILLISECS 20
 #define DEDUP_DEFAULT_MAX_MAPS 60
 
-/* watch.c: the VM's scanner, or NULL.  Complete, and not being finalized. */
-DedupScanner *dedup_scanner_get(void);
-void dedup_scanner_set(DedupScanner *ds);
-
-/* The parameters in force, in every state. */
-void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params);
-
-/*
- * Look again at everything that may forbid deduplication, for the VM and for
- * each block, and tell the engine.  @run is what the property is about to be.
- */
-void dedup_scanner_update(DedupScanner *ds, bool run);
-
-/* The same for the property's present value. */
-void dedup_scanner_recheck(DedupScanner *ds);
-
-/* dedup-properties.c */
-void dedup_scanner_add_properties(ObjectClass *oc);
-
-/* events.c */
-void dedup_events_init(DedupScanner *ds);
-void dedup_events_destroy(DedupScanner *ds);
-/* The engine's callback, on the scanner's thread: an unmerge has ended. */
-void dedup_events_restored(void *opaque, uint64_t pages_left,
-                           const GError *error);
-/* Say what the scanner's thread has to say, if the bottom half did not yet. */
-void dedup_events_send(DedupScanner *ds);
-/* The engine was told to merge again while it was unmerging: say so. */
-void dedup_events_cancel_unmerge(DedupScanner *ds);
-/* No page is merged any more, nor will be: an unmerge has ended by that. */
-void dedup_events_end_unmerge(DedupScanner *ds);
+/* coredump.c */
+void dedup_coredump_init(DedupScanner *ds);
+void dedup_coredump_start(DedupScanner *ds);
+void dedup_coredump_stop(DedupScanner *ds);
+void dedup_coredump_destroy(DedupScanner *ds);
 
 /*
- * blockers.c: what forbids deduplication now, BIT(DedupBlockedReason) each.
- * Without discard-disabled, which is only known by trying.
+ * drain.c: have block devices end their transfers, and begin none before
+ * dedup_drain_end().  False if some are still under way after @ms; the others
+ * have ended, and dedup_drain_end() is needed all the same.
  */
-uint32_t dedup_blockers(DedupScanner *ds);
-/* Is one of them such that nothing may be remapped at all? */
-bool dedup_blockers_hard(DedupScanner *ds);
-/* The same as a list for people, with what limits the engine. */
-DedupBlockedList *dedup_blockers_list(DedupScanner *ds,
-                                      const DedupStats *stats);
+bool dedup_drain_begin(int64_t ms);
+void dedup_drain_end(void);
+/* How long vCPUs may be kept from the BQL by storage that hangs */
+#define DEDUP_DRAIN_MS 2000
 
-/* Tell stderr of what is new in DedupScanner.reasons. */
-void dedup_blockers_warn(DedupScanner *ds);
+/* leases.c; dedup_worker_kick() on any thread */
+void dedup_worker_start(DedupScanner *ds);
+void dedup_worker_stop(DedupScanner *ds);
+void dedup_worker_kick(DedupScanner *ds);
+/*
+ * While DedupRam.draining: have the worker try once what is pinned, and wait
+ * for it.  @last: what fails then is an error, not tried on.  With the BQL and
+ * DedupRam.lock held.
+ */
+void dedup_worker_try_pinned(DedupScanner *ds, bool last);
+int dedup_worker_signalfd(void);
+/*
+ * If others might open the block's file: take the lease that tells of them.
+ * False, and why, if it cannot be had.  DedupRam.lock held.
+ */
+bool dedup_block_secure(DedupScanner *ds, DedupBlock *block,
+                        DedupBlockReason *reason);
 
-/* migration.c */
-void dedup_migration_start(DedupScanner *ds);
-void dedup_migration_stop(DedupScanner *ds);
+/* Does it wait for transfers that a drain may end?  DedupRam.lock held. */
+static inline bool dedup_block_is_pinned(const DedupBlock *block)
+{
+    return block->leaving && block->pinned && !block->error;
+}
 
 /*
  * eligible.c: is the block eligible; if not, why not.  It must be secured
@@ -274,48 +271,58 @@ bool dedup_whole_wait(DedupScanner *ds, bool (*needed)(RAMBlock *rb),
 /* Wait until the block may be removed.  May release and take the BQL. */
 bool dedup_whole_wait_removable(DedupScanner *ds, RAMBlock *rb, Error **errp);
 
+/*
+ * blockers.c: what forbids deduplication now, BIT(DedupBlockedReason) each.
+ * Without discard-disabled, which is only known by trying.
+ */
+uint32_t dedup_blockers(DedupScanner *ds);
+/* Is one of them such that nothing may be remapped at all? */
+bool dedup_blockers_hard(DedupScanner *ds);
+/* The same as a list for people, with what limits the engine. */
+DedupBlockedList *dedup_blockers_list(DedupScanner *ds,
+                                      const DedupStats *stats);
+
+/* Tell stderr of what is new in DedupScanner.reasons. */
+void dedup_blockers_warn(DedupScanner *ds);
+
+/* events.c */
+void dedup_events_init(DedupScanner *ds);
+void dedup_events_destroy(DedupScanner *ds);
+/* The engine's callback, on the scanner's thread: an unmerge has ended. */
+void dedup_events_restored(void *opaque, uint64_t pages_left,
+                           const GError *error);
+/* Say what the scanner's thread has to say, if the bottom half did not yet. */
+void dedup_events_send(DedupScanner *ds);
+/* The engine was told to merge again while it was unmerging: say so. */
+void dedup_events_cancel_unmerge(DedupScanner *ds);
+/* No page is merged any more, nor will be: an unmerge has ended by that. */
+void dedup_events_end_unmerge(DedupScanner *ds);
+
+/* watch.c: the VM's scanner, or NULL.  Complete, and not being finalized. */
+DedupScanner *dedup_scanner_get(void);
+void dedup_scanner_set(DedupScanner *ds);
+
+/* The parameters in force, in every state. */
+void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params);
+
+/*
+ * Look again at everything that may forbid deduplication, for the VM and for
+ * each block, and tell the engine.  @run is what the property is about to be.
+ */
+void dedup_scanner_update(DedupScanner *ds, bool run);
+
+/* The same for the property's present value. */
+void dedup_scanner_recheck(DedupScanner *ds);
+
 /* guard.c: discards reach the engine from here on, until it is unregistered. */
 bool dedup_guard_register(DedupScanner *ds);
 
-/* Does it wait for transfers that a drain may end?  DedupRam.lock held. */
-static inline bool dedup_block_is_pinned(const DedupBlock *block)
-{
-    return block->leaving && block->pinned && !block->error;
-}
+/* migration.c */
+void dedup_migration_start(DedupScanner *ds);
+void dedup_migration_stop(DedupScanner *ds);
 
-/*
- * drain.c: have block devices end their transfers, and begin none before
- * dedup_drain_end().  False if some are still under way after @ms; the others
- * have ended, and dedup_drain_end() is needed all the same.
- */
-bool dedup_drain_begin(int64_t ms);
-void dedup_drain_end(void);
-/* How long vCPUs may be kept from the BQL by storage that hangs */
-#define DEDUP_DRAIN_MS 2000
-
-/* leases.c; dedup_worker_kick() on any thread */
-void dedup_worker_start(DedupScanner *ds);
-void dedup_worker_stop(DedupScanner *ds);
-void dedup_worker_kick(DedupScanner *ds);
-/*
- * While DedupRam.draining: have the worker try once what is pinned, and wait
- * for it.  @last: what fails then is an error, not tried on.  With the BQL and
- * DedupRam.lock held.
- */
-void dedup_worker_try_pinned(DedupScanner *ds, bool last);
-int dedup_worker_signalfd(void);
-/*
- * If others might open the block's file: take the lease that tells of them.
- * False, and why, if it cannot be had.  DedupRam.lock held.
- */
-bool dedup_block_secure(DedupScanner *ds, DedupBlock *block,
-                        DedupBlockReason *reason);
-
-/* coredump.c */
-void dedup_coredump_init(DedupScanner *ds);
-void dedup_coredump_start(DedupScanner *ds);
-void dedup_coredump_stop(DedupScanner *ds);
-void dedup_coredump_destroy(DedupScanner *ds);
+/* dedup-properties.c */
+void dedup_scanner_add_properties(ObjectClass *oc);
 
 /* dedup-qmp-cmds.c */
 DedupInfo *dedup_info(DedupScanner *ds, bool reset_max);

@@ -169,7 +169,7 @@ bool ram_guard_whole_busy(void)
 
 void ram_guard_block_add(RAMBlock *rb)
 {
-    /* Pages of the arrays that no I/O touches are never populated. */
+    /* They cost memory where there is I/O, or where somebody replaces RAM. */
     for (int i = 0; i < ARRAY_SIZE(rb->dma_maps); i++) {
         rb->dma_maps[i] = g_new0(uint16_t,
                                  DIV_ROUND_UP(rb->max_length, 1ULL <<
@@ -385,7 +385,7 @@ bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb, const char *name,
 
     assert(bql_locked());
     assert(!*user);
-    /* On the list first: nothing is replaced any more while we wait. */
+    /* On the list first: who looks while we wait leaves the RAM alone. */
     u = *user = g_new0(RamGuardUser, 1);
     u->rb = rb;
     u->name = g_strdup(name);

@@ -140,79 +140,83 @@ static bool migration_keeps_whole(DedupScanner *ds, const DedupBlock *block)
     return ds->migration.whole && migrate_ram_is_ignored(block->rb);
 }
 
+/* Is the block something that may be written, and stays as large as it is? */
+static bool memory_fits(const RAMBlock *rb, DedupBlockReason *reason)
+{
+    if (rb->flags & RAM_PREALLOC || memory_region_is_ram_device(rb->mr)) {
+        *reason = DEDUP_BLOCK_REASON_DEVICE_MEMORY;
+    } else if (rb->flags & RAM_RESIZEABLE) {
+        *reason = DEDUP_BLOCK_REASON_RESIZEABLE;
+    } else if (rb->flags & (RAM_READONLY | RAM_READONLY_FD) ||
+               memory_region_is_rom(rb->mr) ||
+               memory_region_is_romd(rb->mr)) {
+        *reason = DEDUP_BLOCK_REASON_READ_ONLY;
+    } else {
+        return true;
+    }
+    return false;
+}
+
+/* Was the memory asked for such that a page of it may be replaced? */
+static bool backend_fits(const DedupBlock *block,
+                         const HostMemoryBackend *backend,
+                         DedupBlockReason *reason)
+{
+    const RAMBlock *rb = block->rb;
+
+    if (!backend) {
+        *reason = DEDUP_BLOCK_REASON_NOT_BACKEND;
+    } else if (rb->flags & RAM_PMEM) {
+        *reason = DEDUP_BLOCK_REASON_PMEM;
+    } else if (rb->page_size != qemu_real_host_page_size()) {
+        *reason = DEDUP_BLOCK_REASON_HUGE_PAGES;
+    } else if (rb->fd < 0 ? block_is_shared(block) : !block_is_tmpfs(block)) {
+        *reason = DEDUP_BLOCK_REASON_NOT_TMPFS;
+    } else if (!backend->merge) {
+        *reason = DEDUP_BLOCK_REASON_MERGE_OFF;
+    } else if (backend->prealloc) {
+        *reason = DEDUP_BLOCK_REASON_PREALLOC;
+    } else if (backend->policy != HOST_MEM_POLICY_DEFAULT) {
+        *reason = DEDUP_BLOCK_REASON_HOST_NODES;
+    } else {
+        return true;
+    }
+    return false;
+}
+
+/*
+ * A DIMM that was unplugged: nobody can reach the memory, so it may stay
+ * merged until the backend goes or a device takes it.  But if the file has a
+ * name its contents are wanted when the backend goes, and must be there
+ * without delay.
+ */
+static bool may_stay_unmapped(const DedupBlock *block)
+{
+    return block->eligible && !block->named;
+}
+
 /* @reason is undefined if the block is eligible. */
 bool dedup_block_eligible(DedupScanner *ds, const DedupBlock *block,
                           DedupBlockReason *reason)
 {
     RAMBlock *rb = block->rb;
-    HostMemoryBackend *backend;
-
-    if (rb->flags & RAM_PREALLOC || memory_region_is_ram_device(rb->mr)) {
-        *reason = DEDUP_BLOCK_REASON_DEVICE_MEMORY;
-        return false;
-    }
-    if (rb->flags & RAM_RESIZEABLE) {
-        *reason = DEDUP_BLOCK_REASON_RESIZEABLE;
-        return false;
-    }
-    if (rb->flags & (RAM_READONLY | RAM_READONLY_FD) ||
-        memory_region_is_rom(rb->mr) || memory_region_is_romd(rb->mr)) {
-        *reason = DEDUP_BLOCK_REASON_READ_ONLY;
-        return false;
-    }
-
-    backend = (HostMemoryBackend *)object_dynamic_cast(
+    HostMemoryBackend *backend = (HostMemoryBackend *)object_dynamic_cast(
         memory_region_owner(rb->mr), TYPE_MEMORY_BACKEND);
-    if (!backend) {
-        *reason = DEDUP_BLOCK_REASON_NOT_BACKEND;
-        return false;
-    }
-    if (rb->flags & RAM_PMEM) {
-        *reason = DEDUP_BLOCK_REASON_PMEM;
-        return false;
-    }
-    if (rb->page_size != qemu_real_host_page_size()) {
-        *reason = DEDUP_BLOCK_REASON_HUGE_PAGES;
-        return false;
-    }
-    if (rb->fd < 0 ? block_is_shared(block) : !block_is_tmpfs(block)) {
-        *reason = DEDUP_BLOCK_REASON_NOT_TMPFS;
-        return false;
-    }
-    if (!backend->merge) {
-        *reason = DEDUP_BLOCK_REASON_MERGE_OFF;
-        return false;
-    }
-    if (backend->prealloc) {
-        *reason = DEDUP_BLOCK_REASON_PREALLOC;
-        return false;
-    }
-    if (backend->policy != HOST_MEM_POLICY_DEFAULT) {
-        *reason = DEDUP_BLOCK_REASON_HOST_NODES;
-        return false;
-    }
+    bool mapped = backend && host_memory_backend_is_mapped(backend);
 
-    if (!host_memory_backend_is_mapped(backend)) {
-        /*
-         * A DIMM that was unplugged: nobody can reach the memory, so it may
-         * stay merged until the backend goes or a device takes it.  But if
-         * the file has a name its contents are wanted when the backend goes,
-         * and must be there without delay.
-         */
-        if (!block->eligible || block->named) {
-            *reason = DEDUP_BLOCK_REASON_NOT_MAPPED;
-            return false;
-        }
-    } else if (!backend_is_ram(backend)) {
+    if (!memory_fits(rb, reason) || !backend_fits(block, backend, reason)) {
+        return false;
+    }
+    if (!mapped && !may_stay_unmapped(block)) {
+        *reason = DEDUP_BLOCK_REASON_NOT_MAPPED;
+    } else if (mapped && !backend_is_ram(backend)) {
         *reason = DEDUP_BLOCK_REASON_DEVICE_BACKEND;
-        return false;
-    }
-
-    if (ram_guard_is_whole(rb) || migration_keeps_whole(ds, block)) {
+    } else if (ram_guard_is_whole(rb) || migration_keeps_whole(ds, block)) {
         *reason = DEDUP_BLOCK_REASON_EXPORTED;
-        return false;
+    } else {
+        return true;
     }
-    return true;
+    return false;
 }
 
 void dedup_block_info(const DedupBlock *block, DedupRegionInfo *info)

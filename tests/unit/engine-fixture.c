@@ -17,8 +17,8 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "freeze.h"
-#include "mutant.h"
+#include "host/freeze.h"
+#include "host/mutant.h"
 
 #define HUGE (2u << 20)
 

@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "group-util.h"
-#include "mutant.h"
+#include "host/mutant.h"
 
 static int some_fd(char mark)
 {

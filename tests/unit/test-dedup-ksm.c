@@ -20,7 +20,7 @@
 #include "engine-internal.h"
 #include "space/space-internal.h"
 #include "ksm-util.h"
-#include "mutant.h"
+#include "host/mutant.h"
 
 #define PAGES 1024
 #define STORED 7                /* a page that a writer stores to */

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "engine-fixture.h"
-#include "mutant.h"
+#include "host/mutant.h"
 
 #define PAGES 1024
 

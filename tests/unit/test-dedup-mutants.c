@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "mutant.h"
+#include "host/mutant.h"
 #include "group/segment.h"
 
 /*

@@ -14,7 +14,7 @@
 
 #include "engine.h"
 #include "group-util.h"
-#include "mutant.h"
+#include "host/mutant.h"
 
 /* Asks @member whether it has the pages @from.. of @m at the same numbers. */
 static bool prove(TestMember *m, unsigned member, DedupProof *proofs,

@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "mutant.h"
+#include "host/mutant.h"
 
 #define PAGES 256
 #define CHUNK 16                /* pages that one counter covers */

@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #include "engine.h"
-#include "mutant.h"
+#include "host/mutant.h"
 #include "group/segment.h"
 
 #define ALL_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)

@@ -17,8 +17,8 @@
 #include "engine-fixture.h"
 #include "engine-internal.h"
 #include "scan/scan-internal.h"
-#include "freeze.h"
-#include "mutant.h"
+#include "host/freeze.h"
+#include "host/mutant.h"
 
 #define PAGES 1024
 

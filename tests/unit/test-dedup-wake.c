@@ -18,8 +18,8 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "freeze.h"
-#include "spare.h"
+#include "host/freeze.h"
+#include "space/spare.h"
 
 #define PAGES 64
 

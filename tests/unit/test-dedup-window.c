@@ -10,11 +10,11 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "freeze.h"
+#include "host/freeze.h"
 #include "engine-internal.h"
 #include "space/holdings.h"
 #include "space/ledger.h"
-#include "mutant.h"
+#include "host/mutant.h"
 
 #define PAGES 600
 

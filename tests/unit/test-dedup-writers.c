@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "mutant.h"
+#include "host/mutant.h"
 
 #define PAGES 512
 #define CONSTANT 64             /* at the end: equal, never written */

@@ -43,10 +43,10 @@
 #include <unistd.h>
 
 #include "host/error.h"
-#include "freeze.h"
-#include "mutant.h"
-#include "page.h"
-#include "pagemap.h"
+#include "host/freeze.h"
+#include "host/mutant.h"
+#include "host/page.h"
+#include "host/pagemap.h"
 
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)

@@ -23,7 +23,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "hostmem.h"
+#include "host/hostmem.h"
 
 struct DedupHostMem {
     int meminfo_fd;

@@ -18,8 +18,8 @@
 #include <xxhash.h>
 #endif
 
-#include "mutant.h"
-#include "page.h"
+#include "host/mutant.h"
+#include "host/page.h"
 
 #define PAGE_WORDS (DEDUP_PAGE_SIZE / sizeof(uint64_t))
 #define BLOCK_WORDS 16

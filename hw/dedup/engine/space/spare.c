@@ -5,9 +5,9 @@
 
 #include <sys/mman.h>
 
+#include "host/page.h"
 #include "host/types.h"
-#include "page.h"
-#include "spare.h"
+#include "space/spare.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23

@@ -117,11 +117,11 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
     info->pages_merged_within = stats.pages_merged_within;
     info->pages_merged_between = stats.pages_merged_between;
     info->zero_pages = stats.zero_pages;
-    info->pages_unshared = stats.pages_unshared;
-    info->pages_volatile = stats.pages_volatile;
-    info->pages_pinned = stats.pages_pinned;
-    info->pages_swapped = stats.pages_swapped;
-    info->pages_huge_kept = stats.pages_huge_kept;
+    info->pages_unshared = stats.pass.unshared;
+    info->pages_volatile = stats.pass.volatiles;
+    info->pages_pinned = stats.pass.pinned;
+    info->pages_swapped = stats.pass.swapped;
+    info->pages_huge_kept = stats.pass.huge_kept;
     info->has_pages_left = info->state == DEDUP_SCANNER_STATE_UNMERGING;
     info->pages_left = stats.pages_merged;
     info->cow_breaks = stats.cow_breaks;

@@ -283,7 +283,7 @@ static void test_rounds(gconstpointer data)
     settle(&e);
     expect(&e, "d,d,d but e", 1, 3 * n - 2, 1);
     g_assert_cmpuint(e.report[2].stats.pages_merged, ==, n - 1);
-    g_assert_cmpuint(e.report[2].stats.pages_unshared, ==, 1);
+    g_assert_cmpuint(e.report[2].stats.pass.unshared, ==, 1);
     g_assert_cmpuint(e.report[2].stats.cow_breaks, >=, 1);
 
     for (unsigned i = 0; i < MEMBERS; i++) {

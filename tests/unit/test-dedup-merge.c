@@ -56,7 +56,7 @@ static void test_equal_pages(gconstpointer data)
     g_assert_cmpuint(stats.pages_merged, ==, PAGES);
     g_assert_cmpuint(stats.pages_merged_within, ==, PAGES);
     g_assert_cmpuint(stats.pages_merged_between, ==, 0);
-    g_assert_cmpuint(stats.pages_unshared, ==, 0);
+    g_assert_cmpuint(stats.pass.unshared, ==, 0);
     g_assert_cmpuint(stats.pages_present, ==, PAGES);
     g_assert_cmpuint(stats.zero_pages, ==, 0);
     fx_remove(ram, true);

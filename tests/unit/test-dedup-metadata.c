@@ -148,7 +148,7 @@ static void measure(void *opaque)
     g_assert_cmpuint(view.segment_pages, <=, merged);
     g_assert_cmpuint(view.segment_pages, >=, merged - merged / 256);
     g_assert_cmpuint(view.copied, ==, 0);
-    g_assert_cmpuint(stats.pages_unshared, ==,
+    g_assert_cmpuint(stats.pass.unshared, ==,
                      c->pages - view.segment_pages);
     assert_all(c, ram);
     fx_engine_free(fe);

@@ -21,7 +21,7 @@
 #define SEGMENTS 200
 #define COPIES 3                /* so many pay for their segment */
 #define PAGES 1024
-/* Of the table of segments; group-join.c has it. */
+/* Of the table of segments; group-locks.c has it. */
 #define TABLE_BYTE 4096
 
 /* ---- an engine without its thread ---- */

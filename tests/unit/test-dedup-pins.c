@@ -71,7 +71,7 @@ static void test_pinned(gconstpointer data)
     g_assert_cmpuint(view.own_pages, ==, 2 * CHUNK);
     g_assert_cmpuint(view.segment_pages, ==, (PAGES - 2 * CHUNK) / 4 * 3);
     fx_stats(fe, &stats);
-    g_assert_cmpuint(stats.pages_pinned, ==, 2 * CHUNK);
+    g_assert_cmpuint(stats.pass.pinned, ==, 2 * CHUNK);
     fx_assert_bytes(ram);
 
     /* lowered: merged like the rest; one of two does not do */

@@ -204,7 +204,9 @@ static void test_vast(gconstpointer data)
     wait_merged(fe, ram);
     assert_places(ram);
     fx_stats(fe, &stats);
-    g_assert_cmpuint(stats.cow_breaks, ==, chunks);
+    /* one that waits between the kernel's copy and its store breaks twice */
+    g_assert_cmpuint(stats.cow_breaks, >=, chunks);
+    g_assert_cmpuint(stats.cow_breaks, <=, 2 * chunks);
 
     /* is thrown away, with all around it */
     discard(fe, ram, 0, PAGES / 2);
@@ -272,7 +274,7 @@ static void test_swapped(gconstpointer data)
     if (stats.pages_merged == G_N_ELEMENTS(places)) {
         g_test_skip("the host swaps nothing out when asked");
     } else {
-        g_assert_cmpuint(stats.pages_swapped, ==, G_N_ELEMENTS(places));
+        g_assert_cmpuint(stats.pass.swapped, ==, G_N_ELEMENTS(places));
         g_assert_cmpuint(stats.pages_merged, ==, 0);
     }
     assert_places(ram);

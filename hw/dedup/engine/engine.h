@@ -296,11 +296,7 @@ typedef struct DedupGroupStats {
  * @pages_merged_between: of these, by other members too
  * @zero_pages: dropped because they were zero, and still absent; or merged to
  *     a segment of zeros without memory, where a hole in the file is not safe
- * @pages_unshared: unique, and unchanged since the scan before
- * @pages_volatile: changed since the scan before
- * @pages_pinned: left alone because of a pin counter
- * @pages_swapped: on swap
- * @pages_huge_kept: left alone because of a huge page
+ * @pass: what the last full scan counted
  * @pages_left: still to restore while the state is unmerging
  * @cow_breaks: merged pages found written, since the engine started
  * @full_scans: passes completed
@@ -325,11 +321,7 @@ typedef struct DedupStats {
     uint64_t pages_merged_within;
     uint64_t pages_merged_between;
     uint64_t zero_pages;
-    uint64_t pages_unshared;
-    uint64_t pages_volatile;
-    uint64_t pages_pinned;
-    uint64_t pages_swapped;
-    uint64_t pages_huge_kept;
+    DedupCounts pass;
     uint64_t pages_left;
     uint64_t cow_breaks;
     uint64_t full_scans;

@@ -264,15 +264,10 @@ void dedup_figures_batch(DedupFigures *f, bool now)
 
 bool dedup_figures_pass(DedupFigures *f, const DedupTally *tally)
 {
-    const DedupCounts *c = &tally->counts;
     int64_t now = g_get_monotonic_time();
 
     g_mutex_lock(&f->lock);
-    f->stats.pages_unshared = c->unshared;
-    f->stats.pages_volatile = c->volatiles;
-    f->stats.pages_pinned = c->pinned;
-    f->stats.pages_swapped = c->swapped;
-    f->stats.pages_huge_kept = c->huge_kept;
+    f->stats.pass = tally->counts;
     f->stats.full_scans++;
     f->stats.last_pass_ms = tally->us / 1000;
     f->stats.limits = tally->limits;

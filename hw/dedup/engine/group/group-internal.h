@@ -169,18 +169,22 @@ void dedup_group_socket_address(const DedupGroup *g,
 void dedup_group_note_socket(DedupGroup *g);
 bool dedup_group_is_socket(const DedupGroup *g);
 
-/* group-join.c */
+/* group-locks.c */
+/* Lock a byte of a file, or give it up; does not wait.  0 or errno. */
+int dedup_group_byte_lock(int fd, short type, off_t byte);
 /* Which slots living processes hold; our own reads as free. */
 void dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS]);
-bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
-                                void *opaque, GError **error);
-void dedup_group_leave_directory(DedupGroup *g);
 /* Does a living process hold the slot?  Our own reads as free. */
 bool dedup_group_slot_locked(int slots_fd, unsigned member);
-/* Other versions' live members in the same directory. */
-unsigned dedup_group_count_incompatible(const DedupGroup *g);
 /* The lock of the table of segments; false: somebody else sits on it. */
 bool dedup_group_table_lock(DedupGroup *g);
 void dedup_group_table_unlock(DedupGroup *g);
+
+/* group-join.c */
+bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
+                                void *opaque, GError **error);
+void dedup_group_leave_directory(DedupGroup *g);
+/* Other versions' live members in the same directory. */
+unsigned dedup_group_count_incompatible(const DedupGroup *g);
 
 #endif /* DEDUP_GROUP_INTERNAL_H */

@@ -5,12 +5,11 @@
  *   DIR/v1-4k/       one sub-group per protocol version and page size
  *     lock           locked (byte 0) while somebody joins
  *     slots          member k holds a lock on byte k as long as it lives;
- *                    byte TABLE_BYTE is the lock of the table of segments
+ *                    another byte is the lock of the table of segments
  *     m<k>.sock      where member k listens
  *
- * The locks are OFD locks on descriptions that each process opens itself, so
- * the kernel drops them when it dies, however it dies.  A name of a socket
- * whose slot is not locked is stale and removed by who joins next.
+ * What the locks are, group-locks.c says.  A name of a socket whose slot is not
+ * locked is stale and removed by who joins next.
  *
  * A joiner holds the join lock from before it looks for members until it
  * listens.  So there is never more than one that finds nobody and makes a
@@ -33,99 +32,10 @@
 #include "host/error.h"
 
 #define SUBDIR DEDUP_GROUP_SUBDIR
-#define TABLE_BYTE 4096
 
 /* A join gives up after this: somebody was stopped in the middle of it. */
 #define JOIN_TIMEOUT_MS 3000
 #define JOIN_RETRY_US 10000
-
-/* The table's lock is held for microseconds: 2 ms is long. */
-#define TABLE_TRIES 40
-#define TABLE_RETRY_US 50
-
-/* Returns 0 or errno. */
-static int byte_lock(int fd, short type, off_t byte)
-{
-    struct flock lock = {
-        .l_type = type,
-        .l_whence = SEEK_SET,
-        .l_start = byte,
-        .l_len = 1,
-    };
-
-    return fcntl(fd, F_OFD_SETLK, &lock) < 0 ? errno : 0;
-}
-
-bool dedup_group_slot_locked(int slots_fd, unsigned member)
-{
-    struct flock lock = {
-        .l_type = F_WRLCK,
-        .l_whence = SEEK_SET,
-        .l_start = member,
-        .l_len = 1,
-    };
-
-    return fcntl(slots_fd, F_OFD_GETLK, &lock) == 0 &&
-           lock.l_type != F_UNLCK;
-}
-
-/*
- * The kernel names one lock of a range, whichever: so a range is split at it.
- * That takes two questions for each member, not one for each slot.
- */
-static void find_locks(int slots_fd, unsigned first, unsigned end,
-                       bool *locked)
-{
-    while (first < end) {
-        struct flock lock = {
-            .l_type = F_WRLCK,
-            .l_whence = SEEK_SET,
-            .l_start = first,
-            .l_len = end - first,
-        };
-        unsigned start, stop;
-
-        if (fcntl(slots_fd, F_OFD_GETLK, &lock) < 0 ||
-            lock.l_type == F_UNLCK) {
-            return;
-        }
-        start = MAX(lock.l_start, first);
-        stop = lock.l_len ? MIN(lock.l_start + lock.l_len, end) : end;
-        for (unsigned k = start; k < stop; k++) {
-            locked[k] = true;
-        }
-        find_locks(slots_fd, first, start, locked);
-        first = MAX(stop, start + 1);
-    }
-}
-
-void dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS])
-{
-    memset(locked, 0, DEDUP_MAX_MEMBERS * sizeof(locked[0]));
-    find_locks(slots_fd, 0, DEDUP_MAX_MEMBERS, locked);
-}
-
-bool dedup_group_table_lock(DedupGroup *g)
-{
-    if (g->slots_fd < 0) {
-        return true;            /* nobody else is there */
-    }
-    /* There is no way to wait for such a lock with a time limit. */
-    for (unsigned i = 0; i < TABLE_TRIES; i++) {
-        if (byte_lock(g->slots_fd, F_WRLCK, TABLE_BYTE) == 0) {
-            return true;
-        }
-        g_usleep(TABLE_RETRY_US);
-    }
-    return false;
-}
-
-void dedup_group_table_unlock(DedupGroup *g)
-{
-    if (g->slots_fd >= 0) {
-        byte_lock(g->slots_fd, F_UNLCK, TABLE_BYTE);
-    }
-}
 
 G_GNUC_PRINTF(3, 4)
 static bool group_error(const DedupGroup *g, GError **error,
@@ -250,7 +160,7 @@ static int join_lock(DedupGroup *g, const Patience *patience, GError **error)
     if (fd < 0) {
         return -1;
     }
-    while ((err = byte_lock(fd, F_WRLCK, 0)) != 0) {
+    while ((err = dedup_group_byte_lock(fd, F_WRLCK, 0)) != 0) {
         if (err != EAGAIN && err != EACCES) {
             group_error(g, error, "cannot lock '" SUBDIR "/lock' in it: %s",
                         g_strerror(err));
@@ -353,11 +263,11 @@ static bool try_slot(DedupGroup *g, unsigned k)
 {
     char name[16];
 
-    if (byte_lock(g->slots_fd, F_WRLCK, k) != 0) {
+    if (dedup_group_byte_lock(g->slots_fd, F_WRLCK, k) != 0) {
         return false;
     }
     if (is_hidden(g, k)) {
-        byte_lock(g->slots_fd, F_UNLCK, k);
+        dedup_group_byte_lock(g->slots_fd, F_UNLCK, k);
         return false;
     }
     socket_name(name, sizeof(name), k);

@@ -141,4 +141,20 @@ typedef struct DedupParams {
     uint32_t max_maps;
 } DedupParams;
 
+/**
+ * struct DedupCounts - what a full scan counted, in pages
+ * @unshared: unique, and unchanged since the scan before
+ * @volatiles: changed since the scan before
+ * @pinned: left alone because of a pin counter
+ * @swapped: on swap
+ * @huge_kept: left alone because of a huge page
+ */
+typedef struct DedupCounts {
+    uint64_t unshared;
+    uint64_t volatiles;
+    uint64_t pinned;
+    uint64_t swapped;
+    uint64_t huge_kept;
+} DedupCounts;
+
 #endif /* DEDUP_TYPES_H */

@@ -16,15 +16,6 @@
 
 #include "space/space.h"
 
-/* What a pass counted in a region, in pages. */
-typedef struct DedupCounts {
-    uint64_t unshared;        /* unique, and unchanged since the pass before */
-    uint64_t volatiles;       /* changed since */
-    uint64_t pinned;
-    uint64_t swapped;
-    uint64_t huge_kept;
-} DedupCounts;
-
 typedef struct DedupMemo {
     uint16_t *fingerprint;    /* one per page */
     bool *taken;              /* one per chunk: fingerprints are there */

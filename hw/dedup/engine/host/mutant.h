@@ -34,6 +34,7 @@ enum {
     DEDUP_MUTANT_KSM_LEFT = 15,       /* KSM's pages are not refused */
     DEDUP_MUTANT_RESTORE_HELD = 16,   /* pinned and copied, restored anyway */
     DEDUP_MUTANT_RESTORE_KSM = 17,    /* KSM's pages in between, too */
+    DEDUP_MUTANT_SUM_OFF = 18,        /* a sum of the ledger is off by one */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS

@@ -20,6 +20,7 @@ typedef struct Sums {
     DedupSpaceSums space;
     uint32_t *refs;           /* by number of a holding */
     uint32_t *mapped;
+    uint32_t *ends;
 } Sums;
 
 static void same(const char *what, uint64_t said, uint64_t is)
@@ -53,6 +54,22 @@ static void count_entry(const DedupSpace *space, Sums *s, uint32_t entry)
     }
 }
 
+/* Two neighbours: what count_boundary() of the ledger says. */
+static void count_between(const DedupRegion *r, Sums *s, uint32_t a,
+                          uint32_t b)
+{
+    if (!dedup_ledger_is_boundary(r, a, b)) {
+        return;
+    }
+    s->region.boundaries++;
+    if (dedup_entry_is_segment(a)) {
+        s->ends[dedup_entry_no(a)] += dedup_entry_is_segment(b) ? 1 : 2;
+    }
+    if (dedup_entry_is_segment(b)) {
+        s->ends[dedup_entry_no(b)] += dedup_entry_is_segment(a) ? 1 : 2;
+    }
+}
+
 static void check_region(DedupSpace *space, const DedupRegion *r, Sums *s)
 {
     DedupRegionSums *sums = &s->region;
@@ -67,6 +84,13 @@ static void check_region(DedupSpace *space, const DedupRegion *r, Sums *s)
             taken += r->entry[p] != DEDUP_OWN;
             mapped += dedup_entry_is_segment(r->entry[p]);
             count_entry(space, s, r->entry[p]);
+            if (p > 0) {
+                count_between(r, s, dedup_entry_at(r, p - 1), r->entry[p]);
+            }
+        }
+        if (!r->chunk[c].taken && first) {
+            /* all of it is own: where the one before ends */
+            count_between(r, s, dedup_entry_at(r, first - 1), DEDUP_OWN);
         }
         same("taken of a chunk", r->chunk[c].taken, taken);
         same("mapped of a chunk", r->chunk[c].mapped, mapped);
@@ -77,6 +101,7 @@ static void check_region(DedupSpace *space, const DedupRegion *r, Sums *s)
     same("zero", r->sums.zero, sums->zero);
     same("zero_mapped", r->sums.zero_mapped, sums->zero_mapped);
     same("own", r->sums.own, sums->own);
+    same("boundaries", r->sums.boundaries, sums->boundaries);
     if (!r->dead) {
         s->space.merged += sums->merged;
         s->space.broken += sums->broken;
@@ -100,6 +125,7 @@ static void check_holdings(const DedupSpace *space, const Sums *s)
             same("refs of a holding", h->refs, s->refs[i]);
             same("mapped of a holding", h->mapped, s->mapped[i]);
             same("use of a holding", use, s->mapped[i]);
+            same("ends of a holding", h->ends, s->ends[i]);
         }
     }
 }
@@ -109,6 +135,7 @@ static void check_all(DedupSpace *space)
     unsigned n = space->holdings.table->len;
     Sums s = {
         .refs = g_new0(uint32_t, n + 1), .mapped = g_new0(uint32_t, n + 1),
+        .ends = g_new0(uint32_t, n + 1),
     };
 
     for (unsigned i = 0; i < space->regions->len; i++) {
@@ -126,6 +153,7 @@ static void check_all(DedupSpace *space)
     same("total", space->sums.total, s.space.total);
     g_free(s.refs);
     g_free(s.mapped);
+    g_free(s.ends);
 }
 
 void dedup_space_check(DedupSpace *space)

@@ -36,13 +36,7 @@ static void add32(uint32_t *sum, int delta)
     __atomic_fetch_add(sum, delta, __ATOMIC_RELAXED);
 }
 
-/*
- * Does a mapping end between two neighbours?  Own pages share the region's
- * mapping, and so do dropped pages, unless the region is a private file:
- * there they are anonymous memory.  Segment pages share one where they
- * follow each other.
- */
-static bool is_boundary(const DedupRegion *r, uint32_t a, uint32_t b)
+bool dedup_ledger_is_boundary(const DedupRegion *r, uint32_t a, uint32_t b)
 {
     bool a_segment = dedup_entry_is_segment(a);
     bool b_segment = dedup_entry_is_segment(b);
@@ -76,7 +70,7 @@ static void count_boundary(DedupRegion *r, uint32_t a, uint32_t b, int sign)
     bool a_segment = dedup_entry_is_segment(a);
     bool b_segment = dedup_entry_is_segment(b);
 
-    if (!is_boundary(r, a, b)) {
+    if (!dedup_ledger_is_boundary(r, a, b)) {
         return;
     }
     add(&r->sums.boundaries, sign);
@@ -117,7 +111,7 @@ static void account(DedupRegion *r, uint32_t entry, int sign)
     h = holding_of(r, entry);
     add32(&h->refs, sign);
     if (entry & DEDUP_BROKEN) {
-        add(&r->sums.broken, sign);
+        add(&r->sums.broken, DEDUP_MUTANT(SUM_OFF) && sign < 0 ? 0 : sign);
         add_all(r, &r->space->sums.broken, sign);
         return;
     }

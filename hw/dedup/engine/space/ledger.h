@@ -76,6 +76,13 @@ void dedup_ledger_own(DedupRegion *r, uint32_t chunk, uint32_t own);
 /* The next page from @page on, before @end, that is not own; @end: none. */
 uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page,
                            uint32_t end);
+/*
+ * Does a mapping end between two neighbours in these states?  Own pages share
+ * the region's mapping, and so do dropped pages, unless the region is a
+ * private file: there they are anonymous memory.  Segment pages share one if
+ * they follow each other.
+ */
+bool dedup_ledger_is_boundary(const DedupRegion *r, uint32_t a, uint32_t b);
 /* Mappings that our own doing costs, segment views included. */
 uint64_t dedup_ledger_maps(DedupSpace *space);
 /* The holding that an entry refers to. */

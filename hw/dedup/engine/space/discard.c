@@ -8,31 +8,35 @@
 #include "space/own.h"
 #include "space/presence.h"
 
+/*
+ * Does something else than the region's own mapping stand there?  In a private
+ * file a dropped page is anonymous memory.
+ */
+static bool is_mapped_over(const DedupRegion *r, uint32_t entry)
+{
+    return dedup_entry_is_segment(entry) ||
+           (entry == DEDUP_ZERO &&
+            r->info.memory == DEDUP_MEMORY_PRIVATE_FILE);
+}
+
 static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
 {
     uint32_t end = first + n;
 
-    for (uint32_t i = dedup_ledger_next(r, first, end), j; i < end;
-         i = dedup_ledger_next(r, j, end)) {
+    for (uint32_t i = dedup_ledger_next(r, first, end), run; i < end;
+         i = dedup_ledger_next(r, i + run, end)) {
         uint32_t entry = dedup_entry_at(r, i);
-        bool mapped = dedup_entry_is_segment(entry) ||
-                      (entry == DEDUP_ZERO &&
-                       r->info.memory == DEDUP_MEMORY_PRIVATE_FILE);
+        bool segment;
 
-        j = i + 1;
-        if (entry == DEDUP_ZERO && !mapped) {
-            dedup_ledger_absent(r, i);
+        run = 1;
+        if (dedup_entry_is_segment(entry)) {
+            run = dedup_ledger_run(r, i, end, dedup_entry_is_segment,
+                                   &segment);
         }
-        if (!mapped) {
-            continue;
-        }
-        while (j < end && dedup_entry_is_segment(dedup_entry_at(r, j))) {
-            j++;
-        }
-        if (!dedup_region_map_own(r, i, j - i)) {
+        if (is_mapped_over(r, entry) && !dedup_region_map_own(r, i, run)) {
             return false;
         }
-        for (uint32_t k = i; k < j; k++) {
+        for (uint32_t k = i; k < i + run; k++) {
             dedup_ledger_absent(r, k);
         }
     }

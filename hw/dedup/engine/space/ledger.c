@@ -230,6 +230,18 @@ uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page, uint32_t end)
     return MIN(page, end);
 }
 
+uint32_t dedup_ledger_run(const DedupRegion *r, uint32_t page, uint32_t end,
+                          bool (*is)(uint32_t entry), bool *answer)
+{
+    uint32_t next = page + 1;
+
+    *answer = is(dedup_entry_at(r, page));
+    while (next < end && is(dedup_entry_at(r, next)) == *answer) {
+        next++;
+    }
+    return next - page;
+}
+
 uint64_t dedup_ledger_maps(DedupSpace *space)
 {
     uint64_t n = space->holdings.held;

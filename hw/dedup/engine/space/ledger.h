@@ -77,6 +77,12 @@ void dedup_ledger_own(DedupRegion *r, uint32_t chunk, uint32_t own);
 uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page,
                            uint32_t end);
 /*
+ * How many pages from @page on, before @end, are what that one is: @is says the
+ * same of them, *@answer.  At least one.
+ */
+uint32_t dedup_ledger_run(const DedupRegion *r, uint32_t page, uint32_t end,
+                          bool (*is)(uint32_t entry), bool *answer);
+/*
  * Does a mapping end between two neighbours in these states?  Own pages share
  * the region's mapping, and so do dropped pages, unless the region is a
  * private file: there they are anonymous memory.  Segment pages share one if

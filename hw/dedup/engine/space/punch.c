@@ -90,15 +90,12 @@ void dedup_punch_late(DedupRegion *r, uint32_t first, uint32_t n)
     if (!(*area & DEDUP_AREA_PUNCH)) {
         return;
     }
-    for (uint32_t i = 0, j; i < n; i = j) {
-        bool merged = dedup_entry_is_segment(dedup_entry_at(r, first + i));
+    for (uint32_t page = first, run; page < end; page += run) {
+        bool merged;
 
-        for (j = i + 1; j < n && merged ==
-             dedup_entry_is_segment(dedup_entry_at(r, first + j)); j++) {
-            ;
-        }
-        if (merged && has_memory(r, first + i, j - i)) {
-            dedup_punch_replaced(r, first + i, j - i);
+        run = dedup_ledger_run(r, page, end, dedup_entry_is_segment, &merged);
+        if (merged && has_memory(r, page, run)) {
+            dedup_punch_replaced(r, page, run);
         }
     }
     if (end % DEDUP_CHUNK_PAGES == 0 || end == r->npages) {

@@ -71,17 +71,15 @@ bool dedup_space_restore_next(DedupSpace *space, DedupRestore *w)
 void dedup_space_settle(DedupRegion *r, uint32_t first, uint32_t n)
 {
     DedupSpace *space = r->space;
-    bool all_broken = true;
+    bool broken;
 
     if (r->info.memory != DEDUP_MEMORY_SHARED && n < SETTLE_PRIVATE) {
         return;
     }
     dedup_space_lock(space);
     if (!r->dead && !space->closed && dedup_file_has_room(r)) {
-        for (uint32_t i = first; i < first + n; i++) {
-            all_broken &= dedup_entry_is_broken(dedup_entry_at(r, i));
-        }
-        if (all_broken) {
+        if (dedup_ledger_run(r, first, first + n, dedup_entry_is_broken,
+                             &broken) == n && broken) {
             dedup_restore_locked(r, first, n);
         }
     }

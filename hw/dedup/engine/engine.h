@@ -45,7 +45,7 @@ typedef struct DedupEngine DedupEngine;
  * the scanner's thread with no lock held; they must not wait for a lock that
  * is held by a caller of this API.  Each may be NULL.
  * @state_changed: the state is another one now
- * @restored: what dedup_engine_unmerge() or dedup_engine_restore() began has
+ * @restored: what dedup_engine_restore() began has
  *     ended; @pages_left pages are still merged, @error says why (NULL when
  *     none is left)
  */
@@ -118,8 +118,8 @@ void dedup_engine_free(DedupEngine *engine);
 char *dedup_engine_group_error(DedupEngine *engine);
 
 /**
- * dedup_engine_lost_userfaultfd() - had it to be closed, and no other one is
- * granted?  Then nothing is merged until one is; the engine tries again.
+ * dedup_engine_lost_userfaultfd() - was the userfaultfd lost, and could no
+ * other be opened?  Nothing is merged then; the engine tries again.
  */
 bool dedup_engine_lost_userfaultfd(DedupEngine *engine);
 
@@ -135,21 +135,21 @@ void dedup_engine_get_params(DedupEngine *engine, DedupParams *params);
 /**
  * dedup_engine_set_params() - change parameters; they hold from the next
  * batch on.  Values are the caller's to check.  Turning @run on ends what
- * dedup_engine_unmerge() began.
+ * dedup_engine_restore() began.
  */
 void dedup_engine_set_params(DedupEngine *engine, const DedupParams *params);
 
 /**
  * dedup_engine_block() - stop scanning and merging, or allow it again
  *
- * When it returns with @block true no window is open, no page is
- * write-protected or registered with a userfaultfd, and none will be until
- * it is called with false.  What is merged stays merged.  Does not nest.
- * dedup_engine_restore() works while blocked, except with @hard.
+ * When it returns with @block true no window is open, and none will be until
+ * it is called with false; no page is write-protected or registered with a
+ * userfaultfd, but by a restore that somebody asks for.  What is merged stays
+ * merged.  Does not nest.
  *
- * @hard: nothing at all may be remapped (somebody else's userfaultfd or a
- *     snapshot works on the RAM); also stops a restore that is under way,
- *     which goes on when @hard is lifted.
+ * @hard: nothing at all may be remapped or registered (somebody else's
+ *     userfaultfd or a snapshot works on the RAM): restores fail, and one for
+ *     everything that is under way goes on when @hard is lifted.
  */
 void dedup_engine_block(DedupEngine *engine, bool block, bool hard);
 
@@ -218,7 +218,8 @@ bool dedup_engine_check_room(DedupEngine *engine,
  * merged, broken or dropped, without its contents: the file's hole, or fresh
  * anonymous memory.  After it madvise(), fallocate() and mmap() on the range
  * do what they did before the engine came.  Ranges outside all regions are
- * ignored.  Waits at most for one window.
+ * ignored.  Both ends must be page aligned: the range is rounded outward, and
+ * what is around it would be lost.  Waits at most for one window.
  *
  * Until dedup_engine_discard_end() the remap lock is held, or a page could be
  * merged again just before it is thrown away, and the guest would see the

@@ -31,23 +31,17 @@
  */
 #define DEDUP_SEGMENT_SLAB 1280
 
+/*
+ * Only its name may change, when the group does (scan/names.c).  How it is used
+ * here is the holding's (space/holdings.h).
+ */
 typedef struct DedupSegment {
     uint32_t gid;         /* name in the group, see group.h; 0: none */
-    uint32_t no;          /* number in this process's table */
     uint16_t npages;
     bool mine;            /* this process published it */
     bool zeroes;          /* sparse, all zero, without a gid: zeroes.c */
     int fd;
     const uint8_t *map;   /* read-only mapping of all pages */
-    uint32_t refs;        /* guest pages merged or broken: maps hold it */
-    uint32_t mapped;      /* guest pages merged */
-    uint32_t ends;        /* ends of our maps of it, two of each */
-    uint32_t others;      /* pages that other members merged to it */
-    uint64_t lean_since;  /* policy's memory, see policy.c; 0: it pays */
-    bool leaving;         /* does not pay: nothing is merged to it any more */
-    bool met;             /* in the last walk of the group's table */
-    bool dirty;           /* @mapped or @use changed since that was told */
-    uint32_t use[DEDUP_SEGMENT_PAGES]; /* guest pages merged to each page */
 } DedupSegment;
 
 static inline const uint8_t *dedup_segment_page(const DedupSegment *s,

@@ -8,7 +8,7 @@
 
 #include "space/space-internal.h"
 
-/* What the file has there is worth nothing: remove it, whoever holds it. */
+/* Remove what the file has there, whoever holds it: nobody wants it. */
 bool dedup_punch(const DedupRegion *r, uint32_t page, uint32_t n);
 
 /* A segment is mapped there: remove what nobody holds, note the rest. */

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The engine is one chain of layers, and the QEMU side one of files."""
 
+import difflib
 import os
 import re
 import shlex
 import subprocess
 
-from checks import TOP, tracked
+from checks import TOP, script, tracked
 from layers import (ENGINE, LAYERS, QEMU, SIDE, Includes, circles, code,
                     commands, engine_calls, engine_files, full, layer_of,
                     level, side_calls, text, ties)
@@ -19,7 +20,7 @@ MOST_MEMBERS = 24
 
 def none(bad, todo):
     """Fail with what is @bad, a line each, and with what to do."""
-    tap.check(not bad, '\n'.join(sorted(bad) + ['-> ' + todo]))
+    tap.check(not bad, '\n'.join(bad + ['-> ' + todo]))
 
 
 @tap.case
@@ -223,6 +224,23 @@ def test_remap_lock():
     none([full(f) for f in files if layer_of(f) != 'space' and
           lock.search(code(f))],
          'add a function to space/space.h that takes the lock itself')
+
+
+@tap.case
+def test_picture():
+    """docs/devel/dedup-layers.svg shows the layers as they are"""
+    calls = engine_calls()
+    fresh(calls, 'engine')
+    draw = script('draw-layers')
+    sources = draw.Sources()
+    with open(draw.PICTURE, encoding='utf-8') as f:
+        drawn = f.read()
+    none([line for line in difflib.unified_diff(
+        draw.described(drawn).split('\n'), sources.description().split('\n'),
+        'drawn', 'sources', n=0, lineterm='') if line[0] in '+-'],
+         'run scripts/draw-layers')
+    tap.check(drawn == draw.picture(sources),
+              'edited, or drawn otherwise by now: run scripts/draw-layers')
 
 
 tap.main()

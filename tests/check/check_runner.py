@@ -3,40 +3,31 @@
 """scripts/run-tests sees every way in which a test program can fail."""
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import io
-import os
 import shutil
-import sys
 import tempfile
 import time
 
-from checks import TOP
+from checks import script
 import tap
 
-sys.dont_write_bytecode = True
-loader = importlib.machinery.SourceFileLoader(
-    'run_tests', os.path.join(TOP, 'scripts', 'run-tests'))
-run_tests = importlib.util.module_from_spec(
-    importlib.util.spec_from_loader('run_tests', loader))
-loader.exec_module(run_tests)
+run_tests = script('run-tests')
 
 
-def outcome(script, timeout=20):
+def outcome(commands, timeout=20):
     """(passed, failed, skipped) of a shell script."""
     run_tests.LOGS = tempfile.mkdtemp(prefix='dedup-check-')
     tap.cleanup(lambda d=run_tests.LOGS: shutil.rmtree(d))
-    program = run_tests.Program('fake', ['sh', '-c', script],
+    program = run_tests.Program('fake', ['sh', '-c', commands],
                                 timeout=timeout)
     with contextlib.redirect_stdout(io.StringIO()):
         program.run()
     return program.passed, program.failed, program.skipped
 
 
-def expect(script, result, **kwargs):
-    got = outcome(script, **kwargs)
-    tap.check(got == result, f'{script!r}: {got}, not {result}')
+def expect(commands, result, **kwargs):
+    got = outcome(commands, **kwargs)
+    tap.check(got == result, f'{commands!r}: {got}, not {result}')
 
 
 @tap.case

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the checks of the source share."""
 
+import importlib.machinery
+import importlib.util
 import os
 import subprocess
 import sys
@@ -28,3 +30,14 @@ def run(*command, **kwargs):
     return subprocess.run(command, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True,
                           errors='replace', check=False, **kwargs)
+
+
+def script(name):
+    """The program scripts/@name as a module."""
+    sys.dont_write_bytecode = True
+    loader = importlib.machinery.SourceFileLoader(
+        name.replace('-', '_'), os.path.join(TOP, 'scripts', name))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module

@@ -11,16 +11,11 @@ import subprocess
 from checks import TOP, script, tracked
 from layers import (ENGINE, LAYERS, QEMU, SIDE, Includes, circles, code,
                     commands, engine_calls, engine_files, full, layer_of,
-                    level, side_calls, text, ties)
+                    level, none, side_calls, text, ties)
 import tap
 
 MOST_LINES = 600
 MOST_MEMBERS = 24
-
-
-def none(bad, todo):
-    """Fail with what is @bad, a line each, and with what to do."""
-    tap.check(not bad, '\n'.join(bad + ['-> ' + todo]))
 
 
 @tap.case

@@ -11,6 +11,7 @@ import os
 import re
 
 from checks import BUILD, TOP, run, tracked
+import tap
 
 SIDE = 'hw/dedup/'
 ENGINE = SIDE + 'engine/'
@@ -156,6 +157,7 @@ class Calls:
                     self.graph[name].setdefault(to, set()).add(symbol)
 
 
+@functools.lru_cache
 def engine_calls():
     found = commands('engine', lambda o: 'libdedup-engine.a.p/' in o)
     sources = engine_files('.c')
@@ -168,6 +170,7 @@ def engine_calls():
                   for n, p in objects.items()})
 
 
+@functools.lru_cache
 def side_calls():
     found = commands('qemu-obj', lambda o: re.search(
         r'\.p/hw_dedup_[^/]*\.o$', o))
@@ -208,3 +211,8 @@ def ties(graph, circle):
     """The arrows within a circle, for a message."""
     return [f'{a} -> {b}' for a in sorted(circle)
             for b in sorted(set(graph[a]) & set(circle))]
+
+
+def none(bad, todo):
+    """Fail with what is @bad, a line each, and with what to do."""
+    tap.check(not bad, '\n'.join(bad + ['-> ' + todo]))

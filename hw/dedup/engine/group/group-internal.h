@@ -95,8 +95,10 @@ struct DedupGroup {
      */
     GMutex lock;
     bool joined;                /* atomic; written under the lock */
-    bool has_told;              /* @told is what was told last */
-    DedupMemberInfo told;       /* both under the lock */
+    struct {
+        bool any;
+        DedupMemberInfo info;   /* what was told last */
+    } told;                     /* under the lock */
     GThread *scanner;           /* who joined first; NULL: nobody yet */
 
     DedupGroupFile file;
@@ -111,9 +113,11 @@ struct DedupGroup {
      * What we were before our files went (dedup_group_detach()): if we find
      * the same group again, or nobody, we are that again.
      */
-    DedupGroupFile kept;        /* fd -1: nothing */
-    unsigned kept_self;
-    bool resumed;               /* the last join did that */
+    struct {
+        DedupGroupFile file;    /* fd -1: nothing */
+        unsigned self;
+        bool resumed;           /* the last join did that */
+    } kept;
 
     bool alive[DEDUP_MAX_MEMBERS]; /* atomic, as any thread may find one */
     unsigned members;           /* of them; likewise */

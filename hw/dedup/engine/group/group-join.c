@@ -294,9 +294,9 @@ static void remove_stale(DedupGroup *g)
 
 static bool take_slot(DedupGroup *g, GError **error)
 {
-    bool taken = g->resumed && try_slot(g, g->kept_self);
+    bool taken = g->kept.resumed && try_slot(g, g->kept.self);
 
-    g->resumed = taken;
+    g->kept.resumed = taken;
     for (unsigned k = 0; !taken && k < DEDUP_MAX_MEMBERS; k++) {
         taken = try_slot(g, k);
     }
@@ -316,25 +316,25 @@ static bool get_file(DedupGroup *g, const Patience *patience, GError **error)
 {
     struct stat kept, found;
 
-    g->resumed = false;
+    g->kept.resumed = false;
     if (!find_file(g, patience, error)) {
         return false;
     }
-    if (g->kept.fd < 0) {
+    if (g->kept.file.fd < 0) {
         return g->file.fd >= 0 || dedup_group_file_create(&g->file, error);
     }
     if (g->file.fd < 0) {
-        g->resumed = true;
-    } else if (fstat(g->kept.fd, &kept) == 0 &&
+        g->kept.resumed = true;
+    } else if (fstat(g->kept.file.fd, &kept) == 0 &&
                fstat(g->file.fd, &found) == 0) {
-        g->resumed = kept.st_ino == found.st_ino &&
+        g->kept.resumed = kept.st_ino == found.st_ino &&
                      kept.st_dev == found.st_dev;
     }
-    if (g->resumed) {
+    if (g->kept.resumed) {
         /* what the index is mapped at is in use */
         dedup_group_file_close(&g->file);
-        g->file = g->kept;
-        g->kept = (DedupGroupFile) { .fd = -1 };
+        g->file = g->kept.file;
+        g->kept.file = (DedupGroupFile) { .fd = -1 };
     }
     return true;
 }
@@ -385,7 +385,7 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
         goto out;
     }
     g->has_slot = true;
-    if (!g->resumed && !dedup_group_slot_clear(g, error)) {
+    if (!g->kept.resumed && !dedup_group_slot_clear(g, error)) {
         goto out;
     }
     sock = listen_socket(g, error);
@@ -396,11 +396,11 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
                                       &g->cpu_ns, error);
     ok = g->server != NULL;
     if (ok) {
-        dedup_group_file_close(&g->kept);
+        dedup_group_file_close(&g->kept.file);
     }
 out:
     if (!ok) {
-        if (g->has_slot && g->resumed) {
+        if (g->has_slot && g->kept.resumed) {
             /* for the next try */
             dedup_group_detach(g);
         }
@@ -449,19 +449,19 @@ void dedup_group_leave_directory(DedupGroup *g)
 bool dedup_group_resumed(const DedupGroup *g)
 {
     dedup_group_assert_scanner(g);
-    return g->resumed;
+    return g->kept.resumed;
 }
 
 void dedup_group_detach(DedupGroup *g)
 {
     dedup_group_assert_scanner(g);
-    g_assert(g->has_slot && g->kept.fd < 0);
+    g_assert(g->has_slot && g->kept.file.fd < 0);
     /* who is looking at the others has seen them; nobody looks any more */
     g_mutex_lock(&g->lock);
     __atomic_store_n(&g->joined, false, __ATOMIC_RELEASE);
     g_mutex_unlock(&g->lock);
-    g->kept = g->file;
-    g->kept_self = g->self;
+    g->kept.file = g->file;
+    g->kept.self = g->self;
     g->file = (DedupGroupFile) { .fd = -1 };
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         dedup_peer_close(&g->client[k].peer);

@@ -27,7 +27,7 @@ DedupGroup *dedup_group_new(const char *dir, GError **error)
     g->subfd = -1;
     g->slots_fd = -1;
     g->file.fd = -1;
-    g->kept.fd = -1;
+    g->kept.file.fd = -1;
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         g->client[k].peer = (DedupPeer) DEDUP_PEER_INIT;
     }
@@ -87,7 +87,7 @@ void dedup_group_free(DedupGroup *g)
         dedup_peer_close(&g->client[k].peer);
     }
     dedup_group_leave_directory(g);
-    dedup_group_file_close(&g->kept);
+    dedup_group_file_close(&g->kept.file);
     if (g->dirfd >= 0) {
         close(g->dirfd);
     }
@@ -208,10 +208,10 @@ static bool write_slot(DedupGroup *g)
         .incarnation = g->incarnation,
         .rows = g->rows,
         .written = 1,
-        .info = g->told,
+        .info = g->told.info,
     };
 
-    return dedup_group_is_joined(g) && g->has_told &&
+    return dedup_group_is_joined(g) && g->told.any &&
            dedup_group_file_write(&g->file, &slot, sizeof(slot),
                                   DEDUP_FILE_SLOTS +
                                   g->self * sizeof(slot));
@@ -222,8 +222,8 @@ bool dedup_group_tell(DedupGroup *g, const DedupMemberInfo *info)
     bool ok;
 
     g_mutex_lock(&g->lock);
-    g->told = *info;
-    g->has_told = true;
+    g->told.info = *info;
+    g->told.any = true;
     ok = write_slot(g);
     g_mutex_unlock(&g->lock);
     return ok;
@@ -234,7 +234,7 @@ bool dedup_group_tell_reserved(DedupGroup *g, uint64_t bytes)
     bool ok;
 
     g_mutex_lock(&g->lock);
-    g->told.reserved_bytes = bytes;
+    g->told.info.reserved_bytes = bytes;
     ok = write_slot(g);
     g_mutex_unlock(&g->lock);
     return ok;

@@ -155,11 +155,15 @@ static void walk_nameless(Walk *w)
 
 static void walk(DedupFigures *f, Walk *w)
 {
+    bool lost;
+
     *w = (Walk) { .f = f };
-    if (dedup_group_foreach_segment(f->group, walk_segment, w)) {
-        dedup_scan_mend_names(f->scan);
-    }
+    lost = dedup_group_foreach_segment(f->group, walk_segment, w) &&
+           dedup_scan_forget_lost_names(f->scan);
     walk_nameless(w);
+    if (lost) {
+        dedup_scan_name_holdings(f->scan);
+    }
 }
 
 /* ---- the group ---- */

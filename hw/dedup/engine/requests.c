@@ -76,8 +76,20 @@ void dedup_engine_discard_end(DedupEngine *e)
 DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
                               GError **error)
 {
-    DedupRegion *r = dedup_space_add(e->space, info, error);
+    uint64_t npages = info->size >> DEDUP_PAGE_SHIFT;
+    DedupMemo *memo = NULL;
+    DedupRegion *r;
 
+    /* what has none, or too many to count, the space refuses */
+    if (npages && npages <= UINT32_MAX) {
+        memo = dedup_memo_new(npages);
+        if (!memo) {
+            g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
+                        "no memory to describe region '%s'", info->id);
+            return NULL;
+        }
+    }
+    r = dedup_space_add(e->space, info, memo, dedup_memo_free, error);
     if (r) {
         dedup_control_kick(&e->control);
     }

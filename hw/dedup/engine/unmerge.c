@@ -76,6 +76,7 @@ bool dedup_unmerge_request(DedupUnmerge *u, bool off, bool force,
 void dedup_unmerge_cancel(DedupUnmerge *u)
 {
     u->control->restoring = false;
+    u->fresh = false;
     dedup_unreserve(u->room, &u->reserved);
 }
 

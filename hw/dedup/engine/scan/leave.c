@@ -140,6 +140,18 @@ static bool is_to_leave(DedupScan *scan, const DedupHolding *h,
 }
 
 /*
+ * It could not be left: its pages are pinned, or in a region that is closed.
+ * It may be merged to again, and be lean for a while: others may be left.
+ */
+static void stay(DedupScan *scan, const DedupHolding *h, DedupNote *note)
+{
+    note->leaving = false;
+    note->lean_since = scan->leave.tick;
+    g_hash_table_remove(scan->leave.avoided,
+                        GUINT_TO_POINTER(h->segment->gid));
+}
+
+/*
  * Leaving a segment takes memory before it gives any: one's share of its
  * pages, the segment itself only when all have left.  So few are left at a
  * time: what takes half of the room at most.  Returns the bytes that leaving
@@ -154,13 +166,19 @@ static uint64_t find_lean(DedupScan *scan)
     for (unsigned i = 0; i < dedup_holding_count(scan->space); i++) {
         DedupHolding *h = dedup_holding_get(scan->space, i);
         DedupNote *note = h ? dedup_leave_note(scan, h) : NULL;
+        uint32_t refs = h ? __atomic_load_n(&h->refs, __ATOMIC_RELAXED) : 0;
 
         if (!h || h->zeroes) {
             continue;
         }
+        if (note->leaving && refs && refs == note->refs) {
+            stay(scan, h, note);
+            continue;
+        }
         if (note->leaving) {
-            /* again: some of its pages were pinned, or we were closed */
-            left += __atomic_load_n(&h->refs, __ATOMIC_RELAXED) > 0;
+            /* again: some of its pages were pinned */
+            note->refs = refs;
+            left += refs > 0;
             continue;
         }
         if (pays(h, note)) {
@@ -169,6 +187,7 @@ static uint64_t find_lean(DedupScan *scan)
             note->lean_since = scan->leave.tick;
         } else if (left < most && is_to_leave(scan, h, note)) {
             note->leaving = true;
+            note->refs = refs;
             if (h->segment->gid) {
                 g_hash_table_add(scan->leave.avoided,
                                  GUINT_TO_POINTER(h->segment->gid));

@@ -21,31 +21,26 @@ static size_t bytes_of(const DedupMemo *m)
     return (size_t)m->npages * sizeof(m->fingerprint[0]);
 }
 
-static void memo_free(gpointer opaque)
+void dedup_memo_free(gpointer memo)
 {
-    DedupMemo *m = opaque;
+    DedupMemo *m = memo;
 
     dedup_array_free(m->fingerprint, bytes_of(m));
     dedup_array_free(m->taken, chunks_of(m) * sizeof(m->taken[0]));
     g_free(m);
 }
 
-DedupMemo *dedup_memo_of(DedupRegion *r)
+DedupMemo *dedup_memo_new(uint32_t npages)
 {
-    DedupMemo *m = dedup_region_memo(r);
+    DedupMemo *m = g_new0(DedupMemo, 1);
 
-    if (m) {
-        return m;
-    }
-    m = g_new0(DedupMemo, 1);
-    m->npages = dedup_region_npages(r);
+    m->npages = npages;
     m->fingerprint = dedup_array_new(bytes_of(m));
     m->taken = dedup_array_new(chunks_of(m) * sizeof(m->taken[0]));
     if (!m->fingerprint || !m->taken) {
-        memo_free(m);
+        dedup_memo_free(m);
         return NULL;
     }
-    dedup_region_set_memo(r, m, memo_free);
     return m;
 }
 

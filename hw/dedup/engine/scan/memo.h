@@ -8,7 +8,8 @@
  * array is populated by the kernel as it is touched, and given back where
  * nothing is there any more.
  *
- * Thread: the scanner's.  Owner: the region, which frees it.
+ * Thread: the scanner's, once the region is added.  Owner: the region, which
+ * frees it.
  */
 
 #ifndef DEDUP_MEMO_H
@@ -24,8 +25,10 @@ typedef struct DedupMemo {
     DedupCounts counting;     /* of the pass under way */
 } DedupMemo;
 
-/* The region's, made if need be; NULL: there is no memory. */
-DedupMemo *dedup_memo_of(DedupRegion *r);
+/* For a region of so many pages; NULL: there is no memory. */
+DedupMemo *dedup_memo_new(uint32_t npages);
+/* A GDestroyNotify. */
+void dedup_memo_free(gpointer memo);
 
 /*
  * A page was seen; @hash is 0 if it is all zero.  True: it has not changed

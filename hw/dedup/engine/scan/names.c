@@ -19,7 +19,6 @@
  */
 
 #include "scan/leave.h"
-#include "scan/names.h"
 #include "scan/upkeep.h"
 
 #define WATCH_US G_TIME_SPAN_SECOND
@@ -34,7 +33,7 @@ static void forget_name(DedupScan *scan, DedupHolding *h)
     note->lean_since = 0;
 }
 
-void dedup_names_give(DedupScan *scan)
+void dedup_scan_name_holdings(DedupScan *scan)
 {
     bool more = true;
 
@@ -56,7 +55,7 @@ void dedup_names_give(DedupScan *scan)
     }
 }
 
-void dedup_scan_mend_names(DedupScan *scan)
+bool dedup_scan_forget_lost_names(DedupScan *scan)
 {
     bool any = false;
 
@@ -72,9 +71,7 @@ void dedup_scan_mend_names(DedupScan *scan)
             note->met = false;
         }
     }
-    if (any) {
-        dedup_names_give(scan);
-    }
+    return any;
 }
 
 /* Everything that is known by a name, or by the old index, is forgotten. */
@@ -90,7 +87,7 @@ static void move(DedupScan *scan)
     dedup_leave_forget_group(scan);
     g_hash_table_remove_all(scan->publisher.failed);
     dedup_upkeep_forget_group(scan);
-    dedup_names_give(scan);
+    dedup_scan_name_holdings(scan);
 }
 
 bool dedup_scan_join(DedupScan *scan, const DedupGroupOps *ops, void *opaque,

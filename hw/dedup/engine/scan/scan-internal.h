@@ -43,6 +43,7 @@ typedef struct DedupNote {
     uint32_t others;          /* pages that other members merged to it */
     uint64_t lean_since;      /* tick; 0: it pays */
     bool leaving;             /* nothing is merged to it any more */
+    uint32_t refs;            /* then: what it had when that was last tried */
     bool met;                 /* in the last walk of the group's table */
 } DedupNote;
 

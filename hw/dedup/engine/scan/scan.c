@@ -22,7 +22,6 @@
 
 #include "scan/ask.h"
 #include "scan/leave.h"
-#include "scan/names.h"
 #include "scan/publish.h"
 #include "scan/upkeep.h"
 
@@ -338,12 +337,8 @@ static bool go_on(DedupScan *scan, int64_t most)
         return false;
     }
     c->r = place->region;
-    c->memo = dedup_memo_of(c->r);
-    if (!c->memo) {
-        scan->limits |= DEDUP_LIMIT_MEMORY;
-        place->n = 0;
-        place->first = dedup_region_npages(c->r);
-    } else if (place->skipped) {
+    c->memo = dedup_region_memo(c->r);
+    if (place->skipped) {
         dedup_memo_forget(c->memo, (place->first + DEDUP_CHUNK_PAGES - 1) /
                           DEDUP_CHUNK_PAGES - place->skipped,
                           place->skipped);
@@ -397,11 +392,9 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
     while ((r = dedup_space_next(scan->space, at))) {
         DedupMemo *memo = dedup_region_memo(r);
 
-        if (memo) {
-            memo->counting.swapped +=
-                dedup_region_swapped(r, memo->counting.swapped);
-            dedup_memo_take_counts(memo, &tally->counts);
-        }
+        memo->counting.swapped +=
+            dedup_region_swapped(r, memo->counting.swapped);
+        dedup_memo_take_counts(memo, &tally->counts);
         at = dedup_region_base(r) + dedup_region_npages(r);
     }
     scan->upkeep.was_full = scan->limits & DEDUP_LIMIT_INDEX;
@@ -418,7 +411,7 @@ void dedup_scan_upkeep(DedupScan *scan)
     dedup_upkeep_set_index_limit(scan, dedup_leave_tick(scan));
     dedup_leave_lean(scan);
     dedup_scan_drop_unused(scan);
-    dedup_names_give(scan);
+    dedup_scan_name_holdings(scan);
     dedup_upkeep_sweep(scan);
     dedup_upkeep_announce(scan);
 }
@@ -477,9 +470,7 @@ uint64_t dedup_scan_bytes(DedupScan *scan)
     uint32_t at = 0;
 
     while ((r = dedup_space_next(scan->space, at))) {
-        DedupMemo *memo = dedup_region_memo(r);
-
-        bytes += memo ? dedup_memo_bytes(memo) : 0;
+        bytes += dedup_memo_bytes(dedup_region_memo(r));
         at = dedup_region_base(r) + dedup_region_npages(r);
     }
     return bytes;

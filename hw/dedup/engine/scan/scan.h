@@ -72,9 +72,15 @@ void dedup_scan_note_others(DedupScan *scan, const DedupHolding *h,
 /*
  * All of the group's table was walked: a name that was not met, by
  * dedup_scan_note_others(), is not ours any more.  Others release the names of
- * a member that they take for dead.  Such holdings get new names.
+ * a member that they take for dead.  True: there are such holdings, and
+ * dedup_scan_name_holdings() is due, when the nameless ones were counted.
  */
-void dedup_scan_mend_names(DedupScan *scan);
+bool dedup_scan_forget_lost_names(DedupScan *scan);
+/*
+ * Give names to the holdings that have none, as many as can be had now: the
+ * group's table may be full, or locked by somebody who was stopped.
+ */
+void dedup_scan_name_holdings(DedupScan *scan);
 
 /* Where the pass is, as a member page number; any thread. */
 uint32_t dedup_scan_at(const DedupScan *scan);

@@ -242,9 +242,12 @@ unsigned dedup_ksm_take_pages(DedupRegion *r, DedupAction **actions,
 void dedup_ksm_replaced(DedupRegion *r, const DedupAction *actions,
                         unsigned n)
 {
+    uint64_t *may_take = &r->space->ksm.may_take;
+
     for (unsigned i = 0; i < n; i++) {
-        r->space->ksm.may_take += actions[i].done &&
-                                   !is_taken(r, &actions[i]);
+        /* a zero page that a split dropped was never taken */
+        *may_take += actions[i].done && !is_taken(r, &actions[i]) &&
+                     *may_take < UINT64_MAX;
     }
 }
 

@@ -346,16 +346,28 @@ void dedup_forget_looks(DedupSpace *space)
     }
 }
 
-uint64_t dedup_region_swapped(const DedupRegion *r, uint64_t copies)
+/* Lock held: the owner closes the file when the region is gone. */
+static uint64_t swapped_in_file(const DedupRegion *r, uint64_t copies)
 {
     uint64_t copied = r->sums.broken - MIN(copies, r->sums.broken);
     struct stat st;
     uint64_t blocks;
 
-    if (r->info.memory != DEDUP_MEMORY_SHARED || fstat(r->info.fd, &st) < 0) {
+    if (r->dead || r->info.memory != DEDUP_MEMORY_SHARED ||
+        fstat(r->info.fd, &st) < 0) {
         return 0;
     }
     /* what the file has and mincore() did not see resident */
     blocks = (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT;
     return blocks - MIN(blocks, r->sums.own - MIN(copied, r->sums.own));
+}
+
+uint64_t dedup_region_swapped(DedupRegion *r, uint64_t copies)
+{
+    uint64_t pages;
+
+    dedup_space_lock(r->space);
+    pages = swapped_in_file(r, copies);
+    dedup_space_unlock(r->space);
+    return pages;
 }

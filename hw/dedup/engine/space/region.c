@@ -16,11 +16,14 @@
 #include "space/space-internal.h"
 #include "space/zeroes.h"
 
-DedupRegion *dedup_region_new(DedupSpace *space, const DedupRegionInfo *info)
+DedupRegion *dedup_region_new(DedupSpace *space, const DedupRegionInfo *info,
+                              void *memo, GDestroyNotify memo_free)
 {
     DedupRegion *r = g_new0(DedupRegion, 1);
 
     r->space = space;
+    r->memo = memo;
+    r->memo_free = memo_free;
     r->info = *info;
     r->info.id = g_strdup(info->id);
     r->host = info->host;
@@ -43,7 +46,7 @@ void dedup_region_free(DedupRegion *r)
     dedup_array_free(r->entry, (size_t)r->npages * sizeof(r->entry[0]));
     dedup_array_free(r->chunk, dedup_region_chunks(r) * sizeof(r->chunk[0]));
     dedup_array_free(r->area, dedup_region_chunks(r));
-    if (r->memo_free) {
+    if (r->memo) {
         r->memo_free(r->memo);
     }
     g_free((char *)r->info.id);
@@ -53,12 +56,6 @@ void dedup_region_free(DedupRegion *r)
 void *dedup_region_memo(const DedupRegion *r)
 {
     return r->memo;
-}
-
-void dedup_region_set_memo(DedupRegion *r, void *memo, GDestroyNotify free)
-{
-    r->memo = memo;
-    r->memo_free = free;
 }
 
 uint32_t dedup_region_npages(const DedupRegion *r)

@@ -197,7 +197,8 @@ static inline uint32_t dedup_region_at(const DedupRegion *r, uint32_t at)
 bool dedup_file_has_room(DedupRegion *r);
 
 /* All but its place in the space; NULL: no memory. */
-DedupRegion *dedup_region_new(DedupSpace *space, const DedupRegionInfo *info);
+DedupRegion *dedup_region_new(DedupSpace *space, const DedupRegionInfo *info,
+                              void *memo, GDestroyNotify memo_free);
 void dedup_region_free(DedupRegion *r);
 
 /* The part of it that lies in [host, end); false: there is none. */

@@ -168,17 +168,21 @@ static bool is_valid(const DedupRegionInfo *info)
 }
 
 DedupRegion *dedup_space_add(DedupSpace *space, const DedupRegionInfo *info,
+                             void *memo, GDestroyNotify memo_free,
                              GError **error)
 {
     DedupRegion *r;
 
     if (!is_valid(info)) {
+        if (memo) {
+            memo_free(memo);
+        }
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
                     "region '%s' is empty, not aligned or too large",
                     info->id);
         return NULL;
     }
-    r = dedup_region_new(space, info);
+    r = dedup_region_new(space, info, memo, memo_free);
     if (!r) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
                     "no memory to describe region '%s'", info->id);

@@ -92,8 +92,12 @@ uint64_t dedup_space_window_max_ns(DedupSpace *space, bool reset);
 
 /* ---- regions ---- */
 
-/* NULL and DEDUP_ERROR_SYSTEM: it is not as it should be, or no memory. */
+/*
+ * @memo: what the scanner remembers of it, freed with it by @memo_free, in any
+ * case.  NULL and DEDUP_ERROR_SYSTEM: it is not as it should be, or no memory.
+ */
 DedupRegion *dedup_space_add(DedupSpace *space, const DedupRegionInfo *info,
+                             void *memo, GDestroyNotify memo_free,
                              GError **error);
 /*
  * Nothing is merged in it from here on: its owner wants it back; or, with
@@ -121,12 +125,8 @@ DedupRegion *dedup_space_next(DedupSpace *space, uint32_t at);
 bool dedup_space_find(DedupSpace *space, uint32_t member_page,
                       DedupRegion **region, uint32_t *page);
 
-/*
- * What the scanner remembers of a region, freed with it; NULL at first.
- * Scanner's.
- */
+/* What the scanner remembers of it. */
 void *dedup_region_memo(const DedupRegion *r);
-void dedup_region_set_memo(DedupRegion *r, void *memo, GDestroyNotify free);
 
 uint32_t dedup_region_npages(const DedupRegion *r);
 void *dedup_region_host(const DedupRegion *r);
@@ -137,7 +137,7 @@ uint32_t dedup_region_base(const DedupRegion *r);
 /* Does @a come before @b?  Negative, 0, positive; of dead ones, too. */
 int dedup_region_compare(const DedupRegion *a, const DedupRegion *b);
 /* Pages of its file that are on swap; @copies: copies of segments' that are. */
-uint64_t dedup_region_swapped(const DedupRegion *r, uint64_t copies);
+uint64_t dedup_region_swapped(DedupRegion *r, uint64_t copies);
 
 /* ---- what a pass looks at; scanner's ---- */
 

@@ -80,6 +80,11 @@ typedef struct DedupGroupFile {
     uint64_t salt;
 } DedupGroupFile;
 
+/* group-table.c: what a walk over the table of segments needs. */
+typedef struct DedupTableWalk DedupTableWalk;
+DedupTableWalk *dedup_table_walk_new(void);
+void dedup_table_walk_free(DedupTableWalk *walk);
+
 struct DedupGroup {
     /* The directory; without one @path is NULL and the fds are -1. */
     char *path;
@@ -133,7 +138,7 @@ struct DedupGroup {
 
     uint32_t rows;              /* of our slot; written under the lock */
     uint32_t free_hint;         /* where to look for a free table entry */
-    GArray *orphans;            /* gids without user and publisher, sorted */
+    DedupTableWalk *walk;       /* group-table.c */
 };
 
 /* The scanner's thread is here. */

@@ -29,6 +29,20 @@
 
 G_STATIC_ASSERT(DEDUP_MAX_SEGMENTS == 1u << 18);
 
+/*
+ * What a walk over the table needs.  It is there from the start: a process at
+ * its limit of mappings may get no memory of this size any more, and malloc()'s
+ * failure is the end of it.
+ */
+struct DedupTableWalk {
+    DedupTableEntry entries[CHUNK];
+    DedupSegmentUse row[CHUNK];
+    DedupSegmentUse sum[CHUNK];
+    DedupSegmentUse own[CHUNK];
+    DedupSlot slots[DEDUP_MAX_MEMBERS];
+    GArray *orphans;          /* gids without user and publisher, sorted */
+};
+
 static bool is_alive(const DedupGroup *g, unsigned member)
 {
     return __atomic_load_n(&g->alive[member], __ATOMIC_RELAXED);
@@ -256,12 +270,26 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
     }
 }
 
+DedupTableWalk *dedup_table_walk_new(void)
+{
+    DedupTableWalk *w = g_new0(DedupTableWalk, 1);
+
+    w->orphans = g_array_new(false, false, sizeof(uint32_t));
+    return w;
+}
+
+void dedup_table_walk_free(DedupTableWalk *w)
+{
+    g_array_unref(w->orphans);
+    g_free(w);
+}
+
 /*
  * In two walks: somebody may just have fetched it.
  */
 static void release_orphans(DedupGroup *g, GArray *now)
 {
-    GArray *before = g->orphans;
+    GArray *before = g->walk->orphans;
     guint i = 0, j = 0;
 
     while (i < before->len && j < now->len) {
@@ -276,22 +304,23 @@ static void release_orphans(DedupGroup *g, GArray *now)
         j += DEDUP_GID_SLOT(b) <= DEDUP_GID_SLOT(a);
     }
     g_array_unref(before);
-    g->orphans = now;
+    g->walk->orphans = now;
 }
 
 bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
                                  void *opaque)
 {
     uint32_t extent = table_extent(g);
-    DedupTableEntry *entries = g_new(DedupTableEntry, CHUNK);
-    DedupSegmentUse *row = g_new(DedupSegmentUse, CHUNK);
-    DedupSegmentUse *sum = g_new(DedupSegmentUse, CHUNK);
-    DedupSegmentUse *own = g_new(DedupSegmentUse, CHUNK);
-    DedupSlot *slots = g_new0(DedupSlot, DEDUP_MAX_MEMBERS);
+    DedupTableEntry *entries = g->walk->entries;
+    DedupSegmentUse *row = g->walk->row;
+    DedupSegmentUse *sum = g->walk->sum;
+    DedupSegmentUse *own = g->walk->own;
+    DedupSlot *slots = g->walk->slots;
     GArray *orphans = g_array_new(false, false, sizeof(uint32_t));
     bool complete = true;
 
     dedup_group_assert_scanner(g);
+    memset(g->walk->slots, 0, sizeof(g->walk->slots));
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         if (is_alive(g, k) && !dedup_group_slot_read(g, k, &slots[k])) {
             slots[k].rows = 0;
@@ -343,10 +372,5 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
         }
     }
     release_orphans(g, orphans);
-    g_free(entries);
-    g_free(row);
-    g_free(sum);
-    g_free(own);
-    g_free(slots);
     return complete;
 }

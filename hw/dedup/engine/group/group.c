@@ -31,7 +31,7 @@ DedupGroup *dedup_group_new(const char *dir, GError **error)
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         g->client[k].peer = (DedupPeer) DEDUP_PEER_INIT;
     }
-    g->orphans = g_array_new(false, false, sizeof(uint32_t));
+    g->walk = dedup_table_walk_new();
     if (!dir) {
         return g;
     }
@@ -91,7 +91,7 @@ void dedup_group_free(DedupGroup *g)
     if (g->dirfd >= 0) {
         close(g->dirfd);
     }
-    g_array_unref(g->orphans);
+    dedup_table_walk_free(g->walk);
     g_mutex_clear(&g->lock);
     g_free(g->path);
     g_free(g);

@@ -80,10 +80,22 @@ typedef struct DedupGroupFile {
     uint64_t salt;
 } DedupGroupFile;
 
-/* group-table.c: what a walk over the table of segments needs. */
-typedef struct DedupTableWalk DedupTableWalk;
-DedupTableWalk *dedup_table_walk_new(void);
-void dedup_table_walk_free(DedupTableWalk *walk);
+/* Entries of the table that are read at a time. */
+#define DEDUP_WALK_ENTRIES 1024u
+
+/*
+ * What a walk over the table needs.  It is there from the start: a process at
+ * its limit of mappings may get no memory of this size any more, and malloc()'s
+ * failure is the end of it.
+ */
+typedef struct DedupTableWalk {
+    DedupTableEntry entries[DEDUP_WALK_ENTRIES];
+    DedupSegmentUse row[DEDUP_WALK_ENTRIES];
+    DedupSegmentUse sum[DEDUP_WALK_ENTRIES];
+    DedupSegmentUse own[DEDUP_WALK_ENTRIES];
+    DedupSlot slots[DEDUP_MAX_MEMBERS];
+    GArray *orphans;          /* gids without user and publisher, sorted */
+} DedupTableWalk;
 
 struct DedupGroup {
     /* The directory; without one @path is NULL and the fds are -1. */

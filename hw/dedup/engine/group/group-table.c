@@ -22,26 +22,11 @@
 
 #include "group/group-internal.h"
 
-/* Entries read at a time. */
-#define CHUNK 1024u
+#define CHUNK DEDUP_WALK_ENTRIES
 
 #define GENERATIONS (1u << (DEDUP_GID_BITS - 18))
 
 G_STATIC_ASSERT(DEDUP_MAX_SEGMENTS == 1u << 18);
-
-/*
- * What a walk over the table needs.  It is there from the start: a process at
- * its limit of mappings may get no memory of this size any more, and malloc()'s
- * failure is the end of it.
- */
-struct DedupTableWalk {
-    DedupTableEntry entries[CHUNK];
-    DedupSegmentUse row[CHUNK];
-    DedupSegmentUse sum[CHUNK];
-    DedupSegmentUse own[CHUNK];
-    DedupSlot slots[DEDUP_MAX_MEMBERS];
-    GArray *orphans;          /* gids without user and publisher, sorted */
-};
 
 static bool is_alive(const DedupGroup *g, unsigned member)
 {
@@ -268,20 +253,6 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
             use_add(use, &one);
         }
     }
-}
-
-DedupTableWalk *dedup_table_walk_new(void)
-{
-    DedupTableWalk *w = g_new0(DedupTableWalk, 1);
-
-    w->orphans = g_array_new(false, false, sizeof(uint32_t));
-    return w;
-}
-
-void dedup_table_walk_free(DedupTableWalk *w)
-{
-    g_array_unref(w->orphans);
-    g_free(w);
 }
 
 /*

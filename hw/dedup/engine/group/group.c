@@ -31,7 +31,8 @@ DedupGroup *dedup_group_new(const char *dir, GError **error)
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         g->client[k].peer = (DedupPeer) DEDUP_PEER_INIT;
     }
-    g->walk = dedup_table_walk_new();
+    g->walk = g_new0(DedupTableWalk, 1);
+    g->walk->orphans = g_array_new(false, false, sizeof(uint32_t));
     if (!dir) {
         return g;
     }
@@ -91,7 +92,8 @@ void dedup_group_free(DedupGroup *g)
     if (g->dirfd >= 0) {
         close(g->dirfd);
     }
-    dedup_table_walk_free(g->walk);
+    g_array_unref(g->walk->orphans);
+    g_free(g->walk);
     g_mutex_clear(&g->lock);
     g_free(g->path);
     g_free(g);

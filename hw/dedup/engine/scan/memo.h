@@ -32,7 +32,8 @@ void dedup_memo_free(gpointer memo);
 
 /*
  * A page was seen; @hash is 0 if it is all zero.  True: it has not changed
- * since the pass before.
+ * since the pass before.  It is counted as unshared or as volatile; who merges
+ * it takes that off again.
  */
 bool dedup_memo_see(DedupMemo *m, uint32_t page, uint64_t hash);
 

@@ -3,11 +3,12 @@
  * Room: the one gate for memory that is taken on somebody's behalf.
  *
  * Whoever gives merged pages their own memory (an unmerge, a region that its
- * owner wants back, a segment that is left, RAM that is taken from KSM) takes
- * memory that the host, a memory cgroup or the file system of the RAM's file
- * may not have.  There the answer is no error code but the OOM killer, or
- * SIGBUS for the guest.  So it is reserved and looked for first, and again on
- * the way, because others take memory meanwhile.
+ * owner wants back, a segment that is left) takes memory that the host, a
+ * memory cgroup or the file system of the RAM's file may not have.  There the
+ * answer is no error code but the OOM killer, or SIGBUS for the guest.  So it
+ * is reserved and looked for first, and again on the way, because others take
+ * memory meanwhile.  What is taken from KSM for a moment nobody reserves: it is
+ * bounded by dedup_restore_room().
  *
  * Terms:
  *   need         what something will take: memory, and blocks of file systems

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The scan: what shall happen to which page.  It can cost time or savings, but
- * no guest a byte: that is the space's.
+ * no guest a byte: that is the space's.  A review has to see to it that
+ * nothing here stores to a DedupHolding or a DedupSegment, and that a holding
+ * is dropped only when nothing refers to it and no DedupAction has it.
  *
  * Thread: the scanner's, unless a comment says otherwise.
  */

@@ -76,6 +76,7 @@ bool dedup_own_has_hole(const DedupRegion *r, uint32_t page, uint32_t n)
 {
     unsigned char vec[DEDUP_WINDOW_PAGES];
 
+    g_assert(n <= DEDUP_WINDOW_PAGES);
     return mincore(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
                    vec) < 0 && errno == ENOMEM;
 }

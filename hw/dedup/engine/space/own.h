@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The region's own memory, put back in the place of something else.  Remap
- * lock held.
+ * The region's own memory, put back in the place of something else; at most
+ * DEDUP_WINDOW_PAGES at a time, but for dedup_region_map_own().  Remap lock
+ * held.
  */
 
 #ifndef DEDUP_OWN_H
@@ -28,7 +29,10 @@ bool dedup_own_has_hole(const DedupRegion *r, uint32_t page, uint32_t n);
 bool dedup_own_write(DedupRegion *r, uint32_t page, uint32_t n,
                      const uint8_t *from);
 
-/* What is in the file is mapped again; false: nothing has changed. */
+/*
+ * What is in the file is mapped again.  False: it is not, and nothing has
+ * changed, or a hole stayed: ask dedup_own_has_hole().
+ */
 bool dedup_own_map_back(DedupRegion *r, uint32_t page, uint32_t n);
 
 /* Private regions: fresh memory with the region's attributes; NULL: none. */
@@ -45,7 +49,9 @@ bool dedup_own_move(DedupRegion *r, uint8_t *from, uint32_t page, uint32_t n);
 /*
  * Mapping something over pages has failed, and the kernel had unmapped them:
  * put own memory there with @content; NULL: with what the file of a shared
- * region has there, or zeros.  False: there was no hole, or it stays.
+ * region has there, or zeros.  True: the pages are own; in a shared region even
+ * if the hole stays, as the file has the only copy then.  False: there was no
+ * hole, or the contents are not there.
  */
 bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
                      const uint8_t *content);

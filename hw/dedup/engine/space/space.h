@@ -257,7 +257,8 @@ void dedup_space_settle(DedupRegion *r, uint32_t first, uint32_t n);
 
 /*
  * Leave holdings: give the pages that are mapped to them their own memory,
- * where that may be taken now.  Scanner's.
+ * where that may be taken now.  @is_leaving is called with the remap lock held,
+ * and must call nothing that takes it.  Scanner's.
  */
 typedef bool (*DedupLeaveFn)(void *opaque, const DedupHolding *h);
 void dedup_space_leave(DedupSpace *space, DedupLeaveFn is_leaving,

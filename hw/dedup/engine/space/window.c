@@ -378,7 +378,8 @@ static bool drop_zero(Window *w, const Run *run)
 /*
  * The replacement could not be mapped: what was taken away comes back.  Own
  * pages of shared memory are in their file; all else is in the segment, which
- * has the same bytes.
+ * has the same bytes.  If not even that can be done, the page is lost, and who
+ * touches it hears of it (dedup_freeze_refill()); there is nobody else to tell.
  */
 static void put_back(Window *w, Run *run, Flushed flushed)
 {

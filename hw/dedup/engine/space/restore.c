@@ -97,6 +97,20 @@ static unsigned choose(Span *s)
     return taken;
 }
 
+/*
+ * Once more in the freeze: leave out what is held by now.  What was held before
+ * was not taken from KSM, and stays out.
+ */
+static void choose_again(Span *s)
+{
+    bool held[DEDUP_WINDOW_PAGES];
+
+    find_held(s, held);
+    for (uint32_t i = 0; i < s->n; i++) {
+        s->take[i] &= !held[i];
+    }
+}
+
 /* The next run of pages to restore at or after *@i; false: no more. */
 static bool next_run(const Span *s, uint32_t *i, uint32_t *n)
 {
@@ -160,7 +174,7 @@ static void restore_shared(Span *s)
         r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
         return;
     }
-    choose(s);
+    choose_again(s);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         uint32_t page = s->first + i;
         bool ok = dedup_own_write(r, page, n, dedup_region_addr(r, page));
@@ -271,7 +285,7 @@ static void restore_private(Span *s)
         munmap(staging, len);
         return;
     }
-    choose(s);
+    choose_again(s);
     /* own pages that were not taken from KSM stay */
     if (choose_whole(s, move) && whole) {
         memset(s->take, true, s->n * sizeof(s->take[0]));

@@ -92,6 +92,7 @@ static unsigned choose(Span *s)
         uint32_t entry = dedup_entry_at(s->r, s->first + i);
 
         s->take[i] = dedup_entry_is_segment(entry) && !held[i];
+        s->r->lacks |= held[i] ? DEDUP_LACK_UNPINNED : 0;
         taken += s->take[i];
     }
     return taken;

@@ -214,7 +214,7 @@ const char *bench_ksm_begin(void)
     set_knob("sleep_millisecs", "0");
     set_knob("pages_to_scan", "2000");
     set_knob("smart_scan", "0");
-    set_knob("use_zero_pages", "0");
+    set_knob("use_zero_pages", "1"); /* else it takes for ever with many */
     /* it works where we work */
     if (sched_getaffinity(0, sizeof(cpus), &cpus) == 0) {
         sched_setaffinity(ksmd_pid, sizeof(cpus), &cpus);
@@ -259,8 +259,23 @@ static double now_ns(void)
 static void forget(BenchRam *ram)
 {
     madvise(ram->host, ram->pages * BENCH_PAGE, MADV_UNMERGEABLE);
+    bench_ksm_forget();
+}
+
+void bench_ksm_run(bool on)
+{
+    set_knob("run", on ? "1" : "0");
+}
+
+void bench_ksm_forget(void)
+{
     set_knob("run", "2");
     set_knob("run", "0");
+}
+
+uint64_t bench_ksm_cpu_ns(void)
+{
+    return ksmd_ns();
 }
 
 /* Only our pages may be looked at: at most this many per scan. */

@@ -46,4 +46,11 @@ bool bench_ksm_merge(BenchRam *ram, BenchCost *cost);
 /* Scan @ram, which has no equal pages, some times over. */
 bool bench_ksm_scan(BenchRam *ram, BenchCost *cost);
 
+/* For who gives memory to KSM himself: run it or stop it. */
+void bench_ksm_run(bool on);
+/* All that it has merged has its own memory again, and it knows no page. */
+void bench_ksm_forget(void);
+/* CPU time of ksmd, in ns. */
+uint64_t bench_ksm_cpu_ns(void);
+
 #endif /* BENCH_KSM_H */

@@ -33,6 +33,7 @@
 
 #define MAX_REGIONS 32
 #define LOOP_ERRORS_KEPT 200
+#define SCATTER 2
 
 typedef enum {
     PATTERN_SIGNED, PATTERN_SAME, PATTERN_DUP, PATTERN_ZERO, PATTERN_MIXED,
@@ -172,18 +173,37 @@ static void region_free(Region *r)
     free(r);
 }
 
-/* alloc ID PAGES PATTERN [ARG [huge|nohuge]] */
+/*
+ * Page number @i of those to be filled.  Memory is taken in that order: in
+ * steps of SCATTER pages that each guest takes in another order, so that equal
+ * pages lie in other places, as after a guest has run for long.
+ */
+static uint64_t scattered(const Region *r, uint64_t i)
+{
+    uint64_t steps = r->pages / SCATTER;
+    uint64_t step = i / SCATTER;
+
+    if (step >= steps) {
+        return i;
+    }
+    /* odd, so that with a power of two each comes once */
+    step = step * (0x9e3779b1 + 2 * agent_vm_id) % steps;
+    return step * SCATTER + i % SCATTER;
+}
+
+/* alloc ID PAGES PATTERN [ARG [huge|nohuge|scatter]] */
 int region_alloc(int argc, char **argv, char *reply)
 {
     Region *r;
-    int slot = 0;
+    int scatter, slot = 0;
 
     while (slot < MAX_REGIONS && regions[slot]) {
         slot++;
     }
     if (argc < 4 || slot == MAX_REGIONS || region_find(argv[1]) ||
         strlen(argv[1]) >= sizeof(r->id)) {
-        strcpy(reply, "usage: alloc NEW-ID PAGES PATTERN [ARG [nohuge]]");
+        strcpy(reply, "usage: alloc NEW-ID PAGES PATTERN "
+               "[ARG [huge|nohuge|scatter]]");
         return -1;
     }
     r = calloc(1, sizeof(*r));
@@ -210,8 +230,14 @@ int region_alloc(int argc, char **argv, char *reply)
                 !strcmp(argv[5], "huge") ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     }
     pthread_mutex_init(&r->lock, NULL);
+    scatter = argc > 5 && !strcmp(argv[5], "scatter");
+    if (scatter && (r->pages & (r->pages - 1))) {
+        strcpy(reply, "scatter: PAGES is a power of 2");
+        region_free(r);
+        return -1;
+    }
     for (uint64_t i = 0; i < r->pages; i++) {
-        fill_locked(r, i);
+        fill_locked(r, scatter ? scattered(r, i) : i);
     }
     regions[slot] = r;
     snprintf(reply, AGENT_REPLY, "pages=%llu", (unsigned long long)r->pages);

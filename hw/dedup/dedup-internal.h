@@ -154,6 +154,7 @@ struct DedupScanner {
     char *group;
     DedupWriteProtect write_protect;
     DedupParams params;
+    bool has_advisor;           /* the user chose one */
     ThreadContext *thread_context;
 
     /* From complete() on */
@@ -189,6 +190,9 @@ struct DedupScanner {
 #define DEDUP_DEFAULT_PAGES_TO_SCAN 4096
 #define DEDUP_DEFAULT_SLEEP_MILLISECS 20
 #define DEDUP_DEFAULT_MAX_MAPS 60
+#define DEDUP_DEFAULT_TARGET_SCAN_TIME 200
+#define DEDUP_DEFAULT_MAX_CPU 70
+#define DEDUP_DEFAULT_MAX_PAGES 30000
 
 /* coredump.c */
 void dedup_coredump_init(DedupScanner *ds);

@@ -93,8 +93,44 @@ static void set_huge_pages(Object *obj, int value, Error **errp)
     set_params(ds, &params);
 }
 
+/* One enum for the engine, one for people; the same values. */
+QEMU_BUILD_BUG_ON((int)DEDUP_ADVISOR_NONE != (int)DEDUP_SCAN_ADVISOR_NONE);
+QEMU_BUILD_BUG_ON((int)DEDUP_ADVISOR_SCAN_TIME !=
+                  (int)DEDUP_SCAN_ADVISOR_SCAN_TIME);
+QEMU_BUILD_BUG_ON((int)DEDUP_ADVISOR_PRESSURE !=
+                  (int)DEDUP_SCAN_ADVISOR_PRESSURE);
+
+static int get_advisor(Object *obj, Error **errp)
+{
+    DedupParams params;
+
+    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
+    return params.advisor;
+}
+
+static void set_advisor(Object *obj, int value, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+    DedupParams params;
+
+    dedup_scanner_get_params(ds, &params);
+    params.advisor = value;
+    ds->has_advisor = true;
+    set_params(ds, &params);
+}
+
+/* Who says how fast to scan wants no advice, unless he has said that, too. */
+static void choose_advisor(DedupScanner *ds, DedupParams *params,
+                           const void *field)
+{
+    if (!ds->has_advisor && (field == &params->pages_to_scan ||
+                             field == &params->sleep_millisecs)) {
+        params->advisor = DEDUP_ADVISOR_NONE;
+    }
+}
+
 /*
- * A property that is a field of DedupParams.  Not huge-pages, because
+ * A property that is a field of DedupParams.  Not the enums, because
  * object_property_get_enum() needs what object_class_property_add_enum() makes.
  */
 typedef struct DedupProperty {
@@ -116,12 +152,31 @@ typedef struct DedupProperty {
 static DedupProperty properties[] = {
     BOOL("run", run, "Scan and merge; off keeps what is merged"),
     BOOL("zero-pages", zero_pages, "Give back pages that contain only zeros"),
+    NUMBER("target-scan-time", target_scan_s, 1, 86400,
+           DEDUP_DEFAULT_TARGET_SCAN_TIME,
+           "With an advisor: seconds that a full scan is to take "
+           "(1 to 86400)"),
+    NUMBER("max-cpu", max_cpu, 0, 100000, DEDUP_DEFAULT_MAX_CPU,
+           "With an advisor: CPU time that the group may spend, in percent of "
+           "a processor (0: no limit, to 100000)"),
+    NUMBER("max-cpu-vm", max_cpu_vm, 0, 100, 0,
+           "With an advisor: CPU time that this VM may spend, in percent of a "
+           "processor (0: no limit, to 100)"),
+    NUMBER("advisor-min-pages-to-scan", min_pages, 0, 1U << 31, 0,
+           "With an advisor: fewest pages to look at in sleep-millisecs "
+           "(0 to 2147483648)"),
+    NUMBER("advisor-max-pages-to-scan", max_pages, 0, 1U << 31,
+           DEDUP_DEFAULT_MAX_PAGES,
+           "With an advisor: most pages to look at in sleep-millisecs "
+           "(0: no limit, to 2147483648)"),
     NUMBER("pages-to-scan", pages_to_scan, 1, 1U << 31,
            DEDUP_DEFAULT_PAGES_TO_SCAN,
-           "Pages to look at in a batch (1 to 2147483648)"),
+           "Without an advisor: pages to look at in a batch "
+           "(1 to 2147483648)"),
     NUMBER("sleep-millisecs", sleep_millisecs, 0, 60000,
            DEDUP_DEFAULT_SLEEP_MILLISECS,
-           "Pause between two batches in milliseconds (0 to 60000)"),
+           "Without an advisor: pause between two batches in milliseconds "
+           "(0 to 60000)"),
     NUMBER("max-maps", max_maps, 1, 90, DEDUP_DEFAULT_MAX_MAPS,
            "Share of vm.max_map_count that QEMU may use, in percent "
            "(1 to 90)"),
@@ -171,6 +226,7 @@ static void set_param(Object *obj, Visitor *v, const char *name, void *opaque,
     dedup_scanner_get_params(ds, &params);
     if (p->max ? visit_number(v, p, field, errp)
                : visit_type_bool(v, name, field, errp)) {
+        choose_advisor(ds, &params, field);
         set_params(ds, &params);
     }
 }
@@ -213,6 +269,12 @@ void dedup_scanner_add_properties(ObjectClass *oc)
     object_property_set_default_str(prop, "split");
     object_class_property_set_description(oc, "huge-pages",
         "What to do with transparent huge pages (split, keep)");
+    prop = object_class_property_add_enum(oc, "advisor", "DedupScanAdvisor",
+                                          &DedupScanAdvisor_lookup,
+                                          get_advisor, set_advisor);
+    object_property_set_default_str(prop, "scan-time");
+    object_class_property_set_description(oc, "advisor",
+        "What decides how fast to scan (none, scan-time, pressure)");
     for (i = 0; i < ARRAY_SIZE(properties); i++) {
         add_param(oc, &properties[i]);
     }

@@ -296,7 +296,12 @@ static void dedup_scanner_init(Object *obj)
         .zero_pages = true,
         .huge_pages_split = true,
         .max_maps = DEDUP_DEFAULT_MAX_MAPS,
+        .advisor = DEDUP_ADVISOR_SCAN_TIME,
+        .target_scan_s = DEDUP_DEFAULT_TARGET_SCAN_TIME,
+        .max_cpu = DEDUP_DEFAULT_MAX_CPU,
+        .max_pages = DEDUP_DEFAULT_MAX_PAGES,
     };
+    ds->has_advisor = false;
     ds->overcommit_fd = -1;
     ds->coredump_fd = -1;
     ds->ram.kick_fd = -1;

@@ -151,8 +151,9 @@ static void scanner_start(Scanner *s, const Ram *ram,
         .params = {
             .run = true, .zero_pages = true, .huge_pages_split = true,
             .max_maps = 90,
-            .pages_to_scan = config->defaults ? 4096 : 1 << 20,
-            .sleep_millisecs = config->defaults ? 20 : 0,
+            .advisor = DEDUP_ADVISOR_SCAN_TIME, .target_scan_s = 200,
+            .max_cpu = config->defaults ? 70 : 0, .max_pages = 30000,
+            .pages_to_scan = 4096, .sleep_millisecs = 20,
         },
     };
     DedupRegionInfo info = {

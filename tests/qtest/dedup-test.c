@@ -147,7 +147,9 @@ static void test_help(void)
 {
     static const char *const names[] = {
         "group", "run", "write-protect", "pages-to-scan", "sleep-millisecs",
-        "zero-pages", "huge-pages", "max-maps", "thread-context",
+        "zero-pages", "huge-pages", "max-maps", "thread-context", "advisor",
+        "target-scan-time", "max-cpu", "max-cpu-vm",
+        "advisor-min-pages-to-scan", "advisor-max-pages-to-scan",
     };
     g_autofree char *command = NULL, *out = NULL;
     g_auto(GStrv) lines = NULL;
@@ -195,6 +197,16 @@ static void test_properties(void)
           "between 1 and 2147483648" },
         { "sleep-millisecs", 60000, 60001, "between 0 and 60000" },
         { "sleep-millisecs", 0, 99999, "between 0 and 60000" },
+        { "target-scan-time", 1, 0, "between 1 and 86400" },
+        { "target-scan-time", 86400, 86401, "between 1 and 86400" },
+        { "max-cpu", 0, -1, "between 0 and 100000" },
+        { "max-cpu", 100000, 100001, "between 0 and 100000" },
+        { "max-cpu-vm", 0, -1, "between 0 and 100" },
+        { "max-cpu-vm", 100, 101, "between 0 and 100" },
+        { "advisor-min-pages-to-scan", 2147483648, -1,
+          "between 0 and 2147483648" },
+        { "advisor-max-pages-to-scan", 0, 2147483649,
+          "between 0 and 2147483648" },
         { "max-maps", 1, 0, "between 1 and 90" },
         { "max-maps", 90, 91, "between 1 and 90" },
         { "max-maps", 90, -1, "between 1 and 90" },
@@ -242,6 +254,52 @@ static void test_properties(void)
     g_assert_cmpstr(qdict_get_str(resp, "return"), ==, "keep");
     qobject_unref(resp);
     qtest_quit(qts);
+}
+
+static char *get_advisor(QTestState *qts)
+{
+    QDict *resp = qtest_qmp(qts, "{ 'execute': 'qom-get', 'arguments': {"
+                            " 'path': '/objects/ds0',"
+                            " 'property': 'advisor' } }");
+    char *advisor = g_strdup(qdict_get_str(resp, "return"));
+
+    qobject_unref(resp);
+    return advisor;
+}
+
+/* Who says how fast to scan wants no advice, but if he says so. */
+static void test_advisor(void)
+{
+    static const struct {
+        const char *options;
+        const char *advisor;
+    } cases[] = {
+        { "", "scan-time" },
+        { ",max-cpu=10,target-scan-time=60", "scan-time" },
+        { ",pages-to-scan=100", "none" },
+        { ",sleep-millisecs=0", "none" },
+        { ",advisor=pressure", "pressure" },
+        { ",advisor=scan-time,pages-to-scan=100", "scan-time" },
+        { ",sleep-millisecs=5,advisor=scan-time", "scan-time" },
+    };
+    int i;
+
+    if (dedup_skip()) {
+        return;
+    }
+    for (i = 0; i < ARRAY_SIZE(cases); i++) {
+        QTestState *qts = qtest_initf(DEDUP_MACHINE "-object dedup-scanner,"
+                                      "id=ds0%s", cases[i].options);
+        g_autofree char *first = get_advisor(qts), *then = NULL;
+
+        g_assert_cmpstr(first, ==, cases[i].advisor);
+        qtest_qmp_assert_success(qts, "{ 'execute': 'qom-set', 'arguments': {"
+                                 " 'path': '/objects/ds0', 'property':"
+                                 " 'advisor', 'value': 'pressure' } }");
+        then = get_advisor(qts);
+        g_assert_cmpstr(then, ==, "pressure");
+        qtest_quit(qts);
+    }
 }
 
 static void test_fixed_properties(void)
@@ -517,6 +575,7 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/object/thread", test_thread);
     qtest_add_func("/dedup/properties/help", test_help);
     qtest_add_func("/dedup/properties/run-time", test_properties);
+    qtest_add_func("/dedup/properties/advisor", test_advisor);
     qtest_add_func("/dedup/properties/fixed", test_fixed_properties);
     qtest_add_func("/dedup/properties/errors", test_errors);
     qtest_add_func("/dedup/figures/no-object", test_no_object);

@@ -77,6 +77,7 @@ void fx_init(int *argc, char ***argv)
     setrlimit(RLIMIT_CORE, &none);
     setvbuf(stdout, NULL, _IOLBF, 0);
     g_test_init(argc, argv, NULL);
+    dedup_never_rests = true; /* but for who tests it */
     uffd = dedup_freeze_open(&error);
     if (uffd < 0) {
         /* an unprivileged user on most hosts: nothing can be merged */

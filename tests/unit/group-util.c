@@ -95,8 +95,17 @@ static int segment_fd(void *opaque, uint32_t gid, uint32_t page,
            fcntl(m->segment, F_DUPFD_CLOEXEC, 0) : -1;
 }
 
+static void keyed_hashes(void *opaque, DedupOwnPage *pages, unsigned n,
+                         const uint8_t *secret)
+{
+    for (unsigned i = 0; i < n; i++) {
+        pages[i].is_there = keyed_hash(opaque, pages[i].page, secret,
+                                       &pages[i].hash);
+    }
+}
+
 static const DedupGroupOps ops = {
-    .keyed_hash = keyed_hash,
+    .keyed_hashes = keyed_hashes,
     .segment_fd = segment_fd,
 };
 

@@ -104,7 +104,7 @@ static void host_start(Host *h, const char *cgroup, const char *mounts)
 /* The least room, which must be that of the cgroup @binding. */
 static uint64_t room(Host *h, const char *binding)
 {
-    DedupCgroupRoom rooms[DEDUP_CGROUP_LEVELS], least = { 0, NO_LIMIT };
+    DedupCgroupRoom rooms[DEDUP_CGROUP_LEVELS], least = { 0, NO_LIMIT, 0 };
     unsigned n = dedup_hostmem_cgroup_rooms(h->mem, rooms);
     struct stat st = { 0 };
 

@@ -38,14 +38,18 @@ typedef struct Liar {
     uint64_t asked;             /* atomic: the peer thread counts */
 } Liar;
 
-static bool lie(void *opaque, uint32_t page, const uint8_t *secret,
-                DedupHash128 *hash)
+static void lie(void *opaque, DedupOwnPage *pages, unsigned n,
+                const uint8_t *secret)
 {
     Liar *l = opaque;
 
-    __atomic_fetch_add(&l->asked, 1, __ATOMIC_RELAXED);
-    *hash = (DedupHash128) { .low = page, .high = secret[0] };
-    return true;
+    __atomic_fetch_add(&l->asked, n, __ATOMIC_RELAXED);
+    for (unsigned i = 0; i < n; i++) {
+        pages[i].is_there = true;
+        pages[i].hash = (DedupHash128) {
+            .low = pages[i].page, .high = secret[0],
+        };
+    }
 }
 
 static int no_segment(void *opaque, uint32_t gid, uint32_t page,
@@ -163,7 +167,7 @@ static void steal(Liar *l)
 static void liar_main(int sock, const char *dir)
 {
     static const DedupGroupOps ops = {
-        .keyed_hash = lie, .segment_fd = no_segment,
+        .keyed_hashes = lie, .segment_fd = no_segment,
     };
     Liar *l = g_new0(Liar, 1);
     uint64_t page[FX_PAGE / sizeof(uint64_t)];

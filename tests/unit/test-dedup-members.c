@@ -330,10 +330,9 @@ static void test_killed(gconstpointer data)
 
 #define VICTIMS 2
 
-static bool has_none(void *opaque, uint32_t page, const uint8_t *secret,
-                     DedupHash128 *hash)
+static void has_none(void *opaque, DedupOwnPage *pages, unsigned n,
+                     const uint8_t *secret)
 {
-    return false;
 }
 
 static int gives_none(void *opaque, uint32_t gid, uint32_t page,
@@ -455,7 +454,7 @@ static void fill_mixed(Member *victims, const FxKind *kinds,
 static void test_thief(gconstpointer data)
 {
     static const DedupGroupOps ops = {
-        .keyed_hash = has_none, .segment_fd = gives_none,
+        .keyed_hashes = has_none, .segment_fd = gives_none,
     };
     g_autoptr(GArray) gids = g_array_new(false, false, sizeof(uint32_t));
     Member victims[VICTIMS];

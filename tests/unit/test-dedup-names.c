@@ -33,10 +33,9 @@ typedef struct Engine {
     TestMember *other;      /* NULL: none yet */
 } Engine;
 
-static bool no_hash(void *opaque, uint32_t page, const uint8_t *secret,
-                    DedupHash128 *hash)
+static void no_hashes(void *opaque, DedupOwnPage *pages, unsigned n,
+                      const uint8_t *secret)
 {
-    return false;
 }
 
 static int no_fd(void *opaque, uint32_t gid, uint32_t page,
@@ -46,7 +45,7 @@ static int no_fd(void *opaque, uint32_t gid, uint32_t page,
 }
 
 static const DedupGroupOps ops = {
-    .keyed_hash = no_hash,
+    .keyed_hashes = no_hashes,
     .segment_fd = no_fd,
 };
 

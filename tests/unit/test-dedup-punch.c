@@ -116,6 +116,8 @@ static FxEngine *engine_start(FxRam *ram)
     FxEngine *fe = fx_engine_new(NULL);
 
     fx_add(fe, ram);
+    /* all of it in one window, however slow the machine */
+    fe->e->space->bound.page_ns = 1;
     fx_engine_start(fe);
     return fe;
 }

@@ -70,7 +70,8 @@ static DedupSegment *finish(DedupBuilder *b, uint32_t gid)
 /* Every length at an edge. */
 static void test_build(void)
 {
-    static const unsigned lengths[] = { 1, 2, 64, 511, 512 };
+    static const unsigned lengths[] = { 1, 2, 16, 17, 64, 511, 512 };
+    static const uint8_t page[DEDUP_PAGE_SIZE];
 
     for (unsigned l = 0; l < G_N_ELEMENTS(lengths); l++) {
         unsigned n = lengths[l];
@@ -79,10 +80,8 @@ static void test_build(void)
         struct stat st;
 
         g_assert_cmpuint(dedup_builder_count(b), ==, n);
-        assert_page(dedup_builder_page(b, n - 1), n - 1);
         if (n == DEDUP_SEGMENT_PAGES) {
-            g_assert_cmpint(dedup_builder_append(b, dedup_builder_page(b, 0)),
-                            ==, -1);
+            g_assert_cmpint(dedup_builder_append(b, page), ==, -1);
             g_assert_cmpint(errno, ==, ENOSPC);
         }
         s = finish(b, 100 + l);
@@ -99,44 +98,77 @@ static void test_build(void)
     }
 }
 
-/* No room for a page, or for a part of one: what was there before counts. */
+/* Append pages [from, to); the last one finds no room if @fails. */
+static void append(DedupBuilder *b, unsigned from, unsigned to, bool fails)
+{
+    for (unsigned i = from; i < to; i++) {
+        uint8_t page[DEDUP_PAGE_SIZE];
+
+        fill(page, i);
+        g_assert_cmpint(dedup_builder_append(b, page), ==,
+                        fails && i + 1 == to ? -1 : (int)i);
+    }
+}
+
+static void assert_finished(DedupBuilder *b, unsigned npages)
+{
+    DedupSegment *s = finish(b, 7);
+    struct stat st;
+
+    g_assert_cmpuint(s->npages, ==, npages);
+    g_assert_cmpint(fstat(s->fd, &st), ==, 0);
+    g_assert_cmpint(st.st_size, ==, npages * DEDUP_PAGE_SIZE);
+    for (unsigned i = 0; i < npages; i++) {
+        assert_page(s->map + i * DEDUP_PAGE_SIZE, i);
+    }
+    dedup_segment_free(s);
+}
+
+/*
+ * No room for a page, or for a part of one: what was there before counts, and
+ * if there is room again it goes on where it was.
+ */
 static void test_no_room(void)
 {
     struct rlimit old, some;
-    uint8_t page[DEDUP_PAGE_SIZE];
-    DedupBuilder *b = build(2);
-    DedupSegment *s;
-    struct stat st;
 
-    fill(page, 2);
     signal(SIGXFSZ, SIG_IGN);
     g_assert_cmpint(getrlimit(RLIMIT_FSIZE, &old), ==, 0);
     some = old;
     for (unsigned half = 0; half < 2; half++) {
-        some.rlim_cur = 2 * DEDUP_PAGE_SIZE + half * DEDUP_PAGE_SIZE / 2;
-        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &some), ==, 0);
-        g_assert_cmpint(dedup_builder_append(b, page), ==, -1);
-        g_assert_cmpuint(dedup_builder_count(b), ==, 2);
-    }
-    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
-    s = finish(b, 7);
-    g_assert_cmpint(fstat(s->fd, &st), ==, 0);
-    g_assert_cmpint(st.st_size, ==, 2 * DEDUP_PAGE_SIZE);
-    assert_page(s->map, 0);
-    assert_page(s->map + DEDUP_PAGE_SIZE, 1);
-    dedup_segment_free(s);
+        DedupBuilder *b = build(16);
 
-    /* and if there is room again it goes on where it was */
-    b = build(2);
-    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &some), ==, 0);
-    g_assert_cmpint(dedup_builder_append(b, page), ==, -1);
-    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
-    g_assert_cmpint(dedup_builder_append(b, page), ==, 2);
-    s = finish(b, 8);
-    for (unsigned i = 0; i < 3; i++) {
-        assert_page(s->map + i * DEDUP_PAGE_SIZE, i);
+        some.rlim_cur = 18 * DEDUP_PAGE_SIZE + half * DEDUP_PAGE_SIZE / 2;
+        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &some), ==, 0);
+        append(b, 16, 32, true);
+        g_assert_cmpuint(dedup_builder_count(b), ==, 18);
+        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
+        append(b, 18, 40, false);
+        assert_finished(b, 40);
+
+        /* at the end */
+        b = build(16);
+        append(b, 16, 20, false);
+        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &some), ==, 0);
+        assert_finished(b, 18);
+        g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
     }
-    dedup_segment_free(s);
+}
+
+/* Not even for the first one. */
+static void test_no_room_at_all(void)
+{
+    g_autoptr(GError) error = NULL;
+    struct rlimit old, none;
+    DedupBuilder *b = build(1);
+
+    g_assert_cmpint(getrlimit(RLIMIT_FSIZE, &old), ==, 0);
+    none = old;
+    none.rlim_cur = 0;
+    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &none), ==, 0);
+    g_assert_null(dedup_builder_finish(b, 7, &error));
+    g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
+    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM);
 }
 
 static void test_nothing(void)
@@ -379,6 +411,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/segment/build", test_build);
     g_test_add_func("/segment/no-room", test_no_room);
+    g_test_add_func("/segment/no-room-at-all", test_no_room_at_all);
     g_test_add_func("/segment/nothing", test_nothing);
     g_test_add_func("/segment/immutable", test_immutable);
     g_test_add_func("/segment/private-write", test_private_write);

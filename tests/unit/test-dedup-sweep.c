@@ -19,10 +19,9 @@
 #define N 64u                   /* hints of each kind */
 #define HASH(what, i) (((what) * N + (i) + 1) * 0x9e3779b97f4a7c15ull)
 
-static bool no_hash(void *opaque, uint32_t page, const uint8_t *secret,
-                    DedupHash128 *hash)
+static void no_hashes(void *opaque, DedupOwnPage *pages, unsigned n,
+                      const uint8_t *secret)
 {
-    return false;
 }
 
 static int no_segment(void *opaque, uint32_t gid, uint32_t page,
@@ -34,7 +33,7 @@ static int no_segment(void *opaque, uint32_t gid, uint32_t page,
 static DedupGroup *join(const char *dir)
 {
     static const DedupGroupOps ops = {
-        .keyed_hash = no_hash, .segment_fd = no_segment,
+        .keyed_hashes = no_hashes, .segment_fd = no_segment,
     };
     g_autoptr(GError) error = NULL;
     DedupGroup *g = dedup_group_new(dir, &error);

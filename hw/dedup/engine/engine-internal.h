@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "figures.h"
+#include "scan/pace.h"
 #include "scan/scan.h"
 #include "unmerge.h"
 
@@ -20,6 +21,7 @@ struct DedupEngine {
     DedupSpace *space;
     DedupRoom room;
     DedupScan *scan;
+    DedupPace pace;
     DedupUnmerge unmerge;
     DedupFigures figures;
     char *group_error;        /* control lock */

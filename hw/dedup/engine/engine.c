@@ -35,12 +35,12 @@ const char *dedup_state_str(DedupState state)
 
 /* ---- what the peers may ask, on their thread ---- */
 
-static bool peer_keyed_hash(void *opaque, uint32_t member_page,
-                            const uint8_t *secret, DedupHash128 *hash)
+static void peer_keyed_hashes(void *opaque, DedupOwnPage *pages, unsigned n,
+                              const uint8_t *secret)
 {
     DedupEngine *e = opaque;
 
-    return dedup_space_keyed_hash(e->space, member_page, secret, hash);
+    dedup_space_keyed_hashes(e->space, pages, n, secret);
 }
 
 static int peer_segment_fd(void *opaque, uint32_t gid, uint32_t page,
@@ -53,6 +53,20 @@ static int peer_segment_fd(void *opaque, uint32_t gid, uint32_t page,
            dedup_holding_fd(e->space, gid, page, secret, hash) : -1;
 }
 
+/* What was proven is about to be published: it need not be found again. */
+static void peer_proven(void *opaque, const DedupOwnPage *pages, unsigned n)
+{
+    DedupEngine *e = opaque;
+    uint64_t hashes[DEDUP_PEER_BATCH];
+
+    dedup_space_hashes(e->space, pages, n, dedup_scan_salt(e->scan), hashes);
+    for (unsigned i = 0; i < n; i++) {
+        if (hashes[i]) {
+            dedup_scan_tell(e->scan, pages[i].page, hashes[i]);
+        }
+    }
+}
+
 static bool is_stopping(void *opaque)
 {
     DedupEngine *e = opaque;
@@ -61,8 +75,9 @@ static bool is_stopping(void *opaque)
 }
 
 static const DedupGroupOps group_ops = {
-    .keyed_hash = peer_keyed_hash,
+    .keyed_hashes = peer_keyed_hashes,
     .segment_fd = peer_segment_fd,
+    .proven = peer_proven,
     .is_stopping = is_stopping,
 };
 
@@ -82,6 +97,7 @@ static void connect_parts(DedupEngine *e)
     e->figures.space = e->space;
     e->figures.room = &e->room;
     e->figures.scan = e->scan;
+    e->figures.pace = &e->pace;
 }
 
 DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
@@ -103,6 +119,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
                                                        : DEDUP_STATE_STOPPED);
     e->hostmem = dedup_hostmem_new("/proc");
     e->group = dedup_group_new(config->group_dir, error);
+    dedup_pace_init(&e->pace, e->group, e->hostmem);
     if (e->group) {
         e->space = dedup_space_new(e, error);
     }
@@ -130,6 +147,7 @@ void dedup_engine_free(DedupEngine *e)
     if (e->space) {
         dedup_space_free(e->space);
     }
+    dedup_pace_clear(&e->pace);
     dedup_hostmem_free(e->hostmem);
     dedup_figures_clear(&e->figures);
     dedup_control_clear(&e->control);
@@ -227,17 +245,21 @@ static void enter_state(DedupEngine *e, DedupState state)
 
 static void scan(DedupEngine *e, const DedupParams *params)
 {
+    uint32_t pages = dedup_pace_batch(&e->pace, params);
     DedupTally tally;
+    int64_t rest;
 
-    if (dedup_scan_batch(e->scan, params)) {
+    if (dedup_scan_batch(e->scan, params, pages)) {
         dedup_scan_end_pass(e->scan, &tally);
+        dedup_pace_pass(&e->pace, params, &tally);
         if (dedup_figures_pass(&e->figures, &tally)) {
             dedup_scan_upkeep(e->scan);
         }
     }
     dedup_figures_batch(&e->figures, false);
+    rest = dedup_pace_rest(&e->pace, params);
     dedup_control_wait(&e->control, has_regions(e) ?
-                       params->sleep_millisecs * 1000LL : -1);
+                       MIN(rest, dedup_scan_waits_us(e->scan)) : -1);
 }
 
 static void end_restore(DedupEngine *e, uint64_t left, GError *error)
@@ -298,7 +320,7 @@ void dedup_engine_run(DedupEngine *e)
             dedup_scan_abandon(e->scan);
         }
         enter_state(e, state);
-        if (!dedup_scan_is_waiting(e->scan) && dedup_space_reap(e->space)) {
+        if (dedup_space_reap(e->space)) {
             dedup_scan_drop_unused(e->scan); /* no pass may come by */
         }
         if (task == TASK_SCAN) {

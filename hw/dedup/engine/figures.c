@@ -24,10 +24,17 @@
 #include "figures.h"
 
 #define FIGURES_US (500 * 1000)
-/* They take about one part in so many of the scanner's time at most... */
-#define FIGURES_SHARE 20
+/* They take about one part in so many of the time at most... */
+#define FIGURES_SHARE 200
 /* ...but are not older than this. */
 #define FIGURES_MAX_US (10 * G_TIME_SPAN_SECOND)
+/*
+ * To count the process's maps the kernel writes a line for each.  So that is
+ * done again only after this time, or when we have made so many more, of the
+ * share that the process may have, or when something ran short.
+ */
+#define MAPS_US (30 * G_TIME_SPAN_SECOND)
+#define MAPS_SHARE 32
 
 /* ---- what the group is told ---- */
 
@@ -51,6 +58,7 @@ static void tell(DedupFigures *f)
     info.scanning = f->stats.state == DEDUP_STATE_SCANNING ||
                     f->stats.state == DEDUP_STATE_IDLE ||
                     f->stats.state == DEDUP_STATE_LIMITED;
+    info.cpu_wanted = dedup_pace_wants(f->pace);
     info.full_scans = f->stats.full_scans;
     info.overhead_bytes = f->overhead_bytes;
     g_mutex_unlock(&f->lock);
@@ -208,8 +216,17 @@ static void group_figures(DedupFigures *f, const Walk *w)
 
 static void count_maps(DedupFigures *f)
 {
-    uint64_t maps = dedup_hostmem_maps(f->hostmem);
+    int64_t now = g_get_monotonic_time();
+    uint64_t ours = dedup_space_maps(f->space);
+    uint64_t maps;
 
+    if (f->maps_us && now - f->maps_us < MAPS_US && !f->stats.limits &&
+        ours <= f->maps_then + f->stats.maps_limit / MAPS_SHARE) {
+        return;
+    }
+    f->maps_us = now;
+    f->maps_then = ours;
+    maps = dedup_hostmem_maps(f->hostmem);
     if (maps) { /* else it could not be counted: what was known is better */
         dedup_space_count_maps(f->space, maps);
     }

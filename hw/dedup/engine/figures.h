@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "engine.h"
+#include "scan/pace.h"
 #include "scan/scan.h"
 
 typedef struct DedupFigures {
@@ -20,12 +21,15 @@ typedef struct DedupFigures {
     DedupSpace *space;
     DedupRoom *room;
     DedupScan *scan;
+    const DedupPace *pace;
     GMutex lock;              /* the last one in the order */
     DedupStats stats;         /* what get_stats() returns; lock */
     uint64_t overhead_bytes;  /* metadata and maps that we bear; lock */
     unsigned idle_passes;     /* full passes in a row that found nothing */
     int64_t taken_us;         /* when the costly figures were last taken */
     int64_t pause_us;         /* and how long not again */
+    int64_t maps_us;          /* when the process's maps were counted */
+    uint64_t maps_then;       /* and how many of them were ours */
     int64_t judged_us;        /* when dedup_figures_pass() last said true */
     clockid_t cpu_clock;
     bool cpu_clock_valid;     /* atomic */

@@ -91,6 +91,7 @@ DedupRegion *dedup_region_add(DedupEngine *e, const DedupRegionInfo *info,
     }
     r = dedup_space_add(e->space, info, memo, dedup_memo_free, error);
     if (r) {
+        dedup_pace_hurry(&e->pace);
         dedup_control_kick(&e->control);
     }
     return r;

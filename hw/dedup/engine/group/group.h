@@ -46,7 +46,8 @@ typedef struct DedupGroup DedupGroup;
  */
 typedef struct DedupMemberInfo {
     uint32_t pid;
-    uint32_t scanning;        /* 1: it makes passes */
+    uint16_t scanning;        /* 1: it makes passes */
+    uint16_t cpu_wanted;      /* for that, in permille of a core */
     uint64_t pages_total;     /* of the RAM that it scans */
     uint64_t full_scans;
     uint64_t pages_merged;
@@ -64,20 +65,32 @@ typedef struct DedupSegmentUse {
     uint64_t pages[DEDUP_SEGMENT_PAGES / 64];  /* which segment pages */
 } DedupSegmentUse;
 
+/* A page of ours, of which others want to know whether we have it. */
+typedef struct DedupOwnPage {
+    uint32_t page;
+    bool is_there;            /* out */
+    DedupHash128 hash;        /* out, if it is */
+} DedupOwnPage;
+
 /* What the engine answers; for its peers, on the peer thread. */
 typedef struct DedupGroupOps {
     /*
-     * The keyed hash of own page @page into @hash; false if there is no such
-     * page or it is not present.  Must not populate memory (I7).
+     * The keyed hashes of pages of ours.  What does not exist, or is not
+     * present, is left as it is, not there.  Must not populate memory (I7).
      */
-    bool (*keyed_hash)(void *opaque, uint32_t page, const uint8_t *secret,
-                       DedupHash128 *hash);
+    void (*keyed_hashes)(void *opaque, DedupOwnPage *pages, unsigned n,
+                         const uint8_t *secret);
     /*
      * A duplicate of the fd of segment @gid and the keyed hash of its page
      * @page into @hash; -1 if there is no such segment or page.
      */
     int (*segment_fd)(void *opaque, uint32_t gid, uint32_t page,
                       const uint8_t *secret, DedupHash128 *hash);
+    /*
+     * Another member has the same as those of our pages that are there, and
+     * will publish it: it has been answered.  Or NULL.
+     */
+    void (*proven)(void *opaque, const DedupOwnPage *pages, unsigned n);
     /* Shall dedup_group_join() give up?  On the scanner's thread.  Or NULL. */
     bool (*is_stopping)(void *opaque);
 } DedupGroupOps;

@@ -173,34 +173,52 @@ static int serve_fetch(DedupPeerServer *s, Client *c, DedupMessage *m)
     return ret;
 }
 
+/* Which of our pages has the asker, too?  What he has not is not there. */
+static void compare_proofs(const DedupProofKey *key, const DedupMessage *m,
+                           DedupOwnPage *pages, DedupMessage *reply)
+{
+    for (unsigned i = 0; i < m->head.n; i++) {
+        uint8_t expected[DEDUP_PROOF_SIZE];
+
+        if (!pages[i].is_there) {
+            continue;
+        }
+        dedup_proof_value(key, DEDUP_PROOF_ASK, i, &pages[i].hash, expected);
+        if (memcmp(expected, m->ask[i].ask, DEDUP_PROOF_SIZE) == 0) {
+            reply->answer[i].yes = 1;
+            dedup_proof_value(key, DEDUP_PROOF_ANSWER, i, &pages[i].hash,
+                              reply->answer[i].answer);
+        } else {
+            pages[i].is_there = false;
+        }
+    }
+}
+
 static int serve_prove(DedupPeerServer *s, Client *c, DedupMessage *m)
 {
+    DedupOwnPage pages[DEDUP_PEER_BATCH];
     DedupMessage reply;
     DedupProofKey key;
+    int ret;
 
     memset(&reply, 0, sizeof(reply));
+    memset(pages, 0, sizeof(pages));
     reply.head.n = m->head.n;
     dedup_proof_key(&key, c->nonce, m->nonce, s->self);
     for (unsigned i = 0; i < m->head.n; i++) {
-        uint8_t expected[DEDUP_PROOF_SIZE];
-        DedupHash128 digest;
-
-        if (!s->ops.keyed_hash(s->opaque, m->ask[i].page, key.secret,
-                               &digest)) {
-            continue;
-        }
-        dedup_proof_value(&key, DEDUP_PROOF_ASK, i, &digest, expected);
-        if (memcmp(expected, m->ask[i].ask, DEDUP_PROOF_SIZE) == 0) {
-            reply.answer[i].yes = 1;
-            dedup_proof_value(&key, DEDUP_PROOF_ANSWER, i, &digest,
-                              reply.answer[i].answer);
-        }
+        pages[i].page = m->ask[i].page;
     }
+    s->ops.keyed_hashes(s->opaque, pages, m->head.n, key.secret);
+    compare_proofs(&key, m, pages, &reply);
     if (!next_nonce(c, &reply)) {
         return -EIO;
     }
-    return dedup_message_send(c->fd, &reply, DEDUP_MESSAGE_PROVE_REPLY, NULL,
-                              0);
+    ret = dedup_message_send(c->fd, &reply, DEDUP_MESSAGE_PROVE_REPLY, NULL,
+                             0);
+    if (s->ops.proven) {
+        s->ops.proven(s->opaque, pages, m->head.n);
+    }
+    return ret;
 }
 
 /* Returns false when the client is to be cut off. */

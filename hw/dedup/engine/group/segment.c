@@ -9,11 +9,11 @@
  * hugetlbfs cannot be mapped by 4 KiB).  After F_SEAL_WRITE the kernel also
  * refuses to punch holes, so no byte of it changes for anybody, ever (I2).
  *
- * A builder's pages are written with pwrite(): when there is no memory, that
- * is an error code, where a store to a mapping would be a SIGBUS (I9).  It is
- * also half the work of faulting each page in.  The mapping of the builder is
- * for reading only and private, so that it does not stand in the way of
- * F_SEAL_WRITE: it becomes the segment's.
+ * A builder's pages are written with pwrite(), some at a time: when there is no
+ * memory, that is an error code, where a store to a mapping would be a SIGBUS
+ * (I9).  It is also half the work of faulting each page in.  The mapping of
+ * the builder is for reading only and private, so that it does not stand in
+ * the way of F_SEAL_WRITE: it becomes the segment's.
  *
  * Thread: the scanner's.
  */
@@ -35,10 +35,15 @@
 #define ALL_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 #define MAX_SIZE (DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
 
+/* Pages that are written at a time. */
+#define STAGED_PAGES 16
+
 struct DedupBuilder {
     int fd;
     uint8_t *map;             /* of MAX_SIZE bytes, for reading */
-    unsigned count;
+    unsigned written;         /* pages of the file */
+    unsigned nstaged;         /* and those that come behind them */
+    uint8_t staged[STAGED_PAGES * DEDUP_PAGE_SIZE];
 };
 
 /* A view of a segment's file; MAP_FAILED and @error on failure. */
@@ -85,27 +90,35 @@ DedupBuilder *dedup_builder_new(GError **error)
     return b;
 }
 
-int dedup_builder_append(DedupBuilder *b, const void *page)
+/* False and errno: not all of it could be written. */
+static bool write_staged(DedupBuilder *b)
 {
+    size_t size = b->nstaged * DEDUP_PAGE_SIZE;
     ssize_t n;
 
     errno = ENOSPC;
-    if (b->count == DEDUP_SEGMENT_PAGES) {
+    n = size ? pwrite(b->fd, b->staged, size, b->written * DEDUP_PAGE_SIZE)
+             : 0;
+    b->nstaged = 0;
+    b->written += MAX(n, 0) / DEDUP_PAGE_SIZE;
+    return n == (ssize_t)size;
+}
+
+int dedup_builder_append(DedupBuilder *b, const void *page)
+{
+    if (dedup_builder_count(b) == DEDUP_SEGMENT_PAGES) {
+        errno = ENOSPC;
         return -1;
     }
-    n = pwrite(b->fd, page, DEDUP_PAGE_SIZE, b->count * DEDUP_PAGE_SIZE);
-    return n == DEDUP_PAGE_SIZE ? (int)b->count++ : -1;
+    memcpy(b->staged + b->nstaged++ * DEDUP_PAGE_SIZE, page,
+           DEDUP_PAGE_SIZE);
+    return b->nstaged < STAGED_PAGES || write_staged(b) ?
+           (int)dedup_builder_count(b) - 1 : -1;
 }
 
 unsigned dedup_builder_count(const DedupBuilder *b)
 {
-    return b->count;
-}
-
-const uint8_t *dedup_builder_page(const DedupBuilder *b, unsigned i)
-{
-    g_assert(i < b->count);
-    return b->map + i * DEDUP_PAGE_SIZE;
+    return b->written + b->nstaged;
 }
 
 void dedup_builder_free(DedupBuilder *b)
@@ -138,10 +151,15 @@ static DedupSegment *segment_new(int fd, uint8_t *map, uint32_t gid,
 DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
                                    GError **error)
 {
-    size_t size = b->count * DEDUP_PAGE_SIZE;
     DedupSegment *s = NULL;
+    size_t size;
 
-    if (b->count == 0) {
+    if (!write_staged(b) && b->written == 0) {
+        dedup_error_errno(error, "segment: cannot write to the memfd");
+        goto out;
+    }
+    size = b->written * DEDUP_PAGE_SIZE;
+    if (size == 0) {
         errno = ENODATA;
         dedup_error_errno(error, "segment: nothing to publish");
         goto out;
@@ -160,7 +178,7 @@ DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
     }
     /* its pages are all there; spares a fault for each 16 of them */
     madvise(b->map, size, MADV_POPULATE_READ);
-    s = segment_new(b->fd, b->map, gid, b->count);
+    s = segment_new(b->fd, b->map, gid, b->written);
     s->mine = true;
     b->fd = -1;
     b->map = NULL;

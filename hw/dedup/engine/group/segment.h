@@ -57,13 +57,17 @@ DedupBuilder *dedup_builder_new(GError **error);
 
 /*
  * Copies @page, which nobody changes meanwhile, to the end.  Returns its
- * number, or -1 and errno: ENOSPC when full, or when memory is short.
+ * number, or -1 and errno: ENOSPC when full, or when memory is short.  Pages
+ * are written some at a time: then the last few that were appended may be lost
+ * with it, and dedup_builder_count() says what is left.
  */
 int dedup_builder_append(DedupBuilder *b, const void *page);
 unsigned dedup_builder_count(const DedupBuilder *b);
-const uint8_t *dedup_builder_page(const DedupBuilder *b, unsigned i);
 
-/* Frees @b in any case.  Returns NULL and @error on failure. */
+/*
+ * Frees @b in any case.  Returns NULL and @error on failure; where memory is
+ * short the segment may be shorter than what was appended.
+ */
 DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
                                    GError **error);
 void dedup_builder_free(DedupBuilder *b);

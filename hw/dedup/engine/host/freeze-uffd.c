@@ -34,6 +34,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -157,7 +158,8 @@ int dedup_freeze_open(GError **error)
     struct uffdio_api api = {
         .api = UFFD_API,
         .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP |
-                    UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+                    UFFD_FEATURE_WP_HUGETLBFS_SHMEM |
+                    UFFD_FEATURE_MINOR_SHMEM,
     };
     int fd;
 
@@ -211,12 +213,11 @@ static bool uffd_protect_each(int uffd, uint8_t *addr, size_t len)
     return true;
 }
 
-static bool uffd_register(int uffd, void *addr, size_t len, bool missing)
+static bool uffd_register(int uffd, void *addr, size_t len, uint64_t mode)
 {
     struct uffdio_register reg = {
         .range = { .start = (uintptr_t)addr, .len = len },
-        .mode = UFFDIO_REGISTER_MODE_WP |
-                (missing ? UFFDIO_REGISTER_MODE_MISSING : 0),
+        .mode = UFFDIO_REGISTER_MODE_WP | mode,
     };
 
     return ioctl(uffd, UFFDIO_REGISTER, &reg) == 0;
@@ -229,7 +230,8 @@ bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing)
     if (DEDUP_MUTANT(NO_FREEZE)) {
         return true;
     }
-    if (!uffd_register(*uffd, addr, len, missing)) {
+    if (!uffd_register(*uffd, addr, len,
+                       missing ? UFFDIO_REGISTER_MODE_MISSING : 0)) {
         saved = errno;
         if (saved == ENOMEM) {
             /* some of its mappings may be registered already */
@@ -248,9 +250,20 @@ bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing)
     return false;
 }
 
-bool dedup_freeze_readers(int uffd, void *addr, size_t len)
+bool dedup_freeze_readers(int uffd, void *addr, size_t len, bool shared)
 {
-    return DEDUP_MUTANT(NO_FREEZE) || uffd_register(uffd, addr, len, true);
+    return DEDUP_MUTANT(NO_FREEZE) ||
+           uffd_register(uffd, addr, len,
+                         shared ? UFFDIO_REGISTER_MODE_MINOR
+                                : UFFDIO_REGISTER_MODE_MISSING);
+}
+
+bool dedup_freeze_is_waited_for(int uffd)
+{
+    /* as nobody reads events, each who waits is one */
+    struct pollfd pfd = { .fd = uffd, .events = POLLIN };
+
+    return poll(&pfd, 1, 0) == 1 && (pfd.revents & POLLIN);
 }
 
 void dedup_freeze_unprotect(int uffd, void *addr, size_t len)

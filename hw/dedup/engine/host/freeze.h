@@ -47,8 +47,12 @@ bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing);
 /*
  * Let a frozen range block readers of absent pages from here on, as @missing
  * does: for a caller that wants to read the range itself before that.
+ * @shared: of pages that are in the file, but not in the page table.
  */
-bool dedup_freeze_readers(int uffd, void *addr, size_t len);
+bool dedup_freeze_readers(int uffd, void *addr, size_t len, bool shared);
+
+/* Does anybody wait for a frozen range to be thawed? */
+bool dedup_freeze_is_waited_for(int uffd);
 
 /*
  * Let stores pass again, where there are pages; who waits goes on waiting.

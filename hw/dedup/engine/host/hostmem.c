@@ -316,14 +316,14 @@ uint64_t dedup_hostmem_total(DedupHostMem *m)
     return meminfo(m, "MemTotal");
 }
 
-/* Room below one cgroup's limit; UINT64_MAX if it has none. */
-static uint64_t level_room(DedupHostMem *m, int fd)
+/* Room below one cgroup's @limit; UINT64_MAX if it has none. */
+static uint64_t level_room(DedupHostMem *m, int fd, uint64_t *limit)
 {
     g_autofree char *limit_text = read_at(fd, m->v2 ? "memory.max" :
                                           "memory.limit_in_bytes");
     g_autofree char *usage_text = NULL;
     g_autofree char *stat = NULL;
-    uint64_t limit, usage, active = 0, inactive = 0;
+    uint64_t usage, active = 0, inactive = 0;
 
     if (!limit_text) {
         return is_absent(errno) ? UINT64_MAX : 0; /* the root has no file */
@@ -331,8 +331,8 @@ static uint64_t level_room(DedupHostMem *m, int fd)
     if (!g_ascii_isdigit(*limit_text)) {
         return UINT64_MAX; /* "max" */
     }
-    limit = g_ascii_strtoull(limit_text, NULL, 10);
-    if (limit >= INT64_MAX / 2) {
+    *limit = g_ascii_strtoull(limit_text, NULL, 10);
+    if (*limit >= INT64_MAX / 2) {
         return UINT64_MAX; /* version 1's "none": the largest page count */
     }
     usage_text = read_at(fd, m->v2 ? "memory.current" :
@@ -350,7 +350,7 @@ static uint64_t level_room(DedupHostMem *m, int fd)
     find_number(stat, m->v2 ? "inactive_file" : "total_inactive_file",
                 &inactive);
     usage -= MIN(usage, active + inactive);
-    return limit > usage ? limit - usage : 0;
+    return *limit > usage ? *limit - usage : 0;
 }
 
 void dedup_hostmem_cgroup_ids(DedupHostMem *m,
@@ -371,14 +371,15 @@ unsigned dedup_hostmem_cgroup_rooms(DedupHostMem *m, DedupCgroupRoom *rooms)
     g_mutex_lock(&m->lock);
     refresh_levels(m);
     for (unsigned i = 0; i < m->nlevels; i++) {
-        uint64_t bytes = level_room(m, m->level_fd[i]);
+        uint64_t limit = 0;
+        uint64_t bytes = level_room(m, m->level_fd[i], &limit);
 
         if (bytes != UINT64_MAX) {
-            rooms[n++] = (DedupCgroupRoom) { m->level_id[i], bytes };
+            rooms[n++] = (DedupCgroupRoom) { m->level_id[i], bytes, limit };
         }
     }
     if (m->unknown) {
-        rooms[n++] = (DedupCgroupRoom) { 0, 0 };
+        rooms[n++] = (DedupCgroupRoom) { 0 };
     }
     g_mutex_unlock(&m->lock);
     return n;

@@ -36,6 +36,7 @@ uint64_t dedup_hostmem_total(DedupHostMem *m);
 typedef struct DedupCgroupRoom {
     uint64_t id;              /* inode of its directory */
     uint64_t bytes;           /* until the limit */
+    uint64_t limit;
 } DedupCgroupRoom;
 
 /* The inodes of our cgroup and of those above it; 0 behind the last. */

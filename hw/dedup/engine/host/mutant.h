@@ -42,9 +42,12 @@ enum {
 extern int dedup_mutant;
 /* And-ed to every content hash: a forced collision (C21). */
 extern uint64_t dedup_hash_mask;
+/* Pages that are written again and again are merged again and again. */
+extern bool dedup_never_rests;
 /* Pause at the place where a mutant opens its race, in microseconds. */
 extern unsigned dedup_mutant_delay_us;
 #define DEDUP_MUTANT(n) (dedup_mutant == DEDUP_MUTANT_##n)
+#define DEDUP_NEVER_RESTS dedup_never_rests
 #define DEDUP_MUTANT_DELAY()                                            \
     do {                                                                \
         if (dedup_mutant_delay_us) {                                    \
@@ -94,6 +97,7 @@ extern bool (*dedup_fail_hook)(int what);
 #else
 static inline void dedup_mutants_init(void) { }
 #define DEDUP_FAIL(what) false
+#define DEDUP_NEVER_RESTS false
 #define DEDUP_MUTANT(n) false
 #define DEDUP_MUTANT_HOOK(stage) do { } while (0)
 #define DEDUP_MUTANT_DELAY() do { } while (0)

@@ -27,6 +27,7 @@
 #ifdef CONFIG_DEDUP_MUTANTS
 int dedup_mutant;
 uint64_t dedup_hash_mask = UINT64_MAX;
+bool dedup_never_rests;
 unsigned dedup_mutant_delay_us;
 void (*dedup_mutant_hook)(int stage);
 bool (*dedup_fail_hook)(int what);

@@ -22,9 +22,15 @@ typedef struct DedupRegion DedupRegion;
 
 /**
  * DEDUP_WINDOW_PAGES: the longest range, in pages, that is write-protected
- * at a time.
+ * at a time: a huge page of x86-64, which is protected as one.  How much of it
+ * is replaced at a time follows from how long writers may wait.
  */
-#define DEDUP_WINDOW_PAGES 64
+#define DEDUP_WINDOW_PAGES 512
+
+/**
+ * DEDUP_RESTORE_PAGES: likewise for a restore, which copies as well.
+ */
+#define DEDUP_RESTORE_PAGES 64
 
 /**
  * enum DedupState - what the engine is doing
@@ -123,6 +129,26 @@ typedef struct DedupRegionInfo {
 } DedupRegionInfo;
 
 /**
+ * enum DedupAdvisor - who says how fast to scan
+ * @DEDUP_ADVISOR_NONE: @pages_to_scan and @sleep_millisecs
+ * @DEDUP_ADVISOR_SCAN_TIME: at first as fast as @max_cpu allows; then slower,
+ *     until a pass takes @target_scan_s, as long as passes find little
+ * @DEDUP_ADVISOR_PRESSURE: the same, but the target follows how short memory
+ *     is: a few times as long while there is plenty, none when it is short
+ */
+typedef enum DedupAdvisor {
+    DEDUP_ADVISOR_NONE,
+    DEDUP_ADVISOR_SCAN_TIME,
+    DEDUP_ADVISOR_PRESSURE,
+} DedupAdvisor;
+
+/**
+ * DEDUP_PLENTY_FACTOR: how much longer a pass may take than @target_scan_s
+ * while there is plenty of memory.
+ */
+#define DEDUP_PLENTY_FACTOR 4
+
+/**
  * struct DedupParams - what may be changed while the engine runs
  * @run: scan and merge; false keeps what is merged
  * @pages_to_scan: pages per batch, at least 1
@@ -131,6 +157,15 @@ typedef struct DedupRegionInfo {
  * @huge_pages_split: split transparent huge pages that hold equal pages;
  *     false leaves them alone
  * @max_maps: share of vm.max_map_count that the process may use, in percent
+ * @advisor: what follows counts with one only
+ * @target_scan_s: how long a pass is to take in the end
+ * @max_cpu: CPU time of all members of the group together, in percent of a
+ *     core; 0: no limit
+ * @max_cpu_vm: of this member, likewise
+ * @min_pages: look at no fewer pages in @sleep_millisecs, however long the
+ *     target; 0: no limit
+ * @max_pages: nor at more, once passes are to take longer than they must;
+ *     0: no limit
  */
 typedef struct DedupParams {
     bool run;
@@ -139,6 +174,12 @@ typedef struct DedupParams {
     bool zero_pages;
     bool huge_pages_split;
     uint32_t max_maps;
+    DedupAdvisor advisor;
+    uint32_t target_scan_s;
+    uint32_t max_cpu;
+    uint32_t max_cpu_vm;
+    uint32_t min_pages;
+    uint32_t max_pages;
 } DedupParams;
 
 /**

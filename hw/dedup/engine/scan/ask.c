@@ -14,6 +14,7 @@
 #include "scan/ask.h"
 #include "scan/leave.h"
 #include "scan/publish.h"
+#include "scan/todo.h"
 
 /*
  * How often in a pass a segment is asked for in vain.  More than once, as
@@ -34,26 +35,29 @@ static void publish_proven(DedupScan *scan, const DedupRemote *remote,
                            const uint8_t *copy)
 {
     DedupDraft *d = &scan->publisher.draft[DEDUP_DRAFT_BETWEEN];
-    int index;
 
     if (!dedup_publish_ready(scan, d)) {
         dedup_publish_disclaim(scan, remote->region, remote->page,
                                remote->hash);
         return;
     }
-    index = dedup_publish_append(scan, d, remote->region, remote->page,
-                                 remote->hash, copy);
-    if (index >= 0) {
-        dedup_publish_wait(d, remote->region, remote->page, index);
+    if (dedup_publish_append(scan, d, remote->region, remote->page,
+                             remote->hash, copy)) {
+        dedup_todo_add(scan, remote->region, remote->page, remote->hash,
+                       true);
     }
 }
 
 /* Can this page be asked for?  @copy is what is to be proven then. */
 static bool prepare(DedupScan *scan, const DedupRemote *remote, uint8_t *copy)
 {
-    return !dedup_publish_pending(scan, remote->region, remote->page,
-                                  remote->hash) &&
-           copy_for_proof(scan, remote->region, remote->page, remote->hash,
+    if (dedup_publish_has(scan, remote->hash)) {
+        /* another page of ours came first */
+        dedup_todo_add(scan, remote->region, remote->page, remote->hash,
+                       true);
+        return false;
+    }
+    return copy_for_proof(scan, remote->region, remote->page, remote->hash,
                           copy) &&
            dedup_publish_claim(scan, remote->region, remote->page,
                                remote->hash, &remote->hint);

@@ -4,10 +4,10 @@
  *
  * The first place that sees a content leaves a hint.  The second copies the
  * page into a draft, in scan order, so that runs of guest pages become runs of
- * segment pages.  When the draft is full, or the pass ends, it is sealed, its
- * pages are announced in the index, and what waited for it is merged.  Until
- * then its pages are claimed there, so that no other member publishes the same
- * content meanwhile.
+ * segment pages.  When the draft is full, or the pass ends, it is sealed, and
+ * its pages are announced in the index, where who waits for them finds them
+ * (todo.h).  Until then they are claimed there, so that no other member
+ * publishes the same content meanwhile.
  *
  * What another member is said to have is published only after that member
  * proved that it has it (I10): ask.c.
@@ -30,19 +30,13 @@
 #include "host/mutant.h"
 #include "scan/leave.h"
 #include "scan/publish.h"
+#include "scan/todo.h"
 #include "space/array.h"
 
 #define BUFFER_BYTES (DEDUP_PROOF_PAGES * DEDUP_PAGE_SIZE)
 
 /* Room to leave in the cgroup for what is not guest RAM. */
 #define CGROUP_MARGIN (32ULL << 20)
-
-/* A page that waits for a draft. */
-typedef struct Pending {
-    DedupRegion *region;
-    uint32_t page;
-    uint16_t index;           /* page of the builder */
-} Pending;
 
 /* A page of the builder, to be announced when it is sealed. */
 typedef struct Announce {
@@ -103,14 +97,6 @@ bool dedup_publish_ready(DedupScan *scan, DedupDraft *d)
     return true;
 }
 
-void dedup_publish_wait(DedupDraft *d, DedupRegion *r, uint32_t page,
-                        unsigned index)
-{
-    Pending p = { .region = r, .page = page, .index = index };
-
-    g_array_append_val(d->pending, p);
-}
-
 /* A hint of ours about one of our pages, by its member page number. */
 static DedupHint own_hint(DedupScan *scan, DedupHintKind kind, uint32_t page,
                           uint64_t hash)
@@ -148,54 +134,58 @@ void dedup_publish_disclaim(DedupScan *scan, const DedupRegion *r,
     disclaim(scan, dedup_region_base(r) + page, hash);
 }
 
-int dedup_publish_append(DedupScan *scan, DedupDraft *d, const DedupRegion *r,
-                         uint32_t page, uint64_t hash, const void *content)
+/* What is behind the first @n pages is not in it after all. */
+static void cut_draft(DedupScan *scan, DedupDraft *d, unsigned n)
 {
-    Announce a = { .hash = hash, .page = dedup_region_base(r) + page };
-    int index = dedup_builder_append(d->builder, content);
+    for (unsigned i = n; i < d->announce->len; i++) {
+        const Announce *a = &g_array_index(d->announce, Announce, i);
 
-    if (index < 0) {
-        disclaim(scan, a.page, hash);
-        scan->limits |= DEDUP_LIMIT_MEMORY;
-        return -1;
+        disclaim(scan, a->page, a->hash);
+        g_hash_table_remove(d->hashes, GSIZE_TO_POINTER(a->hash));
     }
-    g_array_append_val(d->announce, a);
-    g_hash_table_insert(d->pending_hash, GSIZE_TO_POINTER(hash),
-                        GUINT_TO_POINTER(index + 1));
-    return index;
+    g_array_set_size(d->announce, MIN(n, d->announce->len));
 }
 
-bool dedup_publish_pending(DedupScan *scan, DedupRegion *r, uint32_t page,
-                           uint64_t hash)
+bool dedup_publish_append(DedupScan *scan, DedupDraft *d,
+                          const DedupRegion *r, uint32_t page, uint64_t hash,
+                          const void *content)
 {
-    for (unsigned k = 0; k < DEDUP_DRAFTS; k++) {
-        DedupDraft *d = &scan->publisher.draft[k];
-        unsigned index = GPOINTER_TO_UINT(g_hash_table_lookup(
-            d->pending_hash, GSIZE_TO_POINTER(hash)));
+    Announce a = { .hash = hash, .page = dedup_region_base(r) + page };
 
-        if (index && dedup_space_equals(r, page, dedup_builder_page(
-                                            d->builder, index - 1))) {
-            dedup_publish_wait(d, r, page, index - 1);
-            return true;
-        }
+    if (dedup_builder_append(d->builder, content) < 0) {
+        disclaim(scan, a.page, hash);
+        cut_draft(scan, d, dedup_builder_count(d->builder));
+        scan->limits |= DEDUP_LIMIT_MEMORY;
+        return false;
     }
-    return false;
+    g_array_append_val(d->announce, a);
+    g_hash_table_add(d->hashes, GSIZE_TO_POINTER(hash));
+    return true;
+}
+
+bool dedup_publish_has(DedupScan *scan, uint64_t hash)
+{
+    bool has = false;
+
+    for (unsigned k = 0; k < DEDUP_DRAFTS && !has; k++) {
+        has = g_hash_table_contains(scan->publisher.draft[k].hashes,
+                                    GSIZE_TO_POINTER(hash));
+    }
+    return has;
 }
 
 /* ---- two own pages ---- */
 
 /* It is published, but the hint does not say so: mend that. */
-static DedupPair mend_hint(DedupScan *scan, const DedupHolding *h,
-                           uint32_t page, uint64_t hash,
-                           const DedupHint *hint)
+static bool mend_hint(DedupScan *scan, const DedupHolding *h, uint32_t page,
+                      uint64_t hash, const DedupHint *hint)
 {
     DedupHint published = dedup_scan_published(h->segment, page);
 
     return h->segment->gid && !dedup_leave_note(scan, h)->leaving &&
            dedup_page_hash(dedup_segment_page(h->segment, page),
                            scan->salt) == hash &&
-           dedup_index_replace(scan->index, hash, hint, &published) ?
-           DEDUP_PAIR_EQUAL : DEDUP_PAIR_STALE;
+           dedup_index_replace(scan->index, hash, hint, &published);
 }
 
 static void publish_copy(DedupScan *scan, DedupRegion *r, uint32_t page,
@@ -203,11 +193,10 @@ static void publish_copy(DedupScan *scan, DedupRegion *r, uint32_t page,
                          const uint8_t *copy)
 {
     DedupDraft *d = &scan->publisher.draft[DEDUP_DRAFT_WITHIN];
-    int index = dedup_publish_append(scan, d, r, page, hash, copy);
 
-    if (index >= 0) {
-        dedup_publish_wait(d, r2, page2, index);
-        dedup_publish_wait(d, r, page, index);
+    if (dedup_publish_append(scan, d, r, page, hash, copy)) {
+        dedup_todo_add(scan, r2, page2, hash, true);
+        dedup_todo_add(scan, r, page, hash, true);
     }
 }
 
@@ -226,7 +215,11 @@ DedupPair dedup_publish_pair(DedupScan *scan, DedupRegion *r, uint32_t page,
     switch (dedup_space_relate(r, page, r2, page2, copy, scan->salt, &other,
                                &h, &index)) {
     case DEDUP_PAGES_MERGED:
-        return mend_hint(scan, h, index, hash, hint);
+        if (!mend_hint(scan, h, index, hash, hint)) {
+            return DEDUP_PAIR_STALE;
+        }
+        dedup_todo_add(scan, r, page, hash, true);
+        return DEDUP_PAIR_EQUAL;
     case DEDUP_PAGES_SAME:
         if (dedup_page_hash(copy, scan->salt) != hash) {
             return DEDUP_PAIR_STALE;
@@ -247,45 +240,10 @@ DedupPair dedup_publish_pair(DedupScan *scan, DedupRegion *r, uint32_t page,
 
 /* ---- the end of a draft ---- */
 
-static int compare_pending(const void *a, const void *b)
-{
-    const Pending *x = a;
-    const Pending *y = b;
-    int regions = dedup_region_compare(x->region, y->region);
-
-    return regions ? regions : x->page < y->page ? -1 : x->page > y->page;
-}
-
-/* Merge everything that waited for the segment, in address order. */
-static void merge_pending(DedupScan *scan, DedupDraft *d, DedupHolding *h)
-{
-    Pending *p = (Pending *)d->pending->data;
-    DedupAction actions[DEDUP_WINDOW_PAGES];
-    unsigned n = 0;
-
-    g_array_sort(d->pending, compare_pending);
-    for (unsigned i = 0; i < d->pending->len; i++) {
-        /* a page may wait twice: found by another page, then scanned itself */
-        bool again = i && p[i].region == p[i - 1].region &&
-                     p[i].page == p[i - 1].page;
-
-        if (!again) {
-            actions[n++] = (DedupAction) {
-                .page = p[i].page, .holding = h, .index = p[i].index,
-            };
-        }
-        if (n && (n == DEDUP_WINDOW_PAGES || i + 1 == d->pending->len ||
-                  p[i + 1].region != p[i].region)) {
-            scan->found += dedup_space_windows(p[i].region, actions, n,
-                                               &scan->limits);
-            n = 0;
-        }
-    }
-}
-
 static void announce(DedupScan *scan, DedupDraft *d,
                      const DedupSegment *segment)
 {
+    cut_draft(scan, d, segment->npages);
     for (unsigned i = 0; i < d->announce->len; i++) {
         const Announce *a = &g_array_index(d->announce, Announce, i);
         DedupHint old = own_hint(scan, DEDUP_HINT_CLAIMED, a->page, a->hash);
@@ -303,14 +261,8 @@ static void announce(DedupScan *scan, DedupDraft *d,
 static void forget_draft(DedupScan *scan, DedupDraft *d)
 {
     dedup_builder_free(g_steal_pointer(&d->builder));
-    for (unsigned i = 0; i < d->announce->len; i++) {
-        const Announce *a = &g_array_index(d->announce, Announce, i);
-
-        disclaim(scan, a->page, a->hash);
-    }
-    g_array_set_size(d->pending, 0);
-    g_array_set_size(d->announce, 0);
-    g_hash_table_remove_all(d->pending_hash);
+    cut_draft(scan, d, 0);
+    g_hash_table_remove_all(d->hashes);
 }
 
 /*
@@ -343,13 +295,11 @@ static DedupSegment *finish_draft(DedupScan *scan, DedupDraft *d)
 
 static void seal_draft(DedupScan *scan, DedupDraft *d)
 {
-    DedupSegment *segment = d->pending->len ? finish_draft(scan, d) : NULL;
+    DedupSegment *segment = d->announce->len ? finish_draft(scan, d) : NULL;
 
     if (segment) {
-        DedupHolding *h = dedup_holding_add(scan->space, segment);
-
+        dedup_holding_add(scan->space, segment);
         announce(scan, d, segment);
-        merge_pending(scan, d, h);
     }
     forget_draft(scan, d);
 }
@@ -366,16 +316,7 @@ void dedup_scan_abandon(DedupScan *scan)
     for (unsigned k = 0; k < DEDUP_DRAFTS; k++) {
         forget_draft(scan, &scan->publisher.draft[k]);
     }
-}
-
-bool dedup_scan_is_waiting(const DedupScan *scan)
-{
-    bool any = false;
-
-    for (unsigned k = 0; k < DEDUP_DRAFTS; k++) {
-        any |= scan->publisher.draft[k].pending->len > 0;
-    }
-    return any;
+    dedup_todo_forget(scan);
 }
 
 /* ---- life ---- */
@@ -392,9 +333,8 @@ bool dedup_publish_init(DedupScan *scan, GError **error)
     }
     for (unsigned k = 0; k < DEDUP_DRAFTS; k++) {
         p->draft[k] = (DedupDraft) {
-            .pending = g_array_new(false, false, sizeof(Pending)),
             .announce = g_array_new(false, false, sizeof(Announce)),
-            .pending_hash = g_hash_table_new(NULL, NULL),
+            .hashes = g_hash_table_new(NULL, NULL),
         };
     }
     p->failed = g_hash_table_new(NULL, NULL);
@@ -407,9 +347,8 @@ void dedup_publish_clear(DedupScan *scan)
 
     dedup_scan_abandon(scan);
     for (unsigned k = 0; k < DEDUP_DRAFTS; k++) {
-        g_array_free(p->draft[k].pending, true);
         g_array_free(p->draft[k].announce, true);
-        g_hash_table_destroy(p->draft[k].pending_hash);
+        g_hash_table_destroy(p->draft[k].hashes);
     }
     g_hash_table_destroy(p->failed);
     dedup_array_free(p->buffer, BUFFER_BYTES);

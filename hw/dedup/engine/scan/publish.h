@@ -35,18 +35,14 @@ void dedup_publish_disclaim(DedupScan *scan, const DedupRegion *r,
                             uint32_t page, uint64_t hash);
 
 /*
- * The contents of a page that is claimed become part of the draft.  Returns
- * their number, or -1: there is no memory for them, and the claim is off.
+ * The contents of a page that is claimed become part of the draft.  False:
+ * there is no memory for them, and the claim is off.
  */
-int dedup_publish_append(DedupScan *scan, DedupDraft *d, const DedupRegion *r,
-                         uint32_t page, uint64_t hash, const void *content);
-/* The page waits for the draft, to be merged with page @index of it. */
-void dedup_publish_wait(DedupDraft *d, DedupRegion *r, uint32_t page,
-                        unsigned index);
-
-/* Is the content in a draft?  Then the page waits for it. */
-bool dedup_publish_pending(DedupScan *scan, DedupRegion *r, uint32_t page,
-                           uint64_t hash);
+bool dedup_publish_append(DedupScan *scan, DedupDraft *d,
+                          const DedupRegion *r, uint32_t page, uint64_t hash,
+                          const void *content);
+/* Is that content in a draft? */
+bool dedup_publish_has(DedupScan *scan, uint64_t hash);
 
 /* What a hint to another own page was worth. */
 typedef enum DedupPair {
@@ -55,12 +51,12 @@ typedef enum DedupPair {
     DEDUP_PAIR_COLLIDES,      /* other contents, which the hint is right for */
 } DedupPair;
 
-/* Publish two own pages if they are equal. */
+/* Publish two own pages if they are equal; both are to be merged then. */
 DedupPair dedup_publish_pair(DedupScan *scan, DedupRegion *r, uint32_t page,
                              DedupRegion *r2, uint32_t page2, uint64_t hash,
                              const DedupHint *hint);
 
-/* Seal what is there, announce it, merge onto it. */
+/* Seal what is there, and announce it. */
 void dedup_publish_seal(DedupScan *scan);
 
 #endif /* DEDUP_PUBLISH_H */

@@ -26,9 +26,8 @@ typedef enum DedupDraftKind {
 
 typedef struct DedupDraft {
     DedupBuilder *builder;    /* NULL: nothing yet */
-    GArray *pending;          /* of DedupPending: pages that wait for it */
-    GArray *announce;         /* of DedupAnnounce, by builder page */
-    GHashTable *pending_hash; /* hash -> builder page + 1 */
+    GArray *announce;         /* of Announce, by builder page */
+    GHashTable *hashes;       /* of what is in it */
 } DedupDraft;
 
 /* publish.c, ask.c */
@@ -37,6 +36,17 @@ typedef struct DedupPublisher {
     uint8_t *buffer;          /* DEDUP_PROOF_PAGES pages: copies */
     GHashTable *failed;       /* gid -> how often nobody gave it to us */
 } DedupPublisher;
+
+/* todo.c */
+typedef struct DedupTodo {
+    GArray *tasks;            /* of DedupTask */
+    unsigned kept;            /* of them, that could not be done last time */
+    DedupAction *actions;     /* work space: a chunk's */
+    int64_t since_us;         /* atomic: when the first of the others came */
+    int64_t last_us;          /* atomic: and when the last */
+    GMutex lock;              /* of what follows; none is taken with it */
+    GArray *told;             /* of DedupTask: by other members */
+} DedupTodo;
 
 /* What is known of a holding; leave.c. */
 typedef struct DedupNote {
@@ -78,11 +88,17 @@ struct DedupScan {
     DedupPlace place;
     uint32_t at;              /* member page number; atomic */
     uint64_t pages;           /* hashed; atomic */
+    uint8_t pass;             /* its number; wraps */
+    DedupMemoClock clock;     /* when it began */
     uint64_t found;           /* in this pass */
+    uint64_t pages_before;    /* hashed, before this pass */
+    uint64_t work;            /* of this pass, in pages hashed / LOOK_SHARE */
     unsigned limits;          /* in this pass */
     int64_t start_us;         /* of this pass */
+    int64_t now_us;           /* when this chunk was begun */
     struct DedupChunk *chunk; /* scan.c's work space */
     DedupPublisher publisher;
+    DedupTodo todo;
     DedupLeave leave;
     DedupUpkeep upkeep;
 };

@@ -10,7 +10,8 @@
  *             the pass before (memo.c).
  *   decide    each hash is looked up.  The answer is a hint (see index.h) and
  *             decides only what is tried.
- *   act       windows, and what has to be published first (publish.c).
+ *   act       what has to be published goes to a draft (publish.c), and what
+ *             can be merged, or will be, becomes a task (todo.h).
  *
  * As in KSM, a page that is already published is merged at first sight,
  * while a page that changed since the last pass ("volatile") is not worth a
@@ -22,7 +23,9 @@
 
 #include "scan/ask.h"
 #include "scan/leave.h"
+#include "scan/merge.h"
 #include "scan/publish.h"
+#include "scan/todo.h"
 #include "scan/upkeep.h"
 
 /* Looking at a page costs this much less than hashing it. */
@@ -34,6 +37,7 @@ typedef struct Page {
     bool stable;
     bool zero;
     bool broken;
+    bool settles;             /* nobody else has what it was changed to */
     uint64_t hash;
 } Page;
 
@@ -42,8 +46,7 @@ struct DedupChunk {
     DedupMemo *memo;
     Page pages[DEDUP_CHUNK_PAGES];
     unsigned npages;
-    DedupAction actions[DEDUP_CHUNK_PAGES];
-    unsigned nactions;
+    unsigned broke;           /* merged pages that were written meanwhile */
     DedupRemote remotes[DEDUP_PROOF_PAGES];
     unsigned nremotes;
 };
@@ -52,14 +55,23 @@ typedef struct DedupChunk Chunk;
 
 /* ---- look ---- */
 
-static void see(void *opaque, uint32_t page, const void *content, bool broken)
+static void see(void *opaque, uint32_t page, const void *content,
+                bool broken, bool breaks)
 {
     DedupScan *scan = opaque;
     Chunk *c = scan->chunk;
-    Page *p = &c->pages[c->npages++];
+    Page *p;
 
+    if (breaks) {
+        dedup_memo_broke(c->memo, page);
+        c->broke++;
+    }
+    if (!dedup_memo_is_due(c->memo, page, &scan->clock)) {
+        return;
+    }
+    p = &c->pages[c->npages++];
     p->page = page;
-    p->broken = broken;
+    p->broken = p->settles = broken;
     p->zero = dedup_page_is_zero(content);
     p->hash = p->zero ? 0 : dedup_page_hash(content, scan->salt);
     p->stable = dedup_memo_see(c->memo, page, p->hash);
@@ -71,6 +83,7 @@ static void see(void *opaque, uint32_t page, const void *content, bool broken)
 /* False: nothing may be done here now. */
 static bool look(DedupScan *scan, Chunk *c)
 {
+    uint32_t chunk = scan->place.first / DEDUP_CHUNK_PAGES;
     DedupSeen seen;
 
     if (!dedup_space_look(scan->space, &scan->place, &seen, see, scan)) {
@@ -79,11 +92,12 @@ static bool look(DedupScan *scan, Chunk *c)
     c->memo->counting.pinned += seen.pinned;
     c->memo->counting.swapped += seen.swapped;
     c->memo->counting.huge_kept += seen.huge_kept;
+    dedup_memo_judge(c->memo, chunk, scan->clock.now, seen.kept, c->broke);
     if (seen.is_empty) {
-        dedup_memo_forget(c->memo, scan->place.first / DEDUP_CHUNK_PAGES, 1);
+        dedup_memo_forget(c->memo, chunk, 1);
     }
     __atomic_fetch_add(&scan->pages, c->npages, __ATOMIC_RELAXED);
-    return true;
+    return !dedup_memo_rests(c->memo, chunk, scan->clock.now);
 }
 
 /* ---- decide ---- */
@@ -92,23 +106,13 @@ static bool look(DedupScan *scan, Chunk *c)
 typedef struct Verdict {
     enum {
         VERDICT_NONE,         /* nothing: it changes, or waits already */
-        VERDICT_MERGE,        /* with a page of a holding */
+        VERDICT_MERGE,        /* with a page that is published */
         VERDICT_SHARE,        /* with who else has it, or it gets a hint */
     } kind;
-    DedupHolding *holding;
-    uint16_t index;
     DedupHint hits[DEDUP_INDEX_HITS];
     unsigned nhits;
     const DedupHint *stale;   /* one of them that leads nowhere */
 } Verdict;
-
-/* The index compares only a part of the hash; this is all of it. */
-static bool has_hash(const DedupScan *scan, const DedupHolding *h,
-                     uint32_t page, uint64_t hash)
-{
-    return dedup_page_hash(dedup_segment_page(h->segment, page),
-                           scan->salt) == hash;
-}
 
 /* A published page of the content? */
 static bool is_published(DedupScan *scan, const Chunk *c, const Page *p,
@@ -125,9 +129,7 @@ static bool is_published(DedupScan *scan, const Chunk *c, const Page *p,
         h = dedup_ask_holding(scan, c->r, p->page, p->hash, hit, &stale);
         if (stale || (h && hit->page >= h->segment->npages)) {
             v->stale = hit;
-        } else if (h && has_hash(scan, h, hit->page, p->hash)) {
-            v->holding = h;
-            v->index = hit->page;
+        } else if (h && dedup_merge_is_right(c->r, p->page, h, hit->page)) {
             return true;
         }
     }
@@ -141,11 +143,8 @@ static void decide(DedupScan *scan, const Chunk *c, const Page *p, Verdict *v)
     v->nhits = dedup_index_lookup(scan->index, p->hash, v->hits);
     if (is_published(scan, c, p, v)) {
         v->kind = VERDICT_MERGE;
-    } else if (!p->stable ||
-               dedup_publish_pending(scan, c->r, p->page, p->hash)) {
-        v->kind = VERDICT_NONE;
     } else {
-        v->kind = VERDICT_SHARE;
+        v->kind = p->stable ? VERDICT_SHARE : VERDICT_NONE;
     }
 }
 
@@ -167,7 +166,11 @@ static DedupPair try_own(DedupScan *scan, Chunk *c, const Page *p,
     uint32_t page2;
 
     if (hint->kind == DEDUP_HINT_CLAIMED) {
-        return DEDUP_PAIR_STALE; /* what we claimed came to nothing */
+        if (!dedup_publish_has(scan, p->hash)) {
+            return DEDUP_PAIR_STALE; /* what we claimed came to nothing */
+        }
+        dedup_todo_add(scan, c->r, p->page, p->hash, true);
+        return DEDUP_PAIR_EQUAL;
     }
     if (hint->page == dedup_region_base(c->r) + p->page) {
         return DEDUP_PAIR_EQUAL; /* most often: nobody else has it */
@@ -194,8 +197,10 @@ static DedupPair try_member(DedupScan *scan, Chunk *c, const Page *p,
         if (c->nremotes == DEDUP_PROOF_PAGES) {
             ask_remotes(scan, c);
         }
+    } else {
+        /* claimed: it will be published */
+        dedup_todo_add(scan, c->r, p->page, p->hash, true);
     }
-    /* claimed: it is published by the time of the next pass */
     return DEDUP_PAIR_EQUAL;
 }
 
@@ -229,15 +234,14 @@ static void share(DedupScan *scan, Chunk *c, const Page *p, Verdict *v)
     }
 }
 
-static void act(DedupScan *scan, Chunk *c, const Page *p, Verdict *v)
+static void act(DedupScan *scan, Chunk *c, Page *p, Verdict *v)
 {
     switch (v->kind) {
     case VERDICT_NONE:
         break;
     case VERDICT_MERGE:
-        c->actions[c->nactions++] = (DedupAction) {
-            .page = p->page, .holding = v->holding, .index = v->index,
-        };
+        dedup_todo_add(scan, c->r, p->page, p->hash, p->stable);
+        p->settles = false;
         break;
     case VERDICT_SHARE:
         share(scan, c, p, v);
@@ -245,33 +249,11 @@ static void act(DedupScan *scan, Chunk *c, const Page *p, Verdict *v)
     }
 }
 
-static void act_on_zero(DedupScan *scan, Chunk *c, const Page *p)
+static void act_on_zero(DedupScan *scan, Chunk *c, Page *p)
 {
-    DedupAction a = { 0 };
-
-    if (p->stable && scan->now.zero_pages &&
-        dedup_space_zero_action(c->r, p->page, &a, &scan->limits)) {
-        c->actions[c->nactions++] = a;
-    }
-}
-
-/* A page that was merged counts neither as unshared nor as volatile. */
-static void uncount(Chunk *c)
-{
-    unsigned i = 0;
-
-    for (unsigned a = 0; a < c->nactions; a++) {
-        if (!c->actions[a].done) {
-            continue;
-        }
-        while (c->pages[i].page != c->actions[a].page) {
-            i++;
-        }
-        if (c->pages[i].stable) {
-            c->memo->counting.unshared--;
-        } else {
-            c->memo->counting.volatiles--;
-        }
+    if (p->stable && scan->now.zero_pages) {
+        dedup_todo_add_zero(scan, c->r, p->page);
+        p->settles = false;
     }
 }
 
@@ -285,12 +267,12 @@ static void settle_broken(Chunk *c)
         const Page *p = &c->pages[i];
         uint32_t n = 1;
 
-        if (!p->broken || !p->stable) {
+        if (!p->settles || !p->stable) {
             continue;
         }
         while (i + 1 < c->npages && c->pages[i + 1].page == p->page + n &&
-               c->pages[i + 1].broken && c->pages[i + 1].stable &&
-               n < DEDUP_WINDOW_PAGES) {
+               c->pages[i + 1].settles && c->pages[i + 1].stable &&
+               n < DEDUP_RESTORE_PAGES) {
             n++;
             i++;
         }
@@ -302,12 +284,13 @@ static void scan_chunk(DedupScan *scan, Chunk *c)
 {
     Verdict v;
 
-    c->npages = c->nactions = c->nremotes = 0;
+    c->npages = c->nremotes = c->broke = 0;
+    scan->now_us = g_get_monotonic_time();
     if (!look(scan, c)) {
         return;
     }
     for (unsigned i = 0; i < c->npages; i++) {
-        const Page *p = &c->pages[i];
+        Page *p = &c->pages[i];
 
         if (p->zero) {
             act_on_zero(scan, c, p);
@@ -317,11 +300,6 @@ static void scan_chunk(DedupScan *scan, Chunk *c)
         }
     }
     ask_remotes(scan, c);
-    if (c->nactions) {
-        scan->found += dedup_space_windows(c->r, c->actions, c->nactions,
-                                           &scan->limits);
-        uncount(c);
-    }
     settle_broken(c);
 }
 
@@ -338,6 +316,7 @@ static bool go_on(DedupScan *scan, int64_t most)
     }
     c->r = place->region;
     c->memo = dedup_region_memo(c->r);
+    c->memo->begun += scan->at <= dedup_region_base(c->r);
     if (place->skipped) {
         dedup_memo_forget(c->memo, (place->first + DEDUP_CHUNK_PAGES - 1) /
                           DEDUP_CHUNK_PAGES - place->skipped,
@@ -348,9 +327,11 @@ static bool go_on(DedupScan *scan, int64_t most)
     return true;
 }
 
-bool dedup_scan_batch(DedupScan *scan, const DedupParams *params)
+bool dedup_scan_batch(DedupScan *scan, const DedupParams *params,
+                      uint32_t pages)
 {
-    int64_t left = (int64_t)params->pages_to_scan * LOOK_SHARE;
+    int64_t all = (int64_t)pages * LOOK_SHARE;
+    int64_t left = all;
     Chunk *c = scan->chunk;
     bool ended = false;
 
@@ -372,9 +353,14 @@ bool dedup_scan_batch(DedupScan *scan, const DedupParams *params)
                              __ATOMIC_RELAXED);
             left -= scan->place.n + (int64_t)c->npages * (LOOK_SHARE - 1);
         }
+        if (dedup_scan_waits_us(scan) == 0) {
+            dedup_merge_run(scan);
+        }
     }
+    scan->work += all - left;
     if (ended) {
         dedup_publish_seal(scan);
+        dedup_merge_run(scan);
     }
     return ended;
 }
@@ -388,6 +374,8 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
     *tally = (DedupTally) {
         .found = scan->found, .limits = scan->limits,
         .us = now - scan->start_us,
+        .hashed = scan->pages - scan->pages_before,
+        .work = scan->work / LOOK_SHARE,
     };
     while ((r = dedup_space_next(scan->space, at))) {
         DedupMemo *memo = dedup_region_memo(r);
@@ -399,8 +387,14 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
     }
     scan->upkeep.was_full = scan->limits & DEDUP_LIMIT_INDEX;
     scan->found = 0;
+    scan->work = 0;
+    scan->pages_before = scan->pages;
     scan->limits = 0;
     scan->start_us = now;
+    scan->pass++;
+    scan->clock = (DedupMemoClock) {
+        .before = scan->clock.now, .now = now / G_TIME_SPAN_SECOND,
+    };
     __atomic_store_n(&scan->at, 0, __ATOMIC_RELAXED);
 }
 
@@ -426,6 +420,11 @@ uint32_t dedup_scan_at(const DedupScan *scan)
     return __atomic_load_n(&scan->at, __ATOMIC_RELAXED);
 }
 
+uint64_t dedup_scan_salt(const DedupScan *scan)
+{
+    return scan->salt;
+}
+
 uint64_t dedup_scan_pages(const DedupScan *scan)
 {
     return __atomic_load_n(&scan->pages, __ATOMIC_RELAXED);
@@ -444,9 +443,12 @@ DedupScan *dedup_scan_new(DedupSpace *space, DedupGroup *group,
     scan->control = control;
     scan->room = room;
     scan->chunk = g_new0(Chunk, 1);
+    scan->clock.now = g_get_monotonic_time() / G_TIME_SPAN_SECOND;
     dedup_leave_init(scan);
+    dedup_todo_init(scan);
     dedup_upkeep_init(scan);
     if (!dedup_publish_init(scan, error)) {
+        dedup_todo_clear(scan);
         dedup_leave_clear(scan);
         g_free(scan->chunk);
         g_free(scan);
@@ -458,6 +460,7 @@ DedupScan *dedup_scan_new(DedupSpace *space, DedupGroup *group,
 void dedup_scan_free(DedupScan *scan)
 {
     dedup_publish_clear(scan);
+    dedup_todo_clear(scan);
     dedup_leave_clear(scan);
     g_free(scan->chunk);
     g_free(scan);
@@ -465,7 +468,8 @@ void dedup_scan_free(DedupScan *scan)
 
 uint64_t dedup_scan_bytes(DedupScan *scan)
 {
-    uint64_t bytes = sizeof(*scan) + sizeof(Chunk) + dedup_publish_bytes(scan);
+    uint64_t bytes = sizeof(*scan) + sizeof(Chunk) +
+                     dedup_publish_bytes(scan) + dedup_todo_bytes(scan);
     DedupRegion *r;
     uint32_t at = 0;
 

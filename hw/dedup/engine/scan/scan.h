@@ -36,15 +36,18 @@ bool dedup_scan_join(DedupScan *scan, const DedupGroupOps *ops, void *opaque,
 bool dedup_scan_has_lost_group(DedupScan *scan);
 
 /*
- * Scan about as many pages as @params says.  True: that was the end of a pass;
- * then dedup_scan_end_pass() is due.
+ * Scan about @pages.  True: that was the end of a pass; then
+ * dedup_scan_end_pass() is due.
  */
-bool dedup_scan_batch(DedupScan *scan, const DedupParams *params);
+bool dedup_scan_batch(DedupScan *scan, const DedupParams *params,
+                      uint32_t pages);
 
 /* What a pass has counted. */
 typedef struct DedupTally {
     DedupCounts counts;
     uint64_t found;           /* pages merged or dropped */
+    uint64_t hashed;
+    uint64_t work;            /* what it was, in pages hashed */
     unsigned limits;          /* DedupLimit bits */
     int64_t us;               /* how long it took */
 } DedupTally;
@@ -55,10 +58,21 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally);
 /* DedupLimit bits of the pass that is under way. */
 unsigned dedup_scan_limits(const DedupScan *scan);
 
-/* Do pages wait for a segment that is not sealed yet? */
-bool dedup_scan_is_waiting(const DedupScan *scan);
-/* Forget what waits. */
+/* Forget what was found, but not done yet. */
 void dedup_scan_abandon(DedupScan *scan);
+
+/*
+ * Another member publishes what is in that page of ours, of which this is the
+ * hash: it can be merged soon.  Any thread.
+ */
+void dedup_scan_tell(DedupScan *scan, uint32_t member_page, uint64_t hash);
+/*
+ * In how many us something is to be done that was found, or told; INT64_MAX:
+ * there is nothing.  Then a batch is due, however slow the pace.
+ */
+int64_t dedup_scan_waits_us(const DedupScan *scan);
+/* What other members call a page's hash; any thread, while joined. */
+uint64_t dedup_scan_salt(const DedupScan *scan);
 
 /*
  * What is to be done when the costly figures are new: leave holdings that cost

@@ -108,7 +108,7 @@ int dedup_holding_fd(DedupSpace *space, uint32_t gid, uint32_t page,
     DedupHolding *h;
     int fd = -1;
 
-    dedup_space_lock(space);
+    dedup_space_lock_to_read(space);
     h = dedup_holding_find(space, gid);
     if (h && page < h->segment->npages) {
         *hash = dedup_page_keyed_hash(dedup_segment_page(h->segment, page),

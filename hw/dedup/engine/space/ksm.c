@@ -42,6 +42,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "host/clock.h"
 #include "host/mutant.h"
 #include "host/pagemap.h"
 #include "space/ksm.h"
@@ -49,6 +50,11 @@
 #include "space/need.h"
 #include "space/presence.h"
 
+/*
+ * How often to read ksm_stat: the kernel walks over all mappings for it, and
+ * ksmd merges little in that time.
+ */
+#define STAT_NS (50 * INT64_C(1000000))
 /* Of the room, what windows that fail may take from KSM until the next look. */
 #define FAILED_SHARE 8
 #define FAILED_MOST (64ULL << 20)
@@ -77,10 +83,16 @@ static uint64_t figure(const char *text, const char *name)
 
 static void read_stat(DedupSpace *space)
 {
+    int64_t now = dedup_now_ns();
     DedupKsm *k = &space->ksm;
     char text[512];
-    ssize_t n = pread(k->stat_fd, text, sizeof(text) - 1, 0);
+    ssize_t n;
 
+    if (k->known && now - k->read_ns < STAT_NS) {
+        return;
+    }
+    k->read_ns = now;
+    n = pread(k->stat_fd, text, sizeof(text) - 1, 0);
     __atomic_store_n(&k->known, n > 0, __ATOMIC_RELAXED);
     if (n <= 0) {
         return;

@@ -7,7 +7,7 @@
 #include "space/check.h"
 #include "space/space-internal.h"
 
-void dedup_space_lock(DedupSpace *space)
+void dedup_space_lock_to_read(DedupSpace *space)
 {
     DedupSpaceLock *l = &space->lock;
 
@@ -15,7 +15,12 @@ void dedup_space_lock(DedupSpace *space)
     g_mutex_lock(&l->mutex);
     g_mutex_unlock(&l->turn);
     __atomic_store_n(&l->holder, g_thread_self(), __ATOMIC_RELAXED);
-    l->strangers += g_thread_self() != l->scanner;
+}
+
+void dedup_space_lock(DedupSpace *space)
+{
+    dedup_space_lock_to_read(space);
+    space->lock.strangers += g_thread_self() != space->lock.scanner;
 }
 
 void dedup_space_unlock(DedupSpace *space)

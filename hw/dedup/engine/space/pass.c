@@ -18,7 +18,7 @@
 
 void dedup_space_begin_batch(DedupSpace *space, bool split_huge)
 {
-    dedup_forget_looks(space);
+    dedup_forget_looks(&space->looks);
     __atomic_store_n(&space->split_huge, split_huge, __ATOMIC_RELAXED);
 }
 
@@ -57,24 +57,31 @@ bool dedup_space_go_on(DedupSpace *space, DedupPlace *p, uint32_t at,
     return p->region;
 }
 
+/* Beside what dedup_presence() says of a page that was merged or dropped: */
+#define BREAKS (1 << 7)        /* that it was written is seen only now */
+#define KEPT (1 << 6)          /* it still is */
+
 /* What presence says about a page that is not the owner's own any more. */
-static void sync_entry(DedupRegion *r, uint32_t page, uint8_t flags)
+static uint8_t sync_entry(DedupRegion *r, uint32_t page, uint8_t flags)
 {
     uint32_t entry = dedup_entry_at(r, page);
     bool memory = flags & (DEDUP_PRESENT | DEDUP_SWAPPED);
 
     if (entry == DEDUP_OWN || !memory) {
-        return;
+        return flags | (entry == DEDUP_OWN ? 0 : KEPT);
     }
     if (entry == DEDUP_ZERO) {
         dedup_ledger_set(r, page, DEDUP_OWN);
         if (r->info.memory == DEDUP_MEMORY_SHARED) {
             dedup_punch_around(r, page, 1);
         }
+        return flags | BREAKS;
     } else if (!(entry & DEDUP_BROKEN)) {
         dedup_ledger_set(r, page, entry | DEDUP_BROKEN);
         __atomic_fetch_add(&r->space->sums.cow_breaks, 1, __ATOMIC_RELAXED);
+        return flags | BREAKS;
     }
+    return flags;
 }
 
 /* The ledger learns what the kernel says. */
@@ -85,7 +92,7 @@ static bool sync_entries(DedupRegion *r, uint32_t first, uint32_t n,
         return false;
     }
     for (uint32_t i = 0; i < n; i++) {
-        sync_entry(r, first + i, flags[i]);
+        flags[i] = sync_entry(r, first + i, flags[i]);
     }
     return true;
 }
@@ -105,6 +112,7 @@ static bool enter_chunk(DedupPlace *p, DedupSeen *seen, uint8_t *flags)
         any |= flags[i];
         own += !!(flags[i] & DEDUP_PRESENT);
     }
+    dedup_keep_look(&r->space->looks, r, p->first, flags);
     dedup_ledger_own(r, chunk, own);
     p->is_void = !(any & (DEDUP_PRESENT | DEDUP_SWAPPED)) &&
                  !r->chunk[chunk].mapped;
@@ -127,6 +135,7 @@ static void see_pages(DedupPlace *p, const uint8_t *flags, DedupSeen *seen,
         uint32_t page = p->first + i;
 
         seen->swapped += !!(flags[i] & DEDUP_SWAPPED);
+        seen->kept += !!(flags[i] & KEPT);
         if (!(flags[i] & DEDUP_PRESENT)) {
             continue;
         }
@@ -136,7 +145,7 @@ static void see_pages(DedupPlace *p, const uint8_t *flags, DedupSeen *seen,
             seen->huge_kept++;
         } else {
             see(opaque, page, dedup_region_addr(r, page),
-                dedup_entry_at(r, page) != DEDUP_OWN);
+                dedup_entry_at(r, page) != DEDUP_OWN, flags[i] & BREAKS);
         }
     }
 }
@@ -165,7 +174,7 @@ bool dedup_space_look(DedupSpace *space, DedupPlace *p, DedupSeen *seen,
 static bool is_readable(DedupRegion *r, uint32_t page)
 {
     return !r->dead && dedup_entry_is_private(dedup_entry_at(r, page)) &&
-           dedup_is_present(r, page);
+           dedup_is_present(&r->space->looks, r, page);
 }
 
 bool dedup_space_equals(DedupRegion *r, uint32_t page, const void *content)
@@ -230,28 +239,60 @@ DedupRelation dedup_space_relate(DedupRegion *r, uint32_t page,
     return relation;
 }
 
-bool dedup_space_keyed_hash(DedupSpace *space, uint32_t member_page,
-                            const uint8_t *secret, DedupHash128 *hash)
+/* ---- on the thread that answers other members ---- */
+
+/* What is known of pages may be so old: they may have been swapped out. */
+#define PEER_LOOKS_US 20000
+
+/* The page with that number, if it is there.  Remap lock held. */
+static const uint8_t *find_content(DedupSpace *space, uint32_t member_page,
+                                   bool merged)
 {
+    int64_t now = g_get_monotonic_time();
     DedupRegion *r;
-    uint32_t page;
-    uint8_t flags;
-    bool ok = false;
+    uint32_t page, entry;
 
-    dedup_space_lock(space);
-    if (dedup_region_find(space, member_page, &r, &page)) {
-        uint32_t entry = dedup_entry_at(r, page);
-
+    if (!dedup_region_find(space, member_page, &r, &page)) {
+        return NULL;
+    }
+    entry = dedup_entry_at(r, page);
+    if (!dedup_entry_is_private(entry)) {
         /* a merged page is there, without memory of its own */
-        ok = dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN);
-        if (!ok && dedup_presence(r, page, 1, &flags)) {
-            ok = flags & DEDUP_PRESENT;
-        }
-        if (ok) {
-            *hash = dedup_page_keyed_hash(dedup_region_addr(r, page),
-                                          secret);
+        return merged && dedup_entry_is_segment(entry) ?
+               dedup_region_addr(r, page) : NULL;
+    }
+    if (now - space->peer_looks.since_us > PEER_LOOKS_US) {
+        dedup_forget_looks(&space->peer_looks);
+        space->peer_looks.since_us = now;
+    }
+    return dedup_is_present(&space->peer_looks, r, page) ?
+           dedup_region_addr(r, page) : NULL;
+}
+
+void dedup_space_keyed_hashes(DedupSpace *space, DedupOwnPage *pages,
+                              unsigned n, const uint8_t *secret)
+{
+    dedup_space_lock_to_read(space);
+    for (unsigned i = 0; i < n; i++) {
+        const uint8_t *content = find_content(space, pages[i].page, true);
+
+        if (content) {
+            pages[i].is_there = true;
+            pages[i].hash = dedup_page_keyed_hash(content, secret);
         }
     }
     dedup_space_unlock(space);
-    return ok;
+}
+
+void dedup_space_hashes(DedupSpace *space, const DedupOwnPage *pages,
+                        unsigned n, uint64_t salt, uint64_t *hashes)
+{
+    dedup_space_lock_to_read(space);
+    for (unsigned i = 0; i < n; i++) {
+        const uint8_t *content = pages[i].is_there ?
+            find_content(space, pages[i].page, false) : NULL;
+
+        hashes[i] = content ? dedup_page_hash(content, salt) : 0;
+    }
+    dedup_space_unlock(space);
 }

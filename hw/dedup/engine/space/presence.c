@@ -67,7 +67,7 @@ static uint8_t own_flags(uint64_t categories)
 static bool pagemap_scan(DedupSpace *space, uint8_t *addr, uint32_t n,
                          bool mixed, uint8_t *flags)
 {
-    struct page_region vec[64];
+    struct page_region vec[DEDUP_CHUNK_PAGES];
     uint64_t start = (uintptr_t)addr;
     uint64_t end = start + ((uint64_t)n << DEDUP_PAGE_SHIFT);
 
@@ -313,36 +313,64 @@ bool dedup_skip_void(DedupRegion *r, uint32_t *page)
     return last < reach || reach == chunks;
 }
 
-bool dedup_is_present(DedupRegion *r, uint32_t page)
+static DedupLook *oldest_look(DedupLooks *looks, DedupRegion *r,
+                              uint32_t first)
 {
-    DedupSpace *space = r->space;
     DedupLook *look;
 
-    for (unsigned i = 0; i < G_N_ELEMENTS(space->looks.cached); i++) {
-        look = &space->looks.cached[i];
-        if (look->region == r && look->strangers == space->lock.strangers &&
-            page - look->first < DEDUP_LOOK_PAGES) {
-            space->looks.last = i;
-            return look->flags[page - look->first] & DEDUP_PRESENT;
-        }
-    }
-    space->looks.last = (space->looks.last + 1) %
-                        G_N_ELEMENTS(space->looks.cached);
-    look = &space->looks.cached[space->looks.last];
-    look->first = page - page % DEDUP_LOOK_PAGES;
-    look->strangers = space->lock.strangers;
-    look->region = dedup_presence(r, look->first,
-                                  MIN(DEDUP_LOOK_PAGES,
-                                      r->npages - look->first),
-                                  look->flags) ? r : NULL;
-    return look->region &&
-           (look->flags[page - look->first] & DEDUP_PRESENT);
+    looks->last = (looks->last + 1) % G_N_ELEMENTS(looks->cached);
+    look = &looks->cached[looks->last];
+    look->region = r;
+    look->first = first;
+    look->strangers = r->space->lock.strangers;
+    return look;
 }
 
-void dedup_forget_looks(DedupSpace *space)
+/* What is known of the page's chunk; NULL: nothing. */
+static DedupLook *find_look(DedupLooks *looks, const DedupRegion *r,
+                            uint32_t page)
 {
-    for (unsigned i = 0; i < G_N_ELEMENTS(space->looks.cached); i++) {
-        space->looks.cached[i].region = NULL;
+    for (unsigned i = 0; i < G_N_ELEMENTS(looks->cached); i++) {
+        DedupLook *look = &looks->cached[i];
+
+        if (look->region == r && page - look->first < DEDUP_CHUNK_PAGES &&
+            look->strangers == r->space->lock.strangers) {
+            looks->last = i;
+            return look;
+        }
+    }
+    return NULL;
+}
+
+bool dedup_is_present(DedupLooks *looks, DedupRegion *r, uint32_t page)
+{
+    DedupLook *look = find_look(looks, r, page);
+
+    if (!look) {
+        look = oldest_look(looks, r, page - page % DEDUP_CHUNK_PAGES);
+        if (!dedup_presence(r, look->first,
+                            MIN(DEDUP_CHUNK_PAGES, r->npages - look->first),
+                            look->flags)) {
+            look->region = NULL;
+            return false;
+        }
+    }
+    return look->flags[page - look->first] & DEDUP_PRESENT;
+}
+
+void dedup_keep_look(DedupLooks *looks, DedupRegion *r, uint32_t first,
+                     const uint8_t *flags)
+{
+    DedupLook *look = find_look(looks, r, first);
+
+    look = look ? look : oldest_look(looks, r, first);
+    memcpy(look->flags, flags, MIN(DEDUP_CHUNK_PAGES, r->npages - first));
+}
+
+void dedup_forget_looks(DedupLooks *looks)
+{
+    for (unsigned i = 0; i < G_N_ELEMENTS(looks->cached); i++) {
+        looks->cached[i].region = NULL;
     }
 }
 

@@ -28,12 +28,15 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
 bool dedup_skip_void(DedupRegion *r, uint32_t *page);
 
 /*
- * Does the page have memory?  What the scanner asks of single pages: the
- * kernel is asked about the pages around, too, and the answer kept for this
- * batch, as long as nobody else had the remap lock, who might have discarded
- * something.
+ * Does the page have memory?  What is asked of single pages: the kernel is
+ * asked about its chunk, and the answer kept in @looks until they are
+ * forgotten, as long as nobody else had the remap lock, who might have
+ * discarded something.
  */
-bool dedup_is_present(DedupRegion *r, uint32_t page);
-void dedup_forget_looks(DedupSpace *space);
+bool dedup_is_present(DedupLooks *looks, DedupRegion *r, uint32_t page);
+/* What was found out about a chunk anyway: @flags of all of it. */
+void dedup_keep_look(DedupLooks *looks, DedupRegion *r, uint32_t first,
+                     const uint8_t *flags);
+void dedup_forget_looks(DedupLooks *looks);
 
 #endif /* DEDUP_PRESENCE_H */

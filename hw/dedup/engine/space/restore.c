@@ -33,7 +33,7 @@ typedef struct Span {
     DedupRegion *r;
     uint32_t first;
     uint32_t n;
-    bool take[DEDUP_WINDOW_PAGES];   /* page is to be restored */
+    bool take[DEDUP_RESTORE_PAGES];   /* page is to be restored */
 } Span;
 
 static bool trim(Span *s)
@@ -61,7 +61,7 @@ static bool trim(Span *s)
  */
 static void find_held(const Span *s, bool *held)
 {
-    uint8_t flags[DEDUP_WINDOW_PAGES];
+    uint8_t flags[DEDUP_RESTORE_PAGES];
     bool any = false;
 
     for (uint32_t i = 0; i < s->n; i++) {
@@ -84,7 +84,7 @@ static void find_held(const Span *s, bool *held)
 /* Leave out what is held; returns how many pages are to be restored. */
 static unsigned choose(Span *s)
 {
-    bool held[DEDUP_WINDOW_PAGES];
+    bool held[DEDUP_RESTORE_PAGES];
     unsigned taken = 0;
 
     find_held(s, held);
@@ -104,7 +104,7 @@ static unsigned choose(Span *s)
  */
 static void choose_again(Span *s)
 {
-    bool held[DEDUP_WINDOW_PAGES];
+    bool held[DEDUP_RESTORE_PAGES];
 
     find_held(s, held);
     for (uint32_t i = 0; i < s->n; i++) {
@@ -212,7 +212,7 @@ static void restore_shared(Span *s)
  */
 static bool choose_whole(Span *s, bool *move)
 {
-    uint8_t flags[DEDUP_WINDOW_PAGES];
+    uint8_t flags[DEDUP_RESTORE_PAGES];
     bool whole = s->r->info.memory == DEDUP_MEMORY_ANON &&
                  s->r->space->freezer.zero_anon &&
                  dedup_presence(s->r, s->first, s->n, flags) &&
@@ -264,7 +264,7 @@ static void restore_private(Span *s)
     uint8_t *addr = dedup_region_addr(r, s->first);
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
     uint8_t *staging = dedup_own_staging(r, s->first, len);
-    bool move[DEDUP_WINDOW_PAGES];
+    bool move[DEDUP_RESTORE_PAGES];
     bool whole;
 
     if (!staging) {
@@ -342,7 +342,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
     Span s = { .r = r, .first = first, .n = n };
     unsigned left = 0;
 
-    g_assert(n <= DEDUP_WINDOW_PAGES);
+    g_assert(n <= DEDUP_RESTORE_PAGES);
     dedup_space_assert_locked(space);
     if (r->dead) {
         return 0;

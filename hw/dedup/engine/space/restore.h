@@ -10,7 +10,7 @@
 
 /*
  * Give pages [first, first + n) their own memory back, contents and all; at
- * most DEDUP_WINDOW_PAGES.  Remap lock held.  Returns how many pages are
+ * most DEDUP_RESTORE_PAGES.  Remap lock held.  Returns how many pages are
  * still not own: pinned, or the kernel refused, see DedupRegion.lacks.
  */
 unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n);

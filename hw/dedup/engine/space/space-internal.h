@@ -13,6 +13,7 @@
 
 #include "host/freeze.h"
 #include "host/process.h"
+#include "space/bound.h"
 #include "space/space.h"
 #include "space/spare.h"
 
@@ -66,18 +67,18 @@ struct DedupRegion {
 };
 
 /* What the kernel said about some pages; see dedup_is_present(). */
-#define DEDUP_LOOK_PAGES 64
 typedef struct DedupLook {
     DedupRegion *region;      /* NULL: nothing */
-    uint32_t first;
+    uint32_t first;           /* of a chunk */
     uint64_t strangers;       /* DedupSpaceLock.strangers at that time */
-    uint8_t flags[DEDUP_LOOK_PAGES];
+    uint8_t flags[DEDUP_CHUNK_PAGES];
 } DedupLook;
 
 /* The older one is replaced. */
 typedef struct DedupLooks {
     DedupLook cached[2];
     unsigned last;
+    int64_t since_us;         /* when they began */
 } DedupLooks;
 
 /* What is known of KSM and this process; ksm.c. */
@@ -86,6 +87,7 @@ typedef struct DedupKsm {
     bool absent;              /* this kernel has none */
     bool known;               /* the figures are */
     bool idle;                /* it knows no page of this process */
+    int64_t read_ns;          /* when the figures were */
     uint64_t may_take;        /* pages, until the next look */
     uint64_t shared;          /* atomic: pages that it has merged */
     uint64_t zero;            /* pages that it found to be zero */
@@ -133,14 +135,18 @@ struct DedupSpace {
     DedupSpaceSums sums;      /* atomic */
     DedupMapBudget maps;
     DedupLooks looks;         /* scanner's own */
+    DedupLooks peer_looks;    /* of who answers other members */
     DedupKsm ksm;             /* scanner's own, but "absent": remap lock */
     DedupSpare spare;         /* for windows of anonymous memory */
+    DedupBound bound;         /* how much a window may do */
     int64_t window_max_ns;    /* atomic */
     uint64_t unchecked;       /* times since check.c last looked */
 };
 
 /* Whoever holds it may not take it a second time. */
 void dedup_space_lock(DedupSpace *space);
+/* The same for who changes no mapping, nor throws pages away. */
+void dedup_space_lock_to_read(DedupSpace *space);
 void dedup_space_unlock(DedupSpace *space);
 /* Fails if the calling thread does not hold it. */
 void dedup_space_assert_locked(const DedupSpace *space);

@@ -26,6 +26,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "group/group.h"
 #include "group/segment.h"
 #include "host/error.h"
 #include "host/page.h"
@@ -157,15 +158,20 @@ typedef struct DedupPlace {
 bool dedup_space_go_on(DedupSpace *space, DedupPlace *place, uint32_t at,
                        int64_t most);
 
-/* A page that has memory of its own, in its place; remap lock held. */
+/*
+ * A page that has memory of its own, in its place; remap lock held.
+ * @broken: it was merged, and written since
+ * @breaks: it was merged or dropped, and that it was written is seen only now
+ */
 typedef void (*DedupSeeFn)(void *opaque, uint32_t page, const void *content,
-                           bool broken);
+                           bool broken, bool breaks);
 
 /* What was there beside. */
 typedef struct DedupSeen {
     uint32_t pinned;
     uint32_t swapped;
     uint32_t huge_kept;
+    uint32_t kept;            /* merged or dropped, and not written since */
     bool is_empty;            /* the chunk has no memory of its own */
 } DedupSeen;
 
@@ -213,12 +219,14 @@ typedef struct DedupAction {
     uint32_t page;            /* of the region; ascending in an array */
     uint16_t index;           /* page of the holding's segment */
     bool done;                /* out */
+    bool differs;             /* out: it has other contents than that page */
     DedupHolding *holding;    /* NULL: drop as zero */
 } DedupAction;
 
 /*
  * Merge or drop @n pages of @r, in as many windows as it takes.  Returns how
- * many were done; sets bits of @limits where something ran short.
+ * many were done; sets bits of @limits where something ran short.  Cheapest
+ * with all that is to be done in a chunk.
  */
 unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
                              unsigned *limits);
@@ -273,9 +281,15 @@ void dedup_space_discard_end(DedupSpace *space);
 
 /* ---- for other members ---- */
 
-/* The keyed hash of a page of ours; false: it is not there. */
-bool dedup_space_keyed_hash(DedupSpace *space, uint32_t member_page,
-                            const uint8_t *secret, DedupHash128 *hash);
+/* The keyed hashes of pages of ours; see DedupGroupOps. */
+void dedup_space_keyed_hashes(DedupSpace *space, DedupOwnPage *pages,
+                              unsigned n, const uint8_t *secret);
+/*
+ * The hashes of those that are there, and have memory of their own; 0: it is
+ * none of them.
+ */
+void dedup_space_hashes(DedupSpace *space, const DedupOwnPage *pages,
+                        unsigned n, uint64_t salt, uint64_t *hashes);
 
 /* ---- what it costs ---- */
 

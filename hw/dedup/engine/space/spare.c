@@ -13,7 +13,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-#define SPARE_BYTES (DEDUP_WINDOW_PAGES * DEDUP_PAGE_SIZE)
+#define SPARE_BYTES (DEDUP_SPARE_PAGES * DEDUP_PAGE_SIZE)
 
 bool dedup_spare_ready(DedupSpare *s)
 {

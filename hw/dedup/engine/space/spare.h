@@ -17,9 +17,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* A window drops so many pages at a time, before they are replaced. */
+#define DEDUP_SPARE_PAGES 64
+
 /* NULL at first: nothing is mapped before it is needed. */
 typedef struct DedupSpare {
-    uint8_t *pages;           /* DEDUP_WINDOW_PAGES of them */
+    uint8_t *pages;           /* DEDUP_SPARE_PAGES of them */
     bool whole;               /* none was moved away */
 } DedupSpare;
 

@@ -57,7 +57,7 @@ bool dedup_space_restore_next(DedupSpace *space, DedupRestore *w)
         uint32_t end = first + n;
 
         first = dedup_ledger_next(r, first, end);
-        n = MIN(end - first, DEDUP_WINDOW_PAGES);
+        n = MIN(end - first, DEDUP_RESTORE_PAGES);
         w->left += dedup_restore_locked(r, first, n);
         w->taken += (before - dedup_region_mapped(r)) << DEDUP_PAGE_SHIFT;
         w->lacks |= r->lacks;
@@ -107,7 +107,7 @@ void dedup_space_leave(DedupSpace *space, DedupLeaveFn is_leaving,
         dedup_space_lock(space);
         r = dedup_region_next(space, at);
         page = r ? dedup_ledger_next(r, dedup_region_at(r, at), r->npages) : 0;
-        end = r ? MIN(page + DEDUP_WINDOW_PAGES, r->npages) : 0;
+        end = r ? MIN(page + DEDUP_RESTORE_PAGES, r->npages) : 0;
         for (uint32_t i = page, j; i < end && may_leave(space, r); i = j) {
             for (j = i; j < end; j++) {
                 uint32_t entry = dedup_entry_at(r, j);

@@ -50,8 +50,6 @@ static void tell(DedupFigures *f)
     info.pages_total = sums.total;
     info.pages_merged = sums.merged;
     info.zero_pages = sums.zero + sums.zero_mapped;
-    info.reserved_bytes = __atomic_load_n(&f->room->reserved,
-                                          __ATOMIC_RELAXED);
     info.owed_bytes = dedup_owed_bytes(f->room);
     dedup_hostmem_cgroup_ids(f->hostmem, info.cgroups);
     g_mutex_lock(&f->lock);

@@ -115,6 +115,7 @@ struct DedupGroup {
     struct {
         bool any;
         DedupMemberInfo info;   /* what was told last */
+        const uint64_t *reserved; /* atomic: what is reserved; or NULL */
     } told;                     /* under the lock */
     GThread *scanner;           /* who joined first; NULL: nobody yet */
 

@@ -203,7 +203,10 @@ unsigned dedup_group_members_incompatible(const DedupGroup *g)
     return g->members_incompatible;
 }
 
-/* Write what was told last to our slot; the lock is held. */
+/*
+ * Write what was told last to our slot; the lock is held.  What is reserved
+ * changes on other threads: whoever writes last writes what it is then.
+ */
 static bool write_slot(DedupGroup *g)
 {
     DedupSlot slot = {
@@ -213,6 +216,10 @@ static bool write_slot(DedupGroup *g)
         .info = g->told.info,
     };
 
+    if (g->told.reserved) {
+        slot.info.reserved_bytes = __atomic_load_n(g->told.reserved,
+                                                   __ATOMIC_RELAXED);
+    }
     return dedup_group_is_joined(g) && g->told.any &&
            dedup_group_file_write(&g->file, &slot, sizeof(slot),
                                   DEDUP_FILE_SLOTS +
@@ -231,12 +238,12 @@ bool dedup_group_tell(DedupGroup *g, const DedupMemberInfo *info)
     return ok;
 }
 
-bool dedup_group_tell_reserved(DedupGroup *g, uint64_t bytes)
+bool dedup_group_tell_reserved(DedupGroup *g, const uint64_t *bytes)
 {
     bool ok;
 
     g_mutex_lock(&g->lock);
-    g->told.info.reserved_bytes = bytes;
+    g->told.reserved = bytes;
     ok = write_slot(g);
     g_mutex_unlock(&g->lock);
     return ok;

@@ -197,11 +197,12 @@ unsigned dedup_group_members_incompatible(const DedupGroup *g);
 
 /*
  * Tell the others about ourselves: our slot.  tell_reserved() changes only
- * @reserved_bytes of what was told last.  False: not written; while we have
- * not joined, or have told nothing yet, it is only remembered.  Any thread.
+ * @reserved_bytes of what was told last: that is *@bytes, which is atomic and
+ * outlives the group, from then on.  False: not written; while we have not
+ * joined, or have told nothing yet, it is only remembered.  Any thread.
  */
 bool dedup_group_tell(DedupGroup *g, const DedupMemberInfo *info);
-bool dedup_group_tell_reserved(DedupGroup *g, uint64_t bytes);
+bool dedup_group_tell_reserved(DedupGroup *g, const uint64_t *bytes);
 
 /*
  * What a member says about itself.  False: not alive, or its slot is not

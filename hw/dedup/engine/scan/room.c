@@ -183,11 +183,9 @@ static uint64_t margin(uint64_t bytes)
 static void hold(DedupRoom *room, DedupReservation *res, uint64_t bytes)
 {
     /* wraps around where it gets less */
-    uint64_t all = __atomic_add_fetch(&room->reserved, bytes - res->bytes,
-                                      __ATOMIC_RELAXED);
-
+    __atomic_fetch_add(&room->reserved, bytes - res->bytes, __ATOMIC_RELAXED);
     res->bytes = bytes;
-    dedup_group_tell_reserved(room->group, all);
+    dedup_group_tell_reserved(room->group, &room->reserved);
 }
 
 bool dedup_reserve(DedupRoom *room, DedupReservation *res,

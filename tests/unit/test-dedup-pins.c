@@ -89,6 +89,52 @@ static void test_pinned(gconstpointer data)
     end(fe, ram);
 }
 
+/* The device lets go when a restore has chosen its pages. */
+static FxRam *let_go;
+
+static void lets_go(int stage)
+{
+    if (stage == DEDUP_HOOK_CHOSEN && let_go) {
+        pin(let_go, 5, -1);
+        let_go = NULL;
+    }
+}
+
+/*
+ * A page that is held when a restore chooses is not taken from KSM.  So it
+ * stays out, even if it is not held any more when it is frozen.
+ */
+static void test_let_go(gconstpointer data)
+{
+    FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), PAGES);
+    FxEngine *fe = fx_engine_new(NULL);
+    g_autoptr(GError) error = NULL;
+
+    fill(ram);
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_settled(fe);
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    fx_page(ram, 81, 77);
+    pin(ram, 5, 1);
+    let_go = ram;
+    dedup_mutant_hook = lets_go;
+    g_assert_false(dedup_engine_restore_range(fe->e, fx_addr(ram, 64),
+                                              64 * FX_PAGE, &error));
+    g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_PINNED);
+    g_assert_null(let_go);
+    dedup_mutant_hook = NULL;
+    g_assert_true(fx_is_merged(ram, 81));
+    g_assert_false(fx_is_merged(ram, 80));
+    fx_assert_bytes(ram);
+    g_assert_true(dedup_engine_restore_range(fe->e, fx_addr(ram, 64),
+                                             64 * FX_PAGE, NULL));
+    g_assert_false(fx_is_merged(ram, 81));
+    fx_unmerge(fe);
+    end(fe, ram);
+}
+
 /*
  * Raised on merged pages, and never lowered again: who unmaps less than it
  * has mapped.  A page that no write has copied is held by nobody and can be
@@ -497,6 +543,7 @@ int main(int argc, char **argv)
     add_tests("held", test_held);
     add_tests("vmsplice", test_vmsplice);
     add_tests("fixed-buffer", test_fixed_buffer);
+    add_tests("let-go", test_let_go);
     add_tests("late-writer", test_late_writer);
     return g_test_run();
 }

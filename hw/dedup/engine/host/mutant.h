@@ -61,7 +61,8 @@ extern unsigned dedup_mutant_delay_us;
 enum {
     DEDUP_HOOK_ADMITTED,      /* the pages are chosen, not frozen yet */
     DEDUP_HOOK_JUDGED,        /* they are frozen and compared, not replaced */
-    DEDUP_HOOK_COPIED,        /* a restore's are frozen and copied, not moved */
+    DEDUP_HOOK_CHOSEN,        /* a restore's are chosen, not frozen yet */
+    DEDUP_HOOK_COPIED,        /* they are frozen and copied, not moved */
 };
 extern void (*dedup_mutant_hook)(int stage);
 #define DEDUP_MUTANT_HOOK(stage)                                        \

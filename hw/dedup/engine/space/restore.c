@@ -171,6 +171,7 @@ static void restore_shared(Span *s)
     uint64_t written = 0;
 
     take_from_ksm(s, false);
+    DEDUP_MUTANT_HOOK(CHOSEN);
     if (!dedup_freeze_begin(&space->freezer.uffd, addr, len, false)) {
         r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
         return;
@@ -279,6 +280,7 @@ static void restore_private(Span *s)
             staging[(size_t)i << DEDUP_PAGE_SHIFT] = 0;
         }
     }
+    DEDUP_MUTANT_HOOK(CHOSEN);
     /* "missing": an absent own page must not come to be while we look away */
     if (!dedup_freeze_begin(&space->freezer.uffd, addr, len,
                             r->info.memory == DEDUP_MEMORY_ANON)) {

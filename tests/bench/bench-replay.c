@@ -5,7 +5,7 @@
  * same run.
  *
  * usage: bench-replay [--rounds=N] [--guests=N] [--memory=anon|memfd]
- *                     [--no-ksm] [--check] IMAGE...
+ *                     [--no-ksm] [--defaults] [--idle=SECONDS] IMAGE...
  *
  * Each image is loaded into a process of its own; all are in one memory
  * cgroup.  What counts is what the cgroup is charged less, against an offline
@@ -14,9 +14,11 @@
  *
  * CPU time is that of all threads of the processes; of ksmd for KSM.
  *
- * Counts per saved page do not depend on the machine; --check compares them
- * with bounds, never a time.  Exit status: 0, 1 (a bound is exceeded), 2 (it
- * did not work, or bytes were wrong), 77 (it cannot be done here).
+ * Counts per saved page do not depend on the machine.  --idle: also what it
+ * costs in the seconds that follow, when there is nothing to be found any more;
+ * after as many seconds in which that is found out.
+ * Exit status: 0, 2 (it did not work, or bytes were wrong), 77 (it cannot be
+ * done here).
  */
 
 #include <glib.h>
@@ -48,15 +50,16 @@ typedef struct Course {
     double wall[MARKS];
     double cpu[MARKS];
     double saved;             /* of what can be, in the end */
+    double idle;              /* then: CPU time of each guest, of a processor */
     double bytes;
     uint64_t counts[BENCH_COUNTS];  /* up to 97 % */
     bool has_counts[BENCH_COUNTS];
     ReplayResult sum;         /* of all guests */
 } Course;
 
-static int rounds = 5, guests;
+static int rounds = 5, guests, idle;
 static char *memory_name;
-static gboolean without_ksm, check, defaults;
+static gboolean without_ksm, defaults;
 static char **images;
 
 static uint64_t now_ns(void)
@@ -125,6 +128,18 @@ static void watch(Course *c, const ReplayGuest *g, unsigned n, bool ksm,
     }
 }
 
+static void watch_idle(Course *c, const ReplayGuest *g, unsigned n, bool ksm)
+{
+    uint64_t cpu, wall;
+
+    /* how long is what is measured */
+    g_usleep(idle * G_USEC_PER_SEC);
+    cpu = cpu_ns(g, n, ksm);
+    wall = now_ns();
+    g_usleep(idle * G_USEC_PER_SEC);
+    c->idle = (double)(cpu_ns(g, n, ksm) - cpu) / (now_ns() - wall) / n;
+}
+
 static void measure(Course *c, bool ksm, ReplayMemory memory,
                     const ReplayCount *count)
 {
@@ -157,6 +172,9 @@ static void measure(Course *c, bool ksm, ReplayMemory memory,
         bench_ksm_run(true);
     }
     watch(c, g, guests, ksm, cgroup, count, before, wall, cpu);
+    if (idle) {
+        watch_idle(c, g, guests, ksm);
+    }
     if (ksm) {
         bench_ksm_run(false);
     }
@@ -221,6 +239,10 @@ static void print_row(const char *name, const Course *c)
         }
     }
     printf("  %5.1f %%\n", 100 * MEDIAN(c, saved));
+    if (idle) {
+        printf("  then, idle: %.2f %% of a processor for each guest\n",
+               100 * MEDIAN(c, idle));
+    }
 }
 
 static void print_counts(const Course *c, const ReplayCount *count)
@@ -253,8 +275,8 @@ static GOptionEntry entries[] = {
       NULL },
     { "defaults", 0, 0, G_OPTION_ARG_NONE, &defaults,
       "the engine at its default speed", NULL },
-    { "check", 0, 0, G_OPTION_ARG_NONE, &check, "compare counts with bounds",
-      NULL },
+    { "idle", 0, 0, G_OPTION_ARG_INT, &idle, "measure so long what it costs"
+      " when nothing is to be found", "SECONDS" },
     { G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_FILENAME_ARRAY, &images,
       "RAM of guests", "IMAGE..." },
     { NULL }

@@ -52,9 +52,10 @@
 
 /*
  * How often to read ksm_stat: the kernel walks over all mappings for it, and
- * ksmd merges little in that time.
+ * ksmd merges little in that time; and while ksmd rests, and has none of ours.
  */
 #define STAT_NS (50 * INT64_C(1000000))
+#define STAT_RESTS_NS (10 * INT64_C(1000000000))
 /* Of the room, what windows that fail may take from KSM until the next look. */
 #define FAILED_SHARE 8
 #define FAILED_MOST (64ULL << 20)
@@ -63,6 +64,7 @@ void dedup_ksm_open(DedupSpace *space)
 {
     /* Linux 6.1; without it each chunk is looked at */
     space->ksm.stat_fd = open("/proc/self/ksm_stat", O_RDONLY | O_CLOEXEC);
+    space->ksm.run_fd = open("/sys/kernel/mm/ksm/run", O_RDONLY | O_CLOEXEC);
     space->ksm.may_take = UINT64_MAX; /* nobody has looked at the room yet */
 }
 
@@ -70,6 +72,9 @@ void dedup_ksm_close(DedupSpace *space)
 {
     if (space->ksm.stat_fd >= 0) {
         close(space->ksm.stat_fd);
+    }
+    if (space->ksm.run_fd >= 0) {
+        close(space->ksm.run_fd);
     }
 }
 
@@ -81,6 +86,22 @@ static uint64_t figure(const char *text, const char *name)
     return at ? g_ascii_strtoull(at + strlen(name), NULL, 10) : 0;
 }
 
+/* Does ksmd look at pages?  If that cannot be read, yes. */
+static bool ksmd_runs(const DedupKsm *k)
+{
+    char run = '1';
+
+    return pread(k->run_fd, &run, 1, 0) != 1 || run == '1';
+}
+
+static bool is_known(const DedupKsm *k, int64_t now)
+{
+    if (!k->known || now - k->read_ns >= STAT_RESTS_NS) {
+        return false;
+    }
+    return now - k->read_ns < STAT_NS || (k->idle && !ksmd_runs(k));
+}
+
 static void read_stat(DedupSpace *space)
 {
     int64_t now = dedup_now_ns();
@@ -88,7 +109,7 @@ static void read_stat(DedupSpace *space)
     char text[512];
     ssize_t n;
 
-    if (k->known && now - k->read_ns < STAT_NS) {
+    if (is_known(k, now)) {
         return;
     }
     k->read_ns = now;

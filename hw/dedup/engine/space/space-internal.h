@@ -84,6 +84,7 @@ typedef struct DedupLooks {
 /* What is known of KSM and this process; ksm.c. */
 typedef struct DedupKsm {
     int stat_fd;              /* ksm_stat of this process */
+    int run_fd;               /* whether ksmd runs; -1: not to be read */
     bool absent;              /* this kernel has none */
     bool known;               /* the figures are */
     bool idle;                /* it knows no page of this process */

@@ -119,6 +119,8 @@ static void test_rest(void)
         uint32_t rest = 8u << level;
 
         g_assert_true(dedup_memo_rests(m, 1, now + rest - 1));
+        /* the rest of what was merged breaks */
+        dedup_memo_judge(m, 1, now + rest - 1, 0, 100);
         g_assert_false(dedup_memo_rests(m, 1, now + rest));
         g_assert_false(dedup_memo_rests(m, 0, now));
         now += rest;

@@ -199,6 +199,9 @@ void dedup_memo_judge(DedupMemo *m, uint32_t chunk, uint32_t now,
 {
     DedupRest *rest;
 
+    if (dedup_memo_rests(m, chunk, now)) {
+        return; /* what was merged before breaks: that is known */
+    }
     if (!broke) {
         if (rest_of(m, chunk)->level && kept) {
             trust(m, &m->rest[chunk], now);

@@ -87,7 +87,7 @@ void dedup_memo_doubt(DedupMemo *m, uint32_t page);
 bool dedup_memo_rests(const DedupMemo *m, uint32_t chunk, uint32_t now);
 /*
  * A chunk was looked at: of those that had been merged @broke pages were found
- * written, and @kept were not.
+ * written, and @kept were not.  While it rests that changes nothing.
  */
 void dedup_memo_judge(DedupMemo *m, uint32_t chunk, uint32_t now,
                       unsigned kept, unsigned broke);

@@ -44,7 +44,7 @@ help:
 	@echo 'make demo           three guests share their memory, with a live table'
 	@echo 'make check          all tests'
 	@echo 'make check-engine   the engine alone; SANITIZE=address or thread'
-	@echo 'make bench          the engine, measured beside KSM'
+	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR'
 	@echo 'make clean          remove what was built; keeps what was downloaded'
 	@echo 'As root, missing Debian packages are installed first.'
@@ -76,7 +76,7 @@ demo: qemu
 	@scripts/demo
 
 bench: engine
-	@meson test --benchmark -C $(engine) --no-rebuild --verbose
+	@scripts/bench
 
 install: deps
 	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) DESTDIR=$(DESTDIR) \

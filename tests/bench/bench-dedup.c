@@ -3,8 +3,7 @@
  * How fast the engine merges, scans and restores, beside the kernel's KSM on
  * the same memory in the same run.
  *
- * usage: bench-dedup [--quick] [--check] [--rounds=N] [--pages=N] [--run=N]
- *                    [--no-ksm]
+ * usage: bench-dedup [--quick] [--rounds=N] [--pages=N] [--run=N] [--no-ksm]
  *
  * Each round measures everything once, engine and KSM in turn, so that both
  * meet the same machine; a figure is the median over the rounds.  "alone": no
@@ -20,12 +19,8 @@
  *               twice, publishing one copy of each content, merging
  *   KSM         the same, by KSM
  *
- * The promised ratios compare windows with all of KSM's work: that is what a
- * further VM costs which has what others share already.
- *
- * --check: fail if a ratio that docs/devel/dedup-performance.rst promises is
- * missed.  Exit status: 0, 1 (a ratio is missed), 2 (it did not work), 77
- * (nothing to compare with: no KSM).
+ * Windows compared with all of KSM's work are what a further VM costs which has
+ * what others share already.  Exit status: 0, 2 (it did not work).
  */
 
 #include <glib.h>
@@ -95,7 +90,6 @@ typedef struct Case {
     bool shared;
     bool busy;
     unsigned run;             /* 0: no equal pages, a scan */
-    double required;          /* times KSM's speed; 0: nothing is promised */
     Pair window;
     Pair whole;               /* end to end, or the scan */
     Pair ksm;
@@ -106,13 +100,13 @@ typedef struct Case {
 } Case;
 
 static Case cases[] = {
-    { .run = 1, .required = 1.8 },
-    { .run = 4, .required = 5 },
-    { .run = 16, .required = 9 },
+    { .run = 1 },
+    { .run = 4 },
+    { .run = 16 },
     { .run = 64 },
-    { .run = 1, .busy = true, .required = 5 },
-    { .run = 4, .busy = true, .required = 12 },
-    { .run = 16, .busy = true, .required = 20 },
+    { .run = 1, .busy = true },
+    { .run = 4, .busy = true },
+    { .run = 16, .busy = true },
     { .run = 64, .busy = true },
     { .run = 1, .shared = true },
     { .run = 4, .shared = true },
@@ -122,11 +116,11 @@ static Case cases[] = {
     { .run = 4, .shared = true, .busy = true },
     { .run = 16, .shared = true, .busy = true },
     { .run = 64, .shared = true, .busy = true },
-    { .run = 0, .required = 15 },
+    { .run = 0 },
     { .run = 0, .shared = true },
 };
 
-static gboolean quick, check, without_ksm;
+static gboolean quick, without_ksm;
 static int rounds, pages, only = -1;
 static bool have_ksm;
 
@@ -278,14 +272,12 @@ static Case *ksm_of(const Case *c)
     return NULL;
 }
 
-static bool report_merge(void)
+static void report_merge(void)
 {
-    bool ok = true;
-
     printf("\nMerging: us of CPU per page saved (MiB/s); KSM on anonymous "
            "memory\n\n"
            "memory load   run  windows         end to end      KSM       "
-           "      KSM/win KSM/end needed\n");
+           "      KSM/win KSM/end\n");
     for (unsigned i = 0; i < G_N_ELEMENTS(cases); i++) {
         Case *c = &cases[i];
         double ksm, window, whole;
@@ -304,24 +296,15 @@ static bool report_merge(void)
         print_ratio(ksm, window);
         printf(" ");
         print_ratio(ksm, whole);
-        if (c->required > 0) {
-            bool met = ksm <= 0 || ksm / window >= c->required;
-
-            printf(" %6.1f%s", c->required, met ? "" : "  MISSED");
-            ok &= met;
-        }
         printf("\n");
     }
-    return ok;
 }
 
-static bool report_scan(void)
+static void report_scan(void)
 {
-    bool ok = true;
-
     printf("\nScanning unique pages, all known and unchanged: us of CPU per "
            "page (MiB/s)\n\n"
-           "memory         engine          KSM              ratio needed\n");
+           "memory         engine          KSM              ratio\n");
     for (unsigned i = 0; i < G_N_ELEMENTS(cases); i++) {
         Case *c = &cases[i];
         double ksm, whole;
@@ -335,15 +318,8 @@ static bool report_scan(void)
         print_cell(whole);
         print_cell(c->shared ? 0 : ksm);
         print_ratio(ksm, whole);
-        if (c->required > 0) {
-            bool met = ksm <= 0 || ksm / whole >= c->required;
-
-            printf(" %6.1f%s", c->required, met ? "" : "  MISSED");
-            ok &= met;
-        }
         printf("\n");
     }
-    return ok;
 }
 
 /* How dear is it to change a page table under a thread that runs? */
@@ -421,8 +397,6 @@ int main(int argc, char **argv)
     const GOptionEntry entries[] = {
         { "quick", 0, 0, G_OPTION_ARG_NONE, &quick,
           "anonymous memory only, few rounds", NULL },
-        { "check", 0, 0, G_OPTION_ARG_NONE, &check,
-          "fail if a promised ratio is missed", NULL },
         { "rounds", 0, 0, G_OPTION_ARG_INT, &rounds, "measure N times", "N" },
         { "no-ksm", 0, 0, G_OPTION_ARG_NONE, &without_ksm,
           "the engine alone", NULL },
@@ -434,7 +408,7 @@ int main(int argc, char **argv)
     g_autoptr(GOptionContext) options = g_option_context_new(NULL);
     g_autoptr(GError) error = NULL;
     const char *no_ksm;
-    bool ok, two_cpus;
+    bool two_cpus;
 
     g_option_context_add_main_entries(options, entries, NULL);
     if (!g_option_context_parse(options, &argc, &argv, &error)) {
@@ -470,20 +444,8 @@ int main(int argc, char **argv)
     }
     bench_ksm_end();
 
-    ok = report_merge();
-    ok &= report_scan();
+    report_merge();
+    report_scan();
     report_rest();
-    fflush(stdout);
-    for (unsigned i = 0; have_ksm && i < G_N_ELEMENTS(cases); i++) {
-        have_ksm &= !cases[i].required || !cases[i].whole.cpu.n ||
-                    cases[i].ksm.cpu.n;
-    }
-    if (!no_ksm && !have_ksm) {
-        printf("not compared with KSM: it scanned memory of other processes, "
-               "too\n");
-    }
-    if (check && !ok) {
-        return 1;
-    }
-    return !check || have_ksm ? 0 : 77;
+    return 0;
 }

@@ -160,8 +160,10 @@ static DedupAction *prepare(Scanner *s, BenchRam *ram, size_t *nactions)
         }
         if (b && (dedup_builder_count(b) == DEDUP_SEGMENT_PAGES ||
                   i + 1 == ram->copy_pages)) {
-            DedupSegment *segment = dedup_builder_finish(b, gid++, NULL);
+            DedupSegment *segment;
 
+            dedup_builder_flush(b);
+            segment = dedup_builder_finish(b, gid++, NULL);
             holding_of[number++] = dedup_holding_add(s->e->space, segment);
             b = NULL;
         }

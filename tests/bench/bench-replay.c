@@ -5,7 +5,8 @@
  * same run.
  *
  * usage: bench-replay [--rounds=N] [--guests=N] [--memory=anon|memfd]
- *                     [--no-ksm] [--defaults] [--idle=SECONDS] IMAGE...
+ *                     [--no-ksm] [--defaults] [--idle=SECONDS] [--check]
+ *                     [--json=FILE] IMAGE...
  *
  * Each image is loaded into a process of its own; all are in one memory
  * cgroup.  What counts is what the cgroup is charged less, against an offline
@@ -17,8 +18,9 @@
  * Counts per saved page do not depend on the machine.  --idle: also what it
  * costs in the seconds that follow, when there is nothing to be found any more;
  * after as many seconds in which that is found out.
- * Exit status: 0, 2 (it did not work, or bytes were wrong), 77 (it cannot be
- * done here).
+ * --check compares counts with bounds, never a time.
+ * Exit status: 0, 1 (a bound is exceeded), 2 (it did not work, or bytes were
+ * wrong), 77 (it cannot be done here).
  */
 
 #include <glib.h>
@@ -59,7 +61,8 @@ typedef struct Course {
 
 static int rounds = 5, guests, idle;
 static char *memory_name;
-static gboolean without_ksm, defaults;
+static gboolean without_ksm, defaults, check;
+static char *json;
 static char **images;
 
 static uint64_t now_ns(void)
@@ -266,6 +269,88 @@ static void print_counts(const Course *c, const ReplayCount *count)
            last->sum.metadata / 1048576.0, last->sum.window_max_ns / 1e6);
 }
 
+/* ---- counts that do not depend on the machine ---- */
+
+/*
+ * Bounds, per saved page: half as much again as was seen on the mix of
+ * tests/bench/make-images.
+ */
+static const double bounds[BENCH_COUNTS] = {
+    [BENCH_SYSCALLS] = 0.7,
+    [BENCH_FAULTS] = 0.15,
+};
+#define HASHES_MOST 5.5
+#define SAVED_LEAST 0.95
+
+static bool is_within(const char *what, double value, double bound)
+{
+    if (value > bound) {
+        printf("%s: %.2f per saved page, more than %.2f\n", what, value,
+               bound);
+    }
+    return value <= bound;
+}
+
+static bool check_counts(const Course *c, const ReplayCount *count)
+{
+    double saved = c->bytes / PAGE;
+    bool ok = is_within("hashes", c->sum.scanned / saved, HASHES_MOST);
+
+    for (unsigned k = 0; k < BENCH_COUNTS; k++) {
+        if (c->has_counts[k] && bounds[k] > 0) {
+            ok &= is_within(bench_count_names[k], c->counts[k] / saved,
+                            bounds[k]);
+        }
+    }
+    if (c->saved < SAVED_LEAST) {
+        printf("saved: %.1f %%, less than %.1f %%\n", 100 * c->saved,
+               100 * SAVED_LEAST);
+        ok = false;
+    }
+    return ok;
+}
+
+/* ---- for programs ---- */
+
+static void write_courses(FILE *f, const char *name, const Course *c)
+{
+    fprintf(f, "\"%s\": [", name);
+    for (int i = 0; i < rounds; i++) {
+        fprintf(f, "%s\n {\"share\": %.4f, \"wall\": {", i ? "," : "",
+                c[i].saved);
+        for (unsigned m = 0; m < MARKS && c[i].wall[m] > 0; m++) {
+            fprintf(f, "%s\"%.2f\": %.4f", m ? ", " : "", marks[m],
+                    c[i].wall[m]);
+        }
+        fprintf(f, "}, \"cpu\": {");
+        for (unsigned m = 0; m < MARKS && c[i].wall[m] > 0; m++) {
+            fprintf(f, "%s\"%.2f\": %.4f", m ? ", " : "", marks[m],
+                    c[i].cpu[m]);
+        }
+        fprintf(f, "}}");
+    }
+    fprintf(f, "]");
+}
+
+static void write_json(const Course *ours, const Course *ksm,
+                       const char *name)
+{
+    FILE *f = fopen(json, "we");
+
+    if (!f) {
+        perror(json);
+        exit(2);
+    }
+    fprintf(f, "{");
+    write_courses(f, name, ours);
+    if (!without_ksm) {
+        fprintf(f, ",\n");
+        write_courses(f, "KSM", ksm);
+    }
+    fprintf(f, "}\n");
+    fclose(f);
+}
+
 static GOptionEntry entries[] = {
     { "rounds", 0, 0, G_OPTION_ARG_INT, &rounds, "measurements of each", "N" },
     { "guests", 0, 0, G_OPTION_ARG_INT, &guests, "processes", "N" },
@@ -277,6 +362,10 @@ static GOptionEntry entries[] = {
       "the engine at its default speed", NULL },
     { "idle", 0, 0, G_OPTION_ARG_INT, &idle, "measure so long what it costs"
       " when nothing is to be found", "SECONDS" },
+    { "check", 0, 0, G_OPTION_ARG_NONE, &check, "compare counts with bounds",
+      NULL },
+    { "json", 0, 0, G_OPTION_ARG_FILENAME, &json, "the figures, for programs",
+      "FILE" },
     { G_OPTION_REMAINING, 0, 0, G_OPTION_ARG_FILENAME_ARRAY, &images,
       "RAM of guests", "IMAGE..." },
     { NULL }
@@ -348,5 +437,8 @@ int main(int argc, char **argv)
         print_row("KSM anon", ksm);
     }
     print_counts(ours, &count);
-    return 0;
+    if (json) {
+        write_json(ours, ksm, memory == REPLAY_MEMFD ? "memfd" : "plain");
+    }
+    return check && !check_counts(&ours[rounds - 1], &count);
 }

@@ -113,7 +113,7 @@ def test_memfd():
 @tap.case
 def test_filter():
     """the process's filter is put back, and left alone where it should be"""
-    vm = vms.VM('filter', ram=64, backing='ram', dedup={}).start()
+    vm = vms.VM('filter', backing='ram', dedup=dedup.FULL_SPEED).start()
     with open('/proc/self/coredump_filter', encoding='ascii') as f:
         before = int(f.read(), 16)
     dedup.wait_until(lambda: filter_of(vm) == before | 4, 'filter to be set')
@@ -121,7 +121,7 @@ def test_filter():
     vm.qmp.command('object-del', {'id': 'ds0'})
     tap.check(filter_of(vm) == before, 'filter 0x%x' % filter_of(vm))
     vm.quit()
-    vm = vms.VM('off', ram=64, backing='ram', dedup={},
+    vm = vms.VM('off', backing='ram', dedup=dedup.FULL_SPEED,
                 extra=('-machine', 'dump-guest-core=off')).start()
     dedup.stats(vm)
     dedup.wait_scans([vm], 1)

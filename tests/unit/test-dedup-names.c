@@ -70,6 +70,7 @@ static void add_segment(Engine *t, unsigned no)
 
     g_assert_no_error(error);
     g_assert_cmpint(dedup_builder_append(b, fx_addr(t->ram, first)), ==, 0);
+    dedup_builder_flush(b);
     s = dedup_builder_finish(b, dedup_group_segment_alloc(t->e->group, 1),
                              &error);
     g_assert_no_error(error);

@@ -44,11 +44,12 @@ static void test_scan_time(void)
     g_assert_cmpint(dedup_pace_rest(&p, &scan_time), ==, 0);
     pass(&p, 100000, 50000);
     for (unsigned i = 0; i < 12; i++) {
-        g_assert_cmpint(p.scan_us, ==, us);
+        g_assert_cmpint(p.wish_us, ==, us);
         us = MIN(2 * us, (int64_t)TARGET_S * G_TIME_SPAN_SECOND);
         pass(&p, 100000, 100);
     }
-    g_assert_cmpint(p.scan_us, ==, TARGET_S * G_TIME_SPAN_SECOND);
+    g_assert_cmpint(p.wish_us, ==, TARGET_S * G_TIME_SPAN_SECOND);
+    g_assert_cmpint(p.scan_us, ==, p.wish_us);
     g_assert_cmpuint(dedup_pace_wants(&p), <, 10);
 
     /* so many pages in such a time: 500 in a second */
@@ -62,6 +63,52 @@ static void test_scan_time(void)
     dedup_pace_hurry(&p);
     dedup_pace_batch(&p, &scan_time);
     g_assert_cmpint(p.scan_us, ==, 0);
+    dedup_pace_clear(&p);
+    dedup_hostmem_free(mem);
+    dedup_group_free(g);
+}
+
+/* A pass that takes longer than a second is slowed down all the same. */
+static void test_large(void)
+{
+    g_autoptr(GError) error = NULL;
+    DedupGroup *g = dedup_group_new(NULL, &error);
+    DedupHostMem *mem = dedup_hostmem_new("/proc");
+    DedupPace p;
+
+    dedup_pace_init(&p, g, mem);
+    for (unsigned i = 0; i < 12; i++) {
+        p.pass_start_ns -= 3 * INT64_C(1000000000); /* of CPU time */
+        pass(&p, 10 << 20, 0);
+    }
+    g_assert_cmpint(p.scan_us, ==, TARGET_S * G_TIME_SPAN_SECOND);
+    g_assert_cmpuint(dedup_pace_wants(&p), <, 20);
+    dedup_pace_clear(&p);
+    dedup_hostmem_free(mem);
+    dedup_group_free(g);
+}
+
+/* It was long since the last batch, or there was none: nothing is owed. */
+static void test_long_ago(void)
+{
+    g_autoptr(GError) error = NULL;
+    DedupGroup *g = dedup_group_new(NULL, &error);
+    DedupHostMem *mem = dedup_hostmem_new("/proc");
+    DedupParams params = scan_time;
+    DedupPace p;
+
+    params.max_cpu = 70;
+    dedup_pace_init(&p, g, mem);
+    g_assert_cmpint(dedup_pace_rest(&p, &params), <, 1000);
+    p.wall_ns = 1;
+    p.cpu_ns = 1;
+    dedup_pace_rest(&p, &params);
+    p.wall_ns -= INT64_MAX / 2;
+    g_assert_cmpint(dedup_pace_rest(&p, &params), <, 1000);
+    /* and what is owed is bounded, too */
+    p.cpu_ns -= INT64_C(3600) * 1000000000;
+    dedup_pace_rest(&p, &params);
+    g_assert_cmpint(p.credit_ns, >=, -INT64_C(5000000000));
     dedup_pace_clear(&p);
     dedup_hostmem_free(mem);
     dedup_group_free(g);
@@ -211,6 +258,8 @@ int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
     g_test_add_func("/pace/scan-time", test_scan_time);
+    g_test_add_func("/pace/large", test_large);
+    g_test_add_func("/pace/long-ago", test_long_ago);
     g_test_add_func("/pace/limits", test_limits);
     g_test_add_func("/pace/max-cpu", test_max_cpu);
     test_pair_add("/pace/share", test_share);

@@ -60,8 +60,10 @@ static DedupBuilder *build(unsigned npages)
 static DedupSegment *finish(DedupBuilder *b, uint32_t gid)
 {
     g_autoptr(GError) error = NULL;
-    DedupSegment *s = dedup_builder_finish(b, gid, &error);
+    DedupSegment *s;
 
+    dedup_builder_flush(b);
+    s = dedup_builder_finish(b, gid, &error);
     g_assert_no_error(error);
     g_assert_nonnull(s);
     return s;
@@ -166,6 +168,7 @@ static void test_no_room_at_all(void)
     none = old;
     none.rlim_cur = 0;
     g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &none), ==, 0);
+    g_assert_cmpuint(dedup_builder_flush(b), ==, 0);
     g_assert_null(dedup_builder_finish(b, 7, &error));
     g_assert_cmpint(setrlimit(RLIMIT_FSIZE, &old), ==, 0);
     g_assert_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM);

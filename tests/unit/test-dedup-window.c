@@ -129,6 +129,38 @@ static void test_no_memory(gconstpointer data)
     end(merge_failing(ram, leaves_holes_and_no_memory), ram);
 }
 
+/* All mappings fail at first, then only those that would be for a hole. */
+static bool leaves_long_hole(int what)
+{
+    return (what == DEDUP_FAIL_MAP && calls++ < 4) ||
+           (what == DEDUP_FAIL_MAP_HOLE && calls++ < 8);
+}
+
+/* Runs as long as a window: they are not flushed, and put back as a whole. */
+static void test_long(gconstpointer data)
+{
+    FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), 3 * DEDUP_WINDOW_PAGES);
+    FxEngine *fe = fx_engine_new(NULL);
+    FxView view;
+
+    for (uint32_t i = 0; i < ram->npages; i++) {
+        fx_page(ram, i, i % DEDUP_WINDOW_PAGES + 1);
+    }
+    calls = 0;
+    dedup_fail_hook = leaves_long_hole;
+    fx_add(fe, ram);
+    /* all of it in one window, however slow the machine */
+    fe->e->space->bound.page_ns = 1;
+    fx_engine_start(fe);
+    fx_wait_settled(fe);
+    g_assert_cmpuint(calls, >=, 8);
+    stop(fe);
+    fx_assert_bytes(ram);
+    fx_view(ram, &view);
+    g_assert_cmpuint(view.segment_pages, ==, ram->npages);
+    end(fe, ram);
+}
+
 /* Does this kernel drop a window's pages before they are replaced? */
 static bool has_flush(FxEngine *fe)
 {
@@ -326,6 +358,7 @@ int main(int argc, char **argv)
 {
     fx_init(&argc, &argv);
     add_tests("holes", test_holes, ~0);
+    add_tests("long", test_long, ~0);
     add_tests("no-memory", test_no_memory, 1 << FX_MEMFD | 1 << FX_TMPFS);
     add_tests("refill", test_refill, 1 << FX_ANON | 1 << FX_ANON_THP);
     add_tests("lost", test_lost, 1 << FX_ANON);

@@ -59,6 +59,9 @@ static void peer_proven(void *opaque, const DedupOwnPage *pages, unsigned n)
     DedupEngine *e = opaque;
     uint64_t hashes[DEDUP_PEER_BATCH];
 
+    if (!dedup_group_is_joined(e->group)) {
+        return; /* the salt may be that of another one */
+    }
     dedup_space_hashes(e->space, pages, n, dedup_scan_salt(e->scan), hashes);
     for (unsigned i = 0; i < n; i++) {
         if (hashes[i]) {
@@ -138,11 +141,11 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
 
 void dedup_engine_free(DedupEngine *e)
 {
+    if (e->group) {
+        dedup_group_free(e->group); /* ends the thread that tells the scan */
+    }
     if (e->scan) {
         dedup_scan_free(e->scan);
-    }
-    if (e->group) {
-        dedup_group_free(e->group);
     }
     if (e->space) {
         dedup_space_free(e->space);
@@ -243,11 +246,32 @@ static void enter_state(DedupEngine *e, DedupState state)
     }
 }
 
+/*
+ * Until the next batch is due, or something is asked; what is to be done
+ * meanwhile is, and paid for later.
+ */
+static void sleep_and_merge(DedupEngine *e, int64_t rest)
+{
+    int64_t end = g_get_monotonic_time() + rest;
+    int64_t left = rest;
+    DedupWake wake;
+
+    do {
+        wake = dedup_control_wait(&e->control,
+                                  MIN(left, dedup_scan_waits_us(e->scan)));
+        left = end - g_get_monotonic_time();
+        if (wake != DEDUP_WAKE_KICK && left > 0 &&
+            !dedup_scan_waits_us(e->scan)) {
+            dedup_scan_merge(e->scan);
+            left = end - g_get_monotonic_time();
+        }
+    } while (wake != DEDUP_WAKE_KICK && left > 0);
+}
+
 static void scan(DedupEngine *e, const DedupParams *params)
 {
     uint32_t pages = dedup_pace_batch(&e->pace, params);
     DedupTally tally;
-    int64_t rest;
 
     if (dedup_scan_batch(e->scan, params, pages)) {
         dedup_scan_end_pass(e->scan, &tally);
@@ -257,9 +281,11 @@ static void scan(DedupEngine *e, const DedupParams *params)
         }
     }
     dedup_figures_batch(&e->figures, false);
-    rest = dedup_pace_rest(&e->pace, params);
-    dedup_control_wait(&e->control, has_regions(e) ?
-                       MIN(rest, dedup_scan_waits_us(e->scan)) : -1);
+    if (has_regions(e)) {
+        sleep_and_merge(e, dedup_pace_rest(&e->pace, params));
+    } else {
+        dedup_control_wait(&e->control, -1);
+    }
 }
 
 static void end_restore(DedupEngine *e, uint64_t left, GError *error)

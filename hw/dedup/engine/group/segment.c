@@ -121,6 +121,12 @@ unsigned dedup_builder_count(const DedupBuilder *b)
     return b->written + b->nstaged;
 }
 
+unsigned dedup_builder_flush(DedupBuilder *b)
+{
+    write_staged(b);
+    return b->written;
+}
+
 void dedup_builder_free(DedupBuilder *b)
 {
     if (!b) {
@@ -151,14 +157,10 @@ static DedupSegment *segment_new(int fd, uint8_t *map, uint32_t gid,
 DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
                                    GError **error)
 {
+    size_t size = b->written * DEDUP_PAGE_SIZE;
     DedupSegment *s = NULL;
-    size_t size;
 
-    if (!write_staged(b) && b->written == 0) {
-        dedup_error_errno(error, "segment: cannot write to the memfd");
-        goto out;
-    }
-    size = b->written * DEDUP_PAGE_SIZE;
+    g_assert(!b->nstaged);
     if (size == 0) {
         errno = ENODATA;
         dedup_error_errno(error, "segment: nothing to publish");

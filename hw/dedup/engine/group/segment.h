@@ -63,11 +63,10 @@ DedupBuilder *dedup_builder_new(GError **error);
  */
 int dedup_builder_append(DedupBuilder *b, const void *page);
 unsigned dedup_builder_count(const DedupBuilder *b);
+/* Writes what was not yet.  Returns how many pages there are now. */
+unsigned dedup_builder_flush(DedupBuilder *b);
 
-/*
- * Frees @b in any case.  Returns NULL and @error on failure; where memory is
- * short the segment may be shorter than what was appended.
- */
+/* After _flush().  Frees @b in any case.  NULL and @error on failure. */
 DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
                                    GError **error);
 void dedup_builder_free(DedupBuilder *b);

@@ -26,6 +26,14 @@ void dedup_control_kick(DedupControl *c)
     g_mutex_unlock(&c->lock);
 }
 
+void dedup_control_nudge(DedupControl *c)
+{
+    g_mutex_lock(&c->lock);
+    c->nudge = true;
+    g_cond_broadcast(&c->wake);
+    g_mutex_unlock(&c->lock);
+}
+
 void dedup_control_stop(DedupControl *c)
 {
     g_mutex_lock(&c->lock);
@@ -54,18 +62,24 @@ bool dedup_control_may_scan(DedupControl *c)
     return may;
 }
 
-void dedup_control_wait(DedupControl *c, int64_t us)
+DedupWake dedup_control_wait(DedupControl *c, int64_t us)
 {
     int64_t end = g_get_monotonic_time() + us;
+    DedupWake wake = DEDUP_WAKE_KICK;
 
     g_mutex_lock(&c->lock);
-    while (!c->kick && !c->stop) {
+    while (!c->kick && !c->stop && !c->nudge) {
         if (us < 0) {
             g_cond_wait(&c->wake, &c->lock);
         } else if (!g_cond_wait_until(&c->wake, &c->lock, end)) {
+            wake = DEDUP_WAKE_TIME;
             break;
         }
     }
-    c->kick = false;
+    if (!c->kick && !c->stop && c->nudge) {
+        wake = DEDUP_WAKE_NUDGE;
+    }
+    c->kick = c->nudge = false;
     g_mutex_unlock(&c->lock);
+    return wake;
 }

@@ -25,13 +25,23 @@ typedef struct DedupControl {
     bool stop;
     bool restoring;           /* everything: no scanning meanwhile */
     bool kick;                /* something was asked */
+    bool nudge;               /* a short sleep may do */
 } DedupControl;
+
+/* Why a sleep has ended. */
+typedef enum DedupWake {
+    DEDUP_WAKE_TIME,
+    DEDUP_WAKE_KICK,          /* something was asked, or it is to end */
+    DEDUP_WAKE_NUDGE,
+} DedupWake;
 
 void dedup_control_init(DedupControl *c, const DedupParams *params);
 void dedup_control_clear(DedupControl *c);
 
 /* Something was asked: the scanner shall look again. */
 void dedup_control_kick(DedupControl *c);
+/* Nothing was asked: but how long to sleep is to be thought over. */
+void dedup_control_nudge(DedupControl *c);
 void dedup_control_stop(DedupControl *c);
 bool dedup_control_is_stopping(DedupControl *c);
 
@@ -39,6 +49,6 @@ bool dedup_control_is_stopping(DedupControl *c);
 bool dedup_control_may_scan(DedupControl *c);
 
 /* Sleep, or until something is asked; @us < 0: for as long as it takes. */
-void dedup_control_wait(DedupControl *c, int64_t us);
+DedupWake dedup_control_wait(DedupControl *c, int64_t us);
 
 #endif /* DEDUP_CONTROL_H */

@@ -79,14 +79,14 @@ static Outcome prepare(DedupScan *scan, DedupRegion *r, const DedupTask *task,
 
 /* A page that was merged counts neither as unshared nor as volatile. */
 static void note_done(DedupScan *scan, DedupRegion *r, const DedupAction *a,
-                      bool stable)
+                      const DedupTask *task)
 {
     DedupMemo *memo = dedup_region_memo(r);
 
     if (a->done) {
         scan->found++;
-        if (dedup_region_base(r) + a->page < scan->at) {
-            dedup_memo_merged(memo, stable);
+        if (!task->told && task->pass == scan->pass) {
+            dedup_memo_merged(memo, task->stable);
         }
     } else if (a->differs && a->holding) {
         dedup_memo_doubt(memo, a->page);
@@ -98,22 +98,26 @@ static unsigned run_chunk(DedupScan *scan, DedupRegion *r, DedupTask *tasks,
                           unsigned n, DedupTask *kept)
 {
     DedupAction *actions = scan->todo.actions;
-    bool stable[DEDUP_CHUNK_PAGES];
+    DedupTask done[DEDUP_CHUNK_PAGES]; /* @kept may be where they were */
     unsigned most = dedup_memo_may_merge(dedup_region_memo(r),
                                          (tasks[0].page -
                                           dedup_region_base(r)) /
                                          DEDUP_CHUNK_PAGES);
+    /* if few are tried, others the next time: some may never be done */
+    unsigned first = most < n ? scan->pass * most % (n - most + 1) : 0;
     unsigned nactions = 0, nkept = 0;
+    uint32_t before = UINT32_MAX;
 
-    for (unsigned i = 0; i < n && nactions < most; i++) {
+    for (unsigned i = first; i < n && nactions < most; i++) {
         DedupAction a = { 0 };
 
-        if (i && tasks[i].page == tasks[i - 1].page) {
+        if (tasks[i].page == before) {
             continue; /* found by us, and told by others */
         }
+        before = tasks[i].page;
         switch (prepare(scan, r, &tasks[i], &a)) {
         case OUTCOME_DO:
-            stable[nactions] = tasks[i].stable;
+            done[nactions] = tasks[i];
             actions[nactions++] = a;
             break;
         case OUTCOME_KEEP:
@@ -126,7 +130,7 @@ static unsigned run_chunk(DedupScan *scan, DedupRegion *r, DedupTask *tasks,
     if (nactions) {
         dedup_space_windows(r, actions, nactions, &scan->limits);
         for (unsigned i = 0; i < nactions; i++) {
-            note_done(scan, r, &actions[i], stable[i]);
+            note_done(scan, r, &actions[i], &done[i]);
         }
     }
     return nkept;
@@ -146,7 +150,7 @@ static unsigned chunk_end(const DedupTask *tasks, unsigned n,
     return i;
 }
 
-void dedup_merge_run(DedupScan *scan)
+void dedup_scan_merge(DedupScan *scan)
 {
     unsigned kept = 0, i = 0, n;
     DedupTask *tasks = dedup_todo_take(scan, &n);

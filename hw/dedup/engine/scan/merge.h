@@ -18,10 +18,4 @@
 bool dedup_merge_is_right(DedupRegion *r, uint32_t page,
                           const DedupHolding *h, uint32_t index);
 
-/*
- * Do what can be done.  What is claimed, but not published yet, stays for the
- * next time, until two passes have ended.
- */
-void dedup_merge_run(DedupScan *scan);
-
 #endif /* DEDUP_MERGE_H */

@@ -100,7 +100,8 @@ bool dedup_scan_join(DedupScan *scan, const DedupGroupOps *ops, void *opaque,
         scan->start_us = g_get_monotonic_time();
     }
     scan->index = dedup_group_index(scan->group);
-    scan->salt = dedup_group_salt(scan->group);
+    __atomic_store_n(&scan->salt, dedup_group_salt(scan->group),
+                     __ATOMIC_RELAXED);
     if (!dedup_group_resumed(scan->group)) {
         move(scan);
     }

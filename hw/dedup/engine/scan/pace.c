@@ -14,7 +14,6 @@
 #define HURRY 4
 /* But for the first, a pass takes a second: sooner little can be new. */
 #define LEAST_US G_TIME_SPAN_SECOND
-/* One that is to take no longer than so many times what it must just runs. */
 #define FULL_SPEED 2
 
 /* Batches: what is looked at between two looks at what is asked. */
@@ -24,9 +23,13 @@
 /* A batch comes at least that often: others may have told us something. */
 #define REST_MOST_US (2 * G_TIME_SPAN_SECOND)
 
-/* What may be saved up of CPU time, and how often the share is looked at. */
+/* What may be saved up of CPU time, or be owed, and what counts at a time. */
 #define CREDIT_NS (20 * INT64_C(1000000))
+#define DEBT_NS (5 * INT64_C(1000000000))
+#define STEP_NS (10 * INT64_C(1000000000))
+/* How often the share is looked at, and how short memory is. */
 #define SHARE_NS (200 * INT64_C(1000000))
+#define TARGET_NS INT64_C(1000000000)
 /* Whoever is in the group may spend a little. */
 #define SHARE_LEAST 1
 
@@ -95,14 +98,16 @@ static int64_t pay(DedupPace *p, const DedupParams *params)
 {
     int64_t wall = dedup_now_ns();
     int64_t cpu = spent_ns(p);
+    int64_t passed = p->wall_ns ? MIN(wall - p->wall_ns, STEP_NS) : 0;
 
     if (!p->share || wall - p->share_ns > SHARE_NS) {
         p->share_ns = wall;
         find_share(p, params);
     }
-    p->credit_ns += (wall - p->wall_ns) * p->share / CORE -
-                    (cpu - p->cpu_ns);
-    p->credit_ns = MIN(p->credit_ns, CREDIT_NS * p->share / CORE);
+    p->credit_ns += passed * p->share / CORE -
+                    (p->wall_ns ? cpu - p->cpu_ns : 0);
+    p->credit_ns = CLAMP(p->credit_ns, -DEBT_NS * p->share / CORE,
+                         CREDIT_NS * p->share / CORE);
     p->wall_ns = wall;
     p->cpu_ns = cpu;
     return p->credit_ns < 0 && p->share < CORE ?
@@ -125,6 +130,16 @@ static int64_t target_us(DedupPace *p, const DedupParams *params)
                     : target * DEDUP_PLENTY_FACTOR;
 }
 
+/* One that is to take no longer than it must, or little more, just runs. */
+static void choose(DedupPace *p)
+{
+    p->scan_us = p->wish_us < FULL_SPEED * p->pass_cpu_ns / 1000 ? 0
+                                                                 : p->wish_us;
+    __atomic_store_n(&p->wants, p->scan_us ?
+                     MIN(p->pass_cpu_ns / p->scan_us + 1, CORE) : CORE,
+                     __ATOMIC_RELAXED);
+}
+
 void dedup_pace_pass(DedupPace *p, const DedupParams *params,
                      const DedupTally *tally)
 {
@@ -134,15 +149,23 @@ void dedup_pace_pass(DedupPace *p, const DedupParams *params,
     p->pass_cpu_ns = MAX(cpu - p->pass_start_ns, 1);
     p->pass_start_ns = cpu;
     p->pass_work = MAX(tally->work, 1);
-    p->scan_us = tally->found * YIELD_SHARE > tally->hashed ?
-                 p->scan_us / HURRY : 2 * p->scan_us;
-    p->scan_us = MIN(MAX(p->scan_us, LEAST_US), target);
-    if (p->scan_us < FULL_SPEED * p->pass_cpu_ns / 1000) {
-        p->scan_us = 0;
+    p->wish_us = tally->found * YIELD_SHARE > tally->hashed ?
+                 p->wish_us / HURRY : 2 * p->wish_us;
+    p->wish_us = MIN(MAX(p->wish_us, LEAST_US), target);
+    choose(p);
+}
+
+/* Memory may run short long before a slow pass ends. */
+static void follow_target(DedupPace *p, const DedupParams *params)
+{
+    int64_t now = dedup_now_ns();
+
+    if (params->advisor == DEDUP_ADVISOR_PRESSURE && p->scan_us &&
+        now - p->target_ns > TARGET_NS) {
+        p->target_ns = now;
+        p->wish_us = MIN(p->wish_us, target_us(p, params));
+        choose(p);
     }
-    __atomic_store_n(&p->wants, p->scan_us ?
-                     MIN(p->pass_cpu_ns / p->scan_us + 1, CORE) : CORE,
-                     __ATOMIC_RELAXED);
 }
 
 void dedup_pace_hurry(DedupPace *p)
@@ -175,7 +198,7 @@ static double pages_in(const DedupPace *p, const DedupParams *params,
 uint32_t dedup_pace_batch(DedupPace *p, const DedupParams *params)
 {
     if (__atomic_exchange_n(&p->hurry, false, __ATOMIC_RELAXED)) {
-        p->scan_us = 0;
+        p->wish_us = p->scan_us = 0;
         __atomic_store_n(&p->wants, CORE, __ATOMIC_RELAXED);
     }
     if (params->advisor == DEDUP_ADVISOR_NONE) {
@@ -196,6 +219,7 @@ int64_t dedup_pace_rest(DedupPace *p, const DedupParams *params)
     if (params->advisor == DEDUP_ADVISOR_NONE) {
         return params->sleep_millisecs * 1000LL;
     }
+    follow_target(p, params);
     if (p->scan_us) {
         rest = BATCH_US * (double)p->batch / pages_in(p, params, BATCH_US);
     }

@@ -27,13 +27,15 @@
 typedef struct DedupPace {
     DedupGroup *group;
     DedupPressure pressure;
-    int64_t scan_us;          /* that a pass shall take; 0: as fast as may be */
+    int64_t wish_us;          /* what a pass should take, by what was found */
+    int64_t scan_us;          /* and shall; 0: as fast as may be */
     uint64_t pass_work;       /* of the last pass, in pages hashed */
     int64_t pass_cpu_ns;      /* and what it took */
     int64_t pass_start_ns;    /* CPU time when it began */
     uint32_t share;           /* what we may spend, in permille of a core */
     uint32_t wants;           /* what we would, likewise; atomic */
     int64_t share_ns;         /* when that was found out */
+    int64_t target_ns;        /* when the target was looked at */
     int64_t credit_ns;        /* CPU time that may be spent at once */
     int64_t wall_ns;          /* as of that */
     int64_t cpu_ns;

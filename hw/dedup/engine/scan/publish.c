@@ -243,7 +243,6 @@ DedupPair dedup_publish_pair(DedupScan *scan, DedupRegion *r, uint32_t page,
 static void announce(DedupScan *scan, DedupDraft *d,
                      const DedupSegment *segment)
 {
-    cut_draft(scan, d, segment->npages);
     for (unsigned i = 0; i < d->announce->len; i++) {
         const Announce *a = &g_array_index(d->announce, Announce, i);
         DedupHint old = own_hint(scan, DEDUP_HINT_CLAIMED, a->page, a->hash);
@@ -276,12 +275,17 @@ static void forget_draft(DedupScan *scan, DedupDraft *d)
 static DedupSegment *finish_draft(DedupScan *scan, DedupDraft *d)
 {
     g_autoptr(GError) error = NULL;
-    uint32_t gid = dedup_group_segment_alloc(
-        scan->group, dedup_builder_count(d->builder));
+    unsigned n = dedup_builder_flush(d->builder);
     DedupSegment *segment;
+    uint32_t gid;
 
+    if (n < d->announce->len) {
+        cut_draft(scan, d, n);
+        scan->limits |= DEDUP_LIMIT_MEMORY;
+    }
+    gid = n ? dedup_group_segment_alloc(scan->group, n) : 0;
     if (!gid) {
-        scan->limits |= DEDUP_LIMIT_INDEX;
+        scan->limits |= n ? DEDUP_LIMIT_INDEX : 0;
         return NULL;
     }
     segment = dedup_builder_finish(g_steal_pointer(&d->builder), gid, &error);
@@ -316,6 +320,7 @@ void dedup_scan_abandon(DedupScan *scan)
     for (unsigned k = 0; k < DEDUP_DRAFTS; k++) {
         forget_draft(scan, &scan->publisher.draft[k]);
     }
+    dedup_todo_forget_told(scan);
     dedup_todo_forget(scan);
 }
 

@@ -42,8 +42,9 @@ typedef struct DedupTodo {
     GArray *tasks;            /* of DedupTask */
     unsigned kept;            /* of them, that could not be done last time */
     DedupAction *actions;     /* work space: a chunk's */
+    int64_t pause_us;         /* between two looks at what is kept */
     int64_t since_us;         /* atomic: when the first of the others came */
-    int64_t last_us;          /* atomic: and when the last */
+    int64_t due_us;           /* atomic: when to do them; 0: there are none */
     GMutex lock;              /* of what follows; none is taken with it */
     GArray *told;             /* of DedupTask: by other members */
 } DedupTodo;
@@ -82,7 +83,7 @@ struct DedupScan {
     DedupControl *control;
     DedupRoom *room;
     DedupIndex *index;        /* of the group; NULL: not joined */
-    uint64_t salt;
+    uint64_t salt;            /* atomic */
     int64_t watched_us;       /* when the group's files were looked at */
     DedupParams now;          /* of this batch */
     DedupPlace place;

@@ -47,6 +47,7 @@ struct DedupChunk {
     Page pages[DEDUP_CHUNK_PAGES];
     unsigned npages;
     unsigned broke;           /* merged pages that were written meanwhile */
+    bool rests;               /* it is not looked into */
     DedupRemote remotes[DEDUP_PROOF_PAGES];
     unsigned nremotes;
 };
@@ -65,6 +66,10 @@ static void see(void *opaque, uint32_t page, const void *content,
     if (breaks) {
         dedup_memo_broke(c->memo, page);
         c->broke++;
+    }
+    if (c->rests) {
+        c->memo->counting.volatiles++;
+        return;
     }
     if (!dedup_memo_is_due(c->memo, page, &scan->clock)) {
         return;
@@ -86,6 +91,7 @@ static bool look(DedupScan *scan, Chunk *c)
     uint32_t chunk = scan->place.first / DEDUP_CHUNK_PAGES;
     DedupSeen seen;
 
+    c->rests = dedup_memo_rests(c->memo, chunk, scan->clock.now);
     if (!dedup_space_look(scan->space, &scan->place, &seen, see, scan)) {
         return false;
     }
@@ -93,11 +99,11 @@ static bool look(DedupScan *scan, Chunk *c)
     c->memo->counting.swapped += seen.swapped;
     c->memo->counting.huge_kept += seen.huge_kept;
     dedup_memo_judge(c->memo, chunk, scan->clock.now, seen.kept, c->broke);
-    if (seen.is_empty) {
+    if (seen.is_empty && !seen.kept) {
         dedup_memo_forget(c->memo, chunk, 1);
     }
     __atomic_fetch_add(&scan->pages, c->npages, __ATOMIC_RELAXED);
-    return !dedup_memo_rests(c->memo, chunk, scan->clock.now);
+    return !c->rests;
 }
 
 /* ---- decide ---- */
@@ -354,13 +360,13 @@ bool dedup_scan_batch(DedupScan *scan, const DedupParams *params,
             left -= scan->place.n + (int64_t)c->npages * (LOOK_SHARE - 1);
         }
         if (dedup_scan_waits_us(scan) == 0) {
-            dedup_merge_run(scan);
+            dedup_scan_merge(scan);
         }
     }
     scan->work += all - left;
     if (ended) {
         dedup_publish_seal(scan);
-        dedup_merge_run(scan);
+        dedup_scan_merge(scan);
     }
     return ended;
 }
@@ -422,7 +428,7 @@ uint32_t dedup_scan_at(const DedupScan *scan)
 
 uint64_t dedup_scan_salt(const DedupScan *scan)
 {
-    return scan->salt;
+    return __atomic_load_n(&scan->salt, __ATOMIC_RELAXED);
 }
 
 uint64_t dedup_scan_pages(const DedupScan *scan)

@@ -23,7 +23,7 @@ typedef struct DedupScan DedupScan;
 DedupScan *dedup_scan_new(DedupSpace *space, DedupGroup *group,
                           DedupControl *control, DedupRoom *room,
                           GError **error);
-/* Before the group goes: what is claimed there is given up. */
+/* After dedup_scan_abandon(), and when the group is gone. */
 void dedup_scan_free(DedupScan *scan);
 
 /*
@@ -68,9 +68,14 @@ void dedup_scan_abandon(DedupScan *scan);
 void dedup_scan_tell(DedupScan *scan, uint32_t member_page, uint64_t hash);
 /*
  * In how many us something is to be done that was found, or told; INT64_MAX:
- * there is nothing.  Then a batch is due, however slow the pace.
+ * there is nothing.  Then dedup_scan_merge() is due, however slow the pace.
  */
 int64_t dedup_scan_waits_us(const DedupScan *scan);
+/*
+ * Do what can be done.  What is claimed, but not published yet, stays for the
+ * next time, until two passes have ended.
+ */
+void dedup_scan_merge(DedupScan *scan);
 /* What other members call a page's hash; any thread, while joined. */
 uint64_t dedup_scan_salt(const DedupScan *scan);
 

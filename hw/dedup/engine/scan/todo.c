@@ -10,6 +10,12 @@
 /* No more than so many may be told by others, before they are looked at. */
 #define TOLD_MOST 65536
 /*
+ * Nor more be kept that cannot be done yet; they are looked at again and again,
+ * at longer and longer intervals, up to this.
+ */
+#define KEPT_MOST 65536
+#define PAUSE_US (16 * G_TIME_SPAN_SECOND)
+/*
  * Or when nothing was found, or told, for some time: others are at full speed,
  * and the fewer windows the better.  But not for longer than this.
  */
@@ -18,12 +24,17 @@
 
 /* ---- the list ---- */
 
+/* A new one: for the first of them, or after a pause, whatever comes first. */
 static void note_time(DedupTodo *todo, int64_t now)
 {
-    __atomic_store_n(&todo->last_us, now, __ATOMIC_RELAXED);
-    if (!todo->since_us) {
+    int64_t since = __atomic_load_n(&todo->since_us, __ATOMIC_RELAXED);
+
+    if (!since) {
+        since = now;
         __atomic_store_n(&todo->since_us, now, __ATOMIC_RELAXED);
     }
+    __atomic_store_n(&todo->due_us, MIN(since + WAIT_US, now + QUIET_US),
+                     __ATOMIC_RELAXED);
 }
 
 static void add(DedupScan *scan, const DedupRegion *r, DedupTask task)
@@ -50,7 +61,7 @@ void dedup_todo_add_zero(DedupScan *scan, const DedupRegion *r, uint32_t page)
 void dedup_scan_tell(DedupScan *scan, uint32_t member_page, uint64_t hash)
 {
     DedupTodo *todo = &scan->todo;
-    DedupTask task = { .hash = hash, .page = member_page, .stable = true };
+    DedupTask task = { .hash = hash, .page = member_page, .told = true };
     bool first;
 
     g_mutex_lock(&todo->lock);
@@ -62,7 +73,7 @@ void dedup_scan_tell(DedupScan *scan, uint32_t member_page, uint64_t hash)
     g_mutex_unlock(&todo->lock);
     if (first) {
         /* it may sleep for long */
-        dedup_control_kick(scan->control);
+        dedup_control_nudge(scan->control);
     }
 }
 
@@ -88,17 +99,13 @@ static void take_told(DedupScan *scan)
 int64_t dedup_scan_waits_us(const DedupScan *scan)
 {
     const DedupTodo *todo = &scan->todo;
-    int64_t since = __atomic_load_n(&todo->since_us, __ATOMIC_RELAXED);
-    int64_t last = __atomic_load_n(&todo->last_us, __ATOMIC_RELAXED);
+    int64_t due = __atomic_load_n(&todo->due_us, __ATOMIC_RELAXED);
 
-    if (!since) {
+    if (!due) {
         return INT64_MAX;
     }
-    if (todo->tasks->len >= todo->kept + TASKS_FULL) {
-        return 0;
-    }
-    return MAX(MIN(since + WAIT_US, last + QUIET_US) -
-               g_get_monotonic_time(), 0);
+    return todo->tasks->len >= todo->kept + TASKS_FULL ? 0 :
+           MAX(due - g_get_monotonic_time(), 0);
 }
 
 static int compare(const void *a, const void *b)
@@ -126,10 +133,9 @@ static void rest_of_them(DedupTodo *todo)
 
     g_mutex_lock(&todo->lock);
     if (!todo->told->len) {
-        __atomic_store_n(&todo->since_us, todo->kept ? now : 0,
+        __atomic_store_n(&todo->since_us, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&todo->due_us, todo->kept ? now + todo->pause_us : 0,
                          __ATOMIC_RELAXED);
-        /* not sooner than need be: nothing new may have come */
-        __atomic_store_n(&todo->last_us, now + WAIT_US, __ATOMIC_RELAXED);
     }
     g_mutex_unlock(&todo->lock);
 }
@@ -137,9 +143,12 @@ static void rest_of_them(DedupTodo *todo)
 void dedup_todo_keep(DedupScan *scan, unsigned n)
 {
     DedupTodo *todo = &scan->todo;
+    bool more = n < todo->tasks->len;
 
+    n = MIN(n, KEPT_MOST); /* the next pass finds the others */
     g_array_set_size(todo->tasks, n);
     todo->kept = n;
+    todo->pause_us = more ? WAIT_US : MIN(2 * todo->pause_us, PAUSE_US);
     if (n) {
         rest_of_them(todo);
     } else {
@@ -155,7 +164,17 @@ void dedup_todo_forget(DedupScan *scan)
     g_array_free(todo->tasks, true);
     todo->tasks = g_array_new(false, false, sizeof(DedupTask));
     todo->kept = 0;
+    todo->pause_us = WAIT_US;
     rest_of_them(todo);
+}
+
+void dedup_todo_forget_told(DedupScan *scan)
+{
+    DedupTodo *todo = &scan->todo;
+
+    g_mutex_lock(&todo->lock);
+    g_array_set_size(todo->told, 0);
+    g_mutex_unlock(&todo->lock);
 }
 
 /* ---- life ---- */
@@ -168,6 +187,7 @@ void dedup_todo_init(DedupScan *scan)
     todo->tasks = g_array_new(false, false, sizeof(DedupTask));
     todo->told = g_array_new(false, false, sizeof(DedupTask));
     todo->actions = g_new(DedupAction, DEDUP_CHUNK_PAGES);
+    todo->pause_us = WAIT_US;
 }
 
 void dedup_todo_clear(DedupScan *scan)
@@ -182,6 +202,6 @@ void dedup_todo_clear(DedupScan *scan)
 
 uint64_t dedup_todo_bytes(const DedupScan *scan)
 {
-    return scan->todo.tasks->len * sizeof(DedupTask) +
+    return (scan->todo.tasks->len + scan->todo.told->len) * sizeof(DedupTask) +
            DEDUP_CHUNK_PAGES * sizeof(DedupAction);
 }

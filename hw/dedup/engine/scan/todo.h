@@ -25,6 +25,7 @@ typedef struct DedupTask {
     uint32_t page;            /* member page number */
     bool zero;                /* the page is: it has no hash */
     bool stable;
+    bool told;                /* by another member */
     uint8_t pass;             /* in which it was found */
 } DedupTask;
 
@@ -52,5 +53,7 @@ void dedup_todo_add_zero(DedupScan *scan, const DedupRegion *r,
 DedupTask *dedup_todo_take(DedupScan *scan, unsigned *n);
 void dedup_todo_keep(DedupScan *scan, unsigned n);
 void dedup_todo_forget(DedupScan *scan);
+/* What others have said is about another group. */
+void dedup_todo_forget_told(DedupScan *scan);
 
 #endif /* DEDUP_TODO_H */

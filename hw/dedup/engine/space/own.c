@@ -74,9 +74,9 @@ bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n)
 
 bool dedup_own_has_hole(const DedupRegion *r, uint32_t page, uint32_t n)
 {
-    unsigned char vec[DEDUP_RESTORE_PAGES];
+    unsigned char vec[DEDUP_WINDOW_PAGES];
 
-    g_assert(n <= DEDUP_RESTORE_PAGES);
+    g_assert(n <= DEDUP_WINDOW_PAGES);
     return mincore(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
                    vec) < 0 && errno == ENOMEM;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The region's own memory, put back in the place of something else; at most
- * DEDUP_RESTORE_PAGES at a time, but for dedup_region_map_own().  Remap lock
+ * DEDUP_WINDOW_PAGES at a time, but for dedup_region_map_own().  Remap lock
  * held.
  */
 

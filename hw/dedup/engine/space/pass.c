@@ -269,30 +269,39 @@ static const uint8_t *find_content(DedupSpace *space, uint32_t member_page,
            dedup_region_addr(r, page) : NULL;
 }
 
+/* Others may want the lock: it is given up after so many pages. */
+#define PEER_PAGES 16
+
 void dedup_space_keyed_hashes(DedupSpace *space, DedupOwnPage *pages,
                               unsigned n, const uint8_t *secret)
 {
-    dedup_space_lock_to_read(space);
-    for (unsigned i = 0; i < n; i++) {
-        const uint8_t *content = find_content(space, pages[i].page, true);
+    for (unsigned i = 0, end; i < n; i = end) {
+        end = MIN(i + PEER_PAGES, n);
+        dedup_space_lock_to_read(space);
+        for (unsigned k = i; k < end; k++) {
+            const uint8_t *content = find_content(space, pages[k].page, true);
 
-        if (content) {
-            pages[i].is_there = true;
-            pages[i].hash = dedup_page_keyed_hash(content, secret);
+            if (content) {
+                pages[k].is_there = true;
+                pages[k].hash = dedup_page_keyed_hash(content, secret);
+            }
         }
+        dedup_space_unlock(space);
     }
-    dedup_space_unlock(space);
 }
 
 void dedup_space_hashes(DedupSpace *space, const DedupOwnPage *pages,
                         unsigned n, uint64_t salt, uint64_t *hashes)
 {
-    dedup_space_lock_to_read(space);
-    for (unsigned i = 0; i < n; i++) {
-        const uint8_t *content = pages[i].is_there ?
-            find_content(space, pages[i].page, false) : NULL;
+    for (unsigned i = 0, end; i < n; i = end) {
+        end = MIN(i + PEER_PAGES, n);
+        dedup_space_lock_to_read(space);
+        for (unsigned k = i; k < end; k++) {
+            const uint8_t *content = pages[k].is_there ?
+                find_content(space, pages[k].page, false) : NULL;
 
-        hashes[i] = content ? dedup_page_hash(content, salt) : 0;
+            hashes[k] = content ? dedup_page_hash(content, salt) : 0;
+        }
+        dedup_space_unlock(space);
     }
-    dedup_space_unlock(space);
 }

@@ -76,6 +76,8 @@ static inline void dedup_mutants_init(void)
     if (getenv("DEDUP_MUTANT")) {
         dedup_mutant = atoi(getenv("DEDUP_MUTANT"));
         dedup_mutant_delay_us = 2000;
+        /* as many chances as may be; for a run with mutant 0 as well */
+        dedup_never_rests = true;
     }
 }
 /* What the kernel refuses when the test's function says so; any thread. */

@@ -274,6 +274,9 @@ void dedup_figures_batch(DedupFigures *f, bool now)
     if (!dedup_group_is_joined(f->group)) {
         return; /* a group that could not be joined: nothing was merged */
     }
+    if (now) {
+        f->maps_us = 0; /* somebody waits for them */
+    }
     if (now || g_get_monotonic_time() - f->taken_us >= f->pause_us) {
         costly_figures(f);
     } else {

@@ -60,8 +60,8 @@ bool dedup_maps_admit(const DedupRegion *r, DedupAction **actions,
     int64_t left = dedup_maps_left(space);
     int64_t limit = __atomic_load_n(&space->maps.limit, __ATOMIC_RELAXED);
     unsigned least = left < limit / 10 ? 16 : left < limit / 4 ? 4 : 1;
-    unsigned kept = 0, runs = 0;
-    uint64_t needed = 4; /* the window's own registration splits maps */
+    unsigned kept = 0;
+    int64_t needed = 4; /* the window's own registration splits maps */
 
     for (unsigned i = 0, j; i < *n; i = j) {
         DedupAction *a = actions[i];
@@ -73,22 +73,17 @@ bool dedup_maps_admit(const DedupRegion *r, DedupAction **actions,
              j++) {
             ;
         }
-        if (a->holding && j - i < least) {
-            *limits |= DEDUP_LIMIT_MAPS;
-            continue;
-        }
         if (a->holding || r->info.memory == DEDUP_MEMORY_PRIVATE_FILE) {
-            runs++;
+            if ((a->holding && j - i < least) || left < needed + 2) {
+                *limits |= DEDUP_LIMIT_MAPS;
+                continue;
+            }
+            needed += 2;
         }
         memmove(&actions[kept], &actions[i],
                 (j - i) * sizeof(actions[0]));
         kept += j - i;
     }
     *n = kept;
-    needed += 2 * runs;
-    if (runs && left < (int64_t)needed) {
-        *limits |= DEDUP_LIMIT_MAPS;
-        return false;
-    }
     return kept > 0;
 }

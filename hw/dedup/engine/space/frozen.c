@@ -197,27 +197,74 @@ static unsigned batch_end(const DedupWindow *w, unsigned from)
 }
 
 /*
- * Take the pages of runs [from, to) out of the page table with one TLB flush.
- * When all that is to be replaced is gone, or replaced already, what stays need
- * not be protected any longer: who wants a page that is gone waits for that.
+ * What is to be replaced between the first of these runs and what follows the
+ * last is gone, or replaced already: what stays there need not be protected any
+ * longer, as who wants a page that is gone waits for that.  This is still one
+ * mapping, so it costs one TLB flush.
  */
+static void unprotect(DedupWindow *w, unsigned from, unsigned to)
+{
+    uint32_t first = from ? w->runs[from].page : w->first;
+    uint32_t end = to < w->nruns ? w->runs[to].page : w->first + w->span;
+
+    dedup_freeze_unprotect(w->r->space->freezer.uffd,
+                           dedup_region_addr(w->r, first),
+                           (size_t)(end - first) << DEDUP_PAGE_SHIFT);
+}
+
+/* Is none of these pages in a mapping of a segment's? */
+static bool is_all_own(const DedupRegion *r, uint32_t page, uint32_t end)
+{
+    while (page < end && !dedup_entry_is_segment(dedup_entry_at(r, page))) {
+        page++;
+    }
+    return page == end;
+}
+
+/*
+ * The ranges that are dropped for runs [from, to).  Of shared memory the pages
+ * in between, too, where nothing is lost by it: the kernel flushes the TLB for
+ * each range of them.
+ */
+static unsigned find_ranges(const DedupWindow *w, unsigned from, unsigned to,
+                            struct iovec *iov)
+{
+    bool shared = w->r->info.memory == DEDUP_MEMORY_SHARED;
+    uint32_t end = 0;
+    unsigned n = 0;
+
+    for (unsigned i = from; i < to; i++) {
+        const DedupRun *run = &w->runs[i];
+        uint8_t *addr = dedup_region_addr(w->r, run->page);
+        size_t len = (size_t)run->n << DEDUP_PAGE_SHIFT;
+
+        if (!run->flush) {
+            continue;
+        }
+        if (n && shared && is_all_own(w->r, end, run->page)) {
+            iov[n - 1].iov_len = addr + len - (uint8_t *)iov[n - 1].iov_base;
+        } else {
+            iov[n++] = (struct iovec) { .iov_base = addr, .iov_len = len };
+        }
+        end = run->page + run->n;
+    }
+    return n;
+}
+
+/* Take the pages of runs [from, to) out of the page table at one stroke. */
 static Flushed flush(DedupWindow *w, unsigned from, unsigned to)
 {
     DedupSpace *space = w->r->space;
     struct iovec iov[DEDUP_WINDOW_PAGES];
+    unsigned n = find_ranges(w, from, to, iov);
     size_t wanted = 0;
-    unsigned n = 0;
     long dropped;
 
-    for (unsigned i = from; i < to; i++) {
-        if (w->runs[i].flush) {
-            iov[n].iov_base = dedup_region_addr(w->r, w->runs[i].page);
-            iov[n].iov_len = (size_t)w->runs[i].n << DEDUP_PAGE_SHIFT;
-            wanted += iov[n++].iov_len;
-        }
-    }
     if (!n || !w->may_drop) {
         return FLUSHED_NONE;
+    }
+    for (unsigned i = 0; i < n; i++) {
+        wanted += iov[i].iov_len;
     }
     n -= DEDUP_FAIL(DROP) ? n / 2 : 0;
     dropped = syscall(SYS_process_madvise, space->process.self_pidfd, iov, n,
@@ -230,11 +277,7 @@ static Flushed flush(DedupWindow *w, unsigned from, unsigned to)
     if (dropped < 0 || (size_t)dropped != wanted) {
         return FLUSHED_SOME;
     }
-    if (to == w->nruns) {
-        dedup_freeze_unprotect(space->freezer.uffd,
-                               dedup_region_addr(w->r, w->first),
-                               (size_t)w->span << DEDUP_PAGE_SHIFT);
-    }
+    unprotect(w, from, to);
     return FLUSHED_ALL;
 }
 
@@ -333,7 +376,7 @@ static void replace_run(DedupWindow *w, DedupRun *run, Flushed flushed,
     }
 }
 
-/* First what is not flushed, so that the last flush can end the protection. */
+/* First what is not flushed, so that a flush can end the protection. */
 static void replace(DedupWindow *w, unsigned *limits)
 {
     choose_flushed(w);

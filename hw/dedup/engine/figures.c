@@ -31,10 +31,11 @@
 /*
  * To count the process's maps the kernel writes a line for each.  So that is
  * done again only after this time, or when we have made so many more, of the
- * share that the process may have, or when something ran short.
+ * share that the process may have, or when less than a part of that is left.
  */
 #define MAPS_US (30 * G_TIME_SPAN_SECOND)
 #define MAPS_SHARE 32
+#define MAPS_LEFT 4
 
 /* ---- what the group is told ---- */
 
@@ -216,10 +217,13 @@ static void count_maps(DedupFigures *f)
 {
     int64_t now = g_get_monotonic_time();
     uint64_t ours = dedup_space_maps(f->space);
+    uint64_t used = dedup_space_maps_used(f->space);
+    uint64_t limit = f->stats.maps_limit;
     uint64_t maps;
 
     if (f->maps_us && now - f->maps_us < MAPS_US && !f->stats.limits &&
-        ours <= f->maps_then + f->stats.maps_limit / MAPS_SHARE) {
+        ours <= f->maps_then + limit / MAPS_SHARE &&
+        used < limit - limit / MAPS_LEFT) {
         return;
     }
     f->maps_us = now;

@@ -340,6 +340,8 @@ void dedup_engine_run(DedupEngine *e)
     dedup_figures_begin_thread(&e->figures);
     dedup_space_set_scanner(e->space);
     join(e);
+    /* the first pass merges: how many mappings are there before? */
+    dedup_figures_batch(&e->figures, true);
     while ((task = next_task(e, &params, &state)) != TASK_STOP) {
         if (task != TASK_SCAN || !has_regions(e)) {
             /* what waits for a segment would wait for long */

@@ -222,10 +222,12 @@ static bool is_all_own(const DedupRegion *r, uint32_t page, uint32_t end)
 }
 
 /*
- * The ranges that are dropped for runs [from, to).  Of shared memory the pages
+ * The ranges that are dropped for runs [from, to).  Of shared memory a few pages
  * in between, too, where nothing is lost by it: the kernel flushes the TLB for
- * each range of them.
+ * each range, which costs more than the faults on those pages.
  */
+#define GAP_PAGES 3
+
 static unsigned find_ranges(const DedupWindow *w, unsigned from, unsigned to,
                             struct iovec *iov)
 {
@@ -241,7 +243,8 @@ static unsigned find_ranges(const DedupWindow *w, unsigned from, unsigned to,
         if (!run->flush) {
             continue;
         }
-        if (n && shared && is_all_own(w->r, end, run->page)) {
+        if (n && shared && run->page - end <= GAP_PAGES &&
+            is_all_own(w->r, end, run->page)) {
             iov[n - 1].iov_len = addr + len - (uint8_t *)iov[n - 1].iov_base;
         } else {
             iov[n++] = (struct iovec) { .iov_base = addr, .iov_len = len };

@@ -216,6 +216,13 @@ void dedup_ksm_take_chunk(DedupRegion *r, uint32_t first)
     }
 }
 
+/* Pages of a file are not for KSM: of shared memory only copies are. */
+static bool is_for_ksm(const DedupRegion *r, const DedupAction *a)
+{
+    return r->info.memory != DEDUP_MEMORY_SHARED ||
+           dedup_entry_is_segment(dedup_entry_at(r, a->page));
+}
+
 static bool is_taken(const DedupRegion *r, const DedupAction *a)
 {
     return r->area[a->page / DEDUP_CHUNK_PAGES] & DEDUP_AREA_UNKSM;
@@ -257,13 +264,14 @@ unsigned dedup_ksm_take_pages(DedupRegion *r, DedupAction **actions,
                               unsigned n, unsigned *limits)
 {
     uint32_t first = actions[0]->page;
-    bool taken = true;
+    bool taken = true, any = false;
 
-    if (r->space->ksm.absent) {
-        return n;
-    }
     for (unsigned i = 0; i < n; i++) {
         taken &= is_taken(r, actions[i]);
+        any |= is_for_ksm(r, actions[i]);
+    }
+    if (r->space->ksm.absent || !any) {
+        return n;
     }
     if (!taken) {
         return take_runs(r, actions, n, limits);

@@ -254,7 +254,7 @@ static unsigned find_ranges(const DedupWindow *w, unsigned from, unsigned to,
     return n;
 }
 
-/* Take the pages of runs [from, to) out of the page table at one stroke. */
+/* Take the pages of runs [from, to) out of the page table. */
 static Flushed flush(DedupWindow *w, unsigned from, unsigned to)
 {
     DedupSpace *space = w->r->space;

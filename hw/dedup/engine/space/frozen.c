@@ -222,9 +222,9 @@ static bool is_all_own(const DedupRegion *r, uint32_t page, uint32_t end)
 }
 
 /*
- * The ranges that are dropped for runs [from, to).  Of shared memory a few pages
- * in between, too, where nothing is lost by it: the kernel flushes the TLB for
- * each range, which costs more than the faults on those pages.
+ * The ranges that are dropped for runs [from, to).  Of shared memory a few
+ * pages in between, too, where nothing is lost by it: the kernel flushes the
+ * TLB for each range, which costs more than the faults on those pages.
  */
 #define GAP_PAGES 3
 

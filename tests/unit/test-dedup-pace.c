@@ -18,6 +18,30 @@ static const DedupParams scan_time = {
     .advisor = DEDUP_ADVISOR_SCAN_TIME, .target_scan_s = TARGET_S,
 };
 
+/* A pace on its own. */
+typedef struct Alone {
+    DedupGroup *g;
+    DedupHostMem *mem;
+    DedupPace p;
+} Alone;
+
+static DedupPace *begin(Alone *a)
+{
+    g_autoptr(GError) error = NULL;
+
+    a->g = dedup_group_new(NULL, &error);
+    a->mem = dedup_hostmem_new("/proc");
+    dedup_pace_init(&a->p, a->g, a->mem);
+    return &a->p;
+}
+
+static void end(Alone *a)
+{
+    dedup_pace_clear(&a->p);
+    dedup_hostmem_free(a->mem);
+    dedup_group_free(a->g);
+}
+
 /* A pass over @pages that found so many. */
 static void pass(DedupPace *p, uint64_t pages, uint64_t found)
 {
@@ -31,115 +55,95 @@ static void pass(DedupPace *p, uint64_t pages, uint64_t found)
 /* As fast as may be at first, then slower, and faster where much is found. */
 static void test_scan_time(void)
 {
-    g_autoptr(GError) error = NULL;
-    DedupGroup *g = dedup_group_new(NULL, &error);
-    DedupHostMem *mem = dedup_hostmem_new("/proc");
+    Alone alone;
+    DedupPace *p = begin(&alone);
     int64_t us = G_TIME_SPAN_SECOND;
     uint32_t pages;
-    DedupPace p;
 
-    dedup_pace_init(&p, g, mem);
-    g_assert_cmpuint(dedup_pace_wants(&p), ==, CORE);
-    g_assert_cmpuint(dedup_pace_batch(&p, &scan_time), >=, 4096);
-    g_assert_cmpint(dedup_pace_rest(&p, &scan_time), ==, 0);
-    pass(&p, 100000, 50000);
+    g_assert_cmpuint(dedup_pace_wants(p), ==, CORE);
+    g_assert_cmpuint(dedup_pace_batch(p, &scan_time), >=, 4096);
+    g_assert_cmpint(dedup_pace_rest(p, &scan_time), ==, 0);
+    pass(p, 100000, 50000);
     for (unsigned i = 0; i < 12; i++) {
-        g_assert_cmpint(p.wish_us, ==, us);
+        g_assert_cmpint(p->wish_us, ==, us);
         us = MIN(2 * us, (int64_t)TARGET_S * G_TIME_SPAN_SECOND);
-        pass(&p, 100000, 100);
+        pass(p, 100000, 100);
     }
-    g_assert_cmpint(p.wish_us, ==, TARGET_S * G_TIME_SPAN_SECOND);
-    g_assert_cmpint(p.scan_us, ==, p.wish_us);
-    g_assert_cmpuint(dedup_pace_wants(&p), <, 10);
+    g_assert_cmpint(p->wish_us, ==, TARGET_S * G_TIME_SPAN_SECOND);
+    g_assert_cmpint(p->scan_us, ==, p->wish_us);
+    g_assert_cmpuint(dedup_pace_wants(p), <, 10);
 
     /* so many pages in such a time: 500 in a second */
-    pages = dedup_pace_batch(&p, &scan_time);
+    pages = dedup_pace_batch(p, &scan_time);
     g_assert_cmpuint(pages, ==, DEDUP_CHUNK_PAGES);
-    g_assert_cmpint(dedup_pace_rest(&p, &scan_time), ==,
+    g_assert_cmpint(dedup_pace_rest(p, &scan_time), ==,
                     pages * G_TIME_SPAN_SECOND / 500);
 
-    pass(&p, 100000, 5000);
-    g_assert_cmpint(p.scan_us, ==, TARGET_S * G_TIME_SPAN_SECOND / 4);
-    dedup_pace_hurry(&p);
-    dedup_pace_batch(&p, &scan_time);
-    g_assert_cmpint(p.scan_us, ==, 0);
-    dedup_pace_clear(&p);
-    dedup_hostmem_free(mem);
-    dedup_group_free(g);
+    pass(p, 100000, 5000);
+    g_assert_cmpint(p->scan_us, ==, TARGET_S * G_TIME_SPAN_SECOND / 4);
+    dedup_pace_hurry(p);
+    dedup_pace_batch(p, &scan_time);
+    g_assert_cmpint(p->scan_us, ==, 0);
+    end(&alone);
 }
 
 /* A pass that takes longer than a second is slowed down all the same. */
 static void test_large(void)
 {
-    g_autoptr(GError) error = NULL;
-    DedupGroup *g = dedup_group_new(NULL, &error);
-    DedupHostMem *mem = dedup_hostmem_new("/proc");
-    DedupPace p;
+    Alone alone;
+    DedupPace *p = begin(&alone);
 
-    dedup_pace_init(&p, g, mem);
     for (unsigned i = 0; i < 12; i++) {
-        p.pass_start_ns -= 3 * INT64_C(1000000000); /* of CPU time */
-        pass(&p, 10 << 20, 0);
+        p->pass_start_ns -= 3 * INT64_C(1000000000); /* of CPU time */
+        pass(p, 10 << 20, 0);
     }
-    g_assert_cmpint(p.scan_us, ==, TARGET_S * G_TIME_SPAN_SECOND);
-    g_assert_cmpuint(dedup_pace_wants(&p), <, 20);
-    dedup_pace_clear(&p);
-    dedup_hostmem_free(mem);
-    dedup_group_free(g);
+    g_assert_cmpint(p->scan_us, ==, TARGET_S * G_TIME_SPAN_SECOND);
+    g_assert_cmpuint(dedup_pace_wants(p), <, 20);
+    end(&alone);
 }
 
 /* It was long since the last batch, or there was none: nothing is owed. */
 static void test_long_ago(void)
 {
-    g_autoptr(GError) error = NULL;
-    DedupGroup *g = dedup_group_new(NULL, &error);
-    DedupHostMem *mem = dedup_hostmem_new("/proc");
+    Alone alone;
+    DedupPace *p = begin(&alone);
     DedupParams params = scan_time;
-    DedupPace p;
 
     params.max_cpu = 70;
-    dedup_pace_init(&p, g, mem);
-    g_assert_cmpint(dedup_pace_rest(&p, &params), <, 1000);
-    p.wall_ns = 1;
-    p.cpu_ns = 1;
-    dedup_pace_rest(&p, &params);
-    p.wall_ns -= INT64_MAX / 2;
-    g_assert_cmpint(dedup_pace_rest(&p, &params), <, 1000);
+    g_assert_cmpint(dedup_pace_rest(p, &params), <, 1000);
+    p->wall_ns = 1;
+    p->cpu_ns = 1;
+    dedup_pace_rest(p, &params);
+    p->wall_ns -= INT64_MAX / 2;
+    g_assert_cmpint(dedup_pace_rest(p, &params), <, 1000);
     /* and what is owed is bounded, too */
-    p.cpu_ns -= INT64_C(3600) * 1000000000;
-    dedup_pace_rest(&p, &params);
-    g_assert_cmpint(p.credit_ns, >=, -INT64_C(5000000000));
-    dedup_pace_clear(&p);
-    dedup_hostmem_free(mem);
-    dedup_group_free(g);
+    p->cpu_ns -= INT64_C(3600) * 1000000000;
+    dedup_pace_rest(p, &params);
+    g_assert_cmpint(p->credit_ns, >=, -INT64_C(5000000000));
+    end(&alone);
 }
 
 /* No more and no fewer pages than this. */
 static void test_limits(void)
 {
-    g_autoptr(GError) error = NULL;
-    DedupGroup *g = dedup_group_new(NULL, &error);
-    DedupHostMem *mem = dedup_hostmem_new("/proc");
+    Alone alone;
+    DedupPace *p = begin(&alone);
     DedupParams params = scan_time;
-    DedupPace p;
 
-    dedup_pace_init(&p, g, mem);
     for (unsigned i = 0; i < 12; i++) {
-        pass(&p, 100 << 20, 0);
+        pass(p, 100 << 20, 0);
     }
     params.max_pages = 2000;
     /* 2000 in 20 ms */
-    g_assert_cmpuint(dedup_pace_batch(&p, &params), ==, 2000);
-    g_assert_cmpint(dedup_pace_rest(&p, &params), ==, 20000);
+    g_assert_cmpuint(dedup_pace_batch(p, &params), ==, 2000);
+    g_assert_cmpint(dedup_pace_rest(p, &params), ==, 20000);
     for (unsigned i = 0; i < 12; i++) {
-        pass(&p, 1000, 0);
+        pass(p, 1000, 0);
     }
     params.min_pages = 1024;
-    g_assert_cmpuint(dedup_pace_batch(&p, &params), ==, 1024);
-    g_assert_cmpint(dedup_pace_rest(&p, &params), ==, 20000);
-    dedup_pace_clear(&p);
-    dedup_hostmem_free(mem);
-    dedup_group_free(g);
+    g_assert_cmpuint(dedup_pace_batch(p, &params), ==, 1024);
+    g_assert_cmpint(dedup_pace_rest(p, &params), ==, 20000);
+    end(&alone);
 }
 
 static void wants(TestMember *m, unsigned permille)

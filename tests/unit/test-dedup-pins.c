@@ -36,6 +36,17 @@ static void pin(FxRam *ram, uint32_t chunk, int by)
     __atomic_fetch_add(&ram->pins[chunk], by, __ATOMIC_SEQ_CST);
 }
 
+/* All that can be merged is. */
+static void merge_and_stop(FxEngine *fe, FxRam *ram)
+{
+    fill(ram);
+    fx_add(fe, ram);
+    fx_engine_start(fe);
+    fx_wait_settled(fe);
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+}
+
 static void end(FxEngine *fe, FxRam *ram)
 {
     fx_engine_free(fe);
@@ -110,12 +121,7 @@ static void test_let_go(gconstpointer data)
     FxEngine *fe = fx_engine_new(NULL);
     g_autoptr(GError) error = NULL;
 
-    fill(ram);
-    fx_add(fe, ram);
-    fx_engine_start(fe);
-    fx_wait_settled(fe);
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    merge_and_stop(fe, ram);
     fx_page(ram, 81, 77);
     pin(ram, 5, 1);
     let_go = ram;
@@ -147,12 +153,7 @@ static void test_leaked(gconstpointer data)
     g_autoptr(GError) error = NULL;
     FxView view;
 
-    fill(ram);
-    fx_add(fe, ram);
-    fx_engine_start(fe);
-    fx_wait_settled(fe);
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    merge_and_stop(fe, ram);
     for (uint32_t chunk = 4; chunk < 12; chunk++) {
         pin(ram, chunk, 1);
     }
@@ -422,12 +423,7 @@ static void test_held(gconstpointer data)
     }
     ram = fx_ram_new(GPOINTER_TO_INT(data), PAGES);
     fe = fx_engine_new(NULL);
-    fill(ram);
-    fx_add(fe, ram);
-    fx_engine_start(fe);
-    fx_wait_settled(fe);
-    fx_set_run(fe, false);
-    fx_wait_state(fe, DEDUP_STATE_STOPPED);
+    merge_and_stop(fe, ram);
     register_chunk(&r, ram, 7);
     dedup_engine_restore_range(fe->e, fx_addr(ram, 96), 64 * FX_PAGE, &error);
     for (uint32_t i = 0; i < CHUNK; i++) {

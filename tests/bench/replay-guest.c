@@ -23,6 +23,11 @@
 #define ALIGN ((size_t)2 << 20)
 /* One page in so many is written to, through the merge, before all is read. */
 #define WRITE_EVERY 7
+/* The writer's pages: runs of 16, one in so many; and its pause. */
+#define HOT_EVERY 320
+#define HOT_RUN 16
+#define HOT_PAUSE_US 50
+#define HOT_BURST 64
 
 static void die(const char *what)
 {
@@ -130,6 +135,83 @@ static uint64_t verify(const Ram *ram)
     return bad + compare(ram, flipped);
 }
 
+/*
+ * ---- a thread that stores ----
+ *
+ * It stores what is there already: no byte changes, but whoever replaces the
+ * page has to cope with a store.
+ */
+
+/* Stores by how long they took: a bucket for each us. */
+#define BUCKETS 100000
+
+typedef struct Writer {
+    Ram *ram;
+    GThread *thread;
+    int stop;                 /* atomic */
+    uint64_t stores;
+    uint64_t most_ns;
+    uint32_t bucket[BUCKETS];
+} Writer;
+
+static uint64_t clock_ns(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
+}
+
+static void store(Writer *w, off_t at)
+{
+    /* volatile: the store is the point */
+    volatile uint8_t *byte = w->ram->host + at;
+    uint8_t value = *byte;
+    uint64_t start = clock_ns(), ns;
+
+    *byte = value;
+    ns = clock_ns() - start;
+    w->bucket[MIN(ns / 1000, BUCKETS - 1)]++;
+    w->most_ns = MAX(w->most_ns, ns);
+    w->stores++;
+}
+
+static gpointer writer_run(gpointer opaque)
+{
+    Writer *w = opaque;
+
+    while (!g_atomic_int_get(&w->stop)) {
+        for (off_t start, end = 0; next_data(w->ram, end, &start, &end);) {
+            for (off_t at = start; at < end; at += PAGE) {
+                if (at / PAGE % HOT_EVERY >= HOT_RUN) {
+                    continue;
+                }
+                store(w, at);
+                if (w->stores % HOT_BURST == 0) {
+                    g_usleep(HOT_PAUSE_US);
+                }
+            }
+        }
+    }
+    return NULL;
+}
+
+static void writer_end(Writer *w, ReplayResult *result)
+{
+    uint64_t above = 0;
+
+    g_atomic_int_set(&w->stop, 1);
+    g_thread_join(w->thread);
+    for (unsigned i = BUCKETS; i-- > 0 && !result->p999_ns;) {
+        above += w->bucket[i];
+        if (above * 1000 > w->stores) {
+            result->p999_ns = (i + 1) * 1000ULL;
+        }
+    }
+    result->stores = w->stores;
+    result->most_ns = w->most_ns;
+}
+
 typedef struct Scanner {
     DedupEngine *e;
     GThread *thread;
@@ -206,6 +288,7 @@ static void say(int fd, const void *data, size_t size)
 static void run(const ReplayConfig *config, int control, int answers)
 {
     ReplayResult result = { 0 };
+    g_autofree Writer *writer = g_new0(Writer, 1);
     Scanner scanner = { 0 };
     Ram ram = { 0 };
 
@@ -221,8 +304,15 @@ static void run(const ReplayConfig *config, int control, int answers)
     } else {
         scanner_start(&scanner, &ram, config);
     }
+    if (config->writes) {
+        writer->ram = &ram;
+        writer->thread = g_thread_new("writer", writer_run, writer);
+    }
     say(answers, "", 1);
     wait_for(control);
+    if (config->writes) {
+        writer_end(writer, &result);
+    }
     if (config->ksm) {
         madvise(ram.host, ram.size, MADV_UNMERGEABLE);
     } else {

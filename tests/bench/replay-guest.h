@@ -28,6 +28,7 @@ typedef struct ReplayConfig {
     ReplayMemory memory;
     bool ksm;                 /* the kernel merges it, and no engine */
     bool defaults;            /* the engine's speed: as users get it */
+    bool writes;              /* a thread stores to some pages all the time */
     BenchCgroup *cgroup;
 } ReplayConfig;
 
@@ -43,6 +44,9 @@ typedef struct ReplayResult {
     uint64_t metadata;
     uint64_t window_max_ns;
     uint64_t bad;             /* bytes that are not the image's */
+    uint64_t stores;          /* of the writer */
+    uint64_t p999_ns;         /* of a thousand, all but one take less */
+    uint64_t most_ns;
 } ReplayResult;
 
 typedef struct ReplayGuest {

@@ -84,6 +84,8 @@ static const Case cases[] = {
       "/ksm/beside/private-memfd", "not restored|killed" },
     { DEDUP_MUTANT_SUM_OFF, "test-dedup-merge",
       "/merge/rewrites/memfd", "the ledger is wrong" },
+    { DEDUP_MUTANT_UNPROTECT_ALL, "test-dedup-window",
+      "/window/batches/anon", "lost store" },
 };
 
 static char *program_dir;

@@ -161,6 +161,73 @@ static void test_long(gconstpointer data)
     end(fe, ram);
 }
 
+/*
+ * A store to a page of the last batch, when the first is gone: the page was
+ * compared already, and is replaced after it.
+ */
+static struct {
+    FxRam *ram;
+    GThread *thread;
+    int stored;               /* atomic */
+} late;
+
+#define LATE_PAGE (DEDUP_WINDOW_PAGES - 2)
+#define LATE_VALUE 0x5a
+#define LATE_POLLS 100
+
+static FX_GUEST gpointer store_late(gpointer opaque)
+{
+    *(FxByte *)fx_addr(late.ram, LATE_PAGE) = LATE_VALUE;
+    g_atomic_int_set(&late.stored, 1);
+    return NULL;
+}
+
+/* Whether it gets through is what is asked: so it is given some time. */
+static void stores_late(int stage)
+{
+    if (stage != DEDUP_HOOK_FLUSHED || late.thread ||
+        fx_is_merged(late.ram, LATE_PAGE)) {
+        return;
+    }
+    late.thread = g_thread_new("late", store_late, NULL);
+    for (unsigned i = 0; i < LATE_POLLS && !g_atomic_int_get(&late.stored);
+         i++) {
+        g_usleep(1000);
+    }
+}
+
+/* A window of isolated pages, more than can be put back: several batches. */
+static void test_batches(gconstpointer data)
+{
+    FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), 2 * DEDUP_WINDOW_PAGES);
+    FxEngine *fe = fx_engine_new(NULL);
+
+    for (uint32_t i = 0; i < ram->npages; i++) {
+        fx_page(ram, i, i % 2 ? 5000 + i : i % DEDUP_WINDOW_PAGES + 1);
+    }
+    late.ram = ram;
+    late.thread = NULL;
+    late.stored = 0;
+    dedup_mutant_hook = stores_late;
+    fx_add(fe, ram);
+    fe->e->space->bound.page_ns = 1;
+    fx_engine_start(fe);
+    fx_wait_settled(fe);
+    stop(fe);
+    dedup_mutant_hook = NULL;
+    if (!late.thread) {
+        g_test_skip("this kernel has no process_madvise() that drops pages");
+    } else {
+        g_thread_join(late.thread);
+        if (*fx_addr(ram, LATE_PAGE) != LATE_VALUE) {
+            fx_fail("lost store", "page %u", (unsigned)LATE_PAGE);
+        }
+        ram->shadow[LATE_PAGE * FX_PAGE] = LATE_VALUE;
+    }
+    fx_assert_bytes(ram);
+    end(fe, ram);
+}
+
 /* Does this kernel drop a window's pages before they are replaced? */
 static bool has_flush(FxEngine *fe)
 {
@@ -359,6 +426,7 @@ int main(int argc, char **argv)
     fx_init(&argc, &argv);
     add_tests("holes", test_holes, ~0);
     add_tests("long", test_long, ~0);
+    add_tests("batches", test_batches, 1 << FX_ANON | 1 << FX_MEMFD);
     add_tests("no-memory", test_no_memory, 1 << FX_MEMFD | 1 << FX_TMPFS);
     add_tests("refill", test_refill, 1 << FX_ANON | 1 << FX_ANON_THP);
     add_tests("lost", test_lost, 1 << FX_ANON);

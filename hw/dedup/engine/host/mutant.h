@@ -35,6 +35,7 @@ enum {
     DEDUP_MUTANT_RESTORE_HELD = 16,   /* pinned and copied, restored anyway */
     DEDUP_MUTANT_RESTORE_KSM = 17,    /* KSM's pages in between, too */
     DEDUP_MUTANT_SUM_OFF = 18,        /* a sum of the ledger is off by one */
+    DEDUP_MUTANT_UNPROTECT_ALL = 19,  /* also what is not flushed yet */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS
@@ -61,6 +62,7 @@ extern unsigned dedup_mutant_delay_us;
 enum {
     DEDUP_HOOK_ADMITTED,      /* the pages are chosen, not frozen yet */
     DEDUP_HOOK_JUDGED,        /* they are frozen and compared, not replaced */
+    DEDUP_HOOK_FLUSHED,       /* some of them are gone, others are to follow */
     DEDUP_HOOK_CHOSEN,        /* a restore's are chosen, not frozen yet */
     DEDUP_HOOK_COPIED,        /* they are frozen and copied, not moved */
 };

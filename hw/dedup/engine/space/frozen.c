@@ -207,6 +207,9 @@ static void unprotect(DedupWindow *w, unsigned from, unsigned to)
     uint32_t first = from ? w->runs[from].page : w->first;
     uint32_t end = to < w->nruns ? w->runs[to].page : w->first + w->span;
 
+    if (DEDUP_MUTANT(UNPROTECT_ALL)) {
+        end = w->first + w->span;
+    }
     dedup_freeze_unprotect(w->r->space->freezer.uffd,
                            dedup_region_addr(w->r, first),
                            (size_t)(end - first) << DEDUP_PAGE_SHIFT);
@@ -281,6 +284,7 @@ static Flushed flush(DedupWindow *w, unsigned from, unsigned to)
         return FLUSHED_SOME;
     }
     unprotect(w, from, to);
+    DEDUP_MUTANT_HOOK(FLUSHED);
     return FLUSHED_ALL;
 }
 

@@ -170,7 +170,8 @@ def check_maps_limit(s):
 @member('metadata-bytes')
 def check_metadata(s):
     # What the process has grown by, and its share of the group's files;
-    # malloc() and a thread's stack come with it: 256 KiB.
+    # malloc(), which keeps what was freed (the lists of a pass, some hundred
+    # KiB), and the stacks of two threads come with it.
     shared = 0
     base = '/proc/%d/fd' % s.vm.pid
     for fd in os.listdir(base):
@@ -179,7 +180,7 @@ def check_metadata(s):
     tap.note('metadata: said %d, grown %d, shared %d' % (
         s.said['metadata-bytes'], s.grown, shared))
     near('metadata-bytes', s.said['metadata-bytes'], s.grown + shared // 2,
-         256 * 1024)
+         640 * 1024)
 
 
 @member('bytes-saved', 'group.bytes-saved')

@@ -43,8 +43,10 @@ struct DedupBuilder {
     uint8_t *map;             /* of MAX_SIZE bytes, for reading */
     unsigned written;         /* pages of the file */
     unsigned nstaged;         /* and those that come behind them */
-    uint8_t staged[STAGED_PAGES * DEDUP_PAGE_SIZE];
+    uint8_t *staged;          /* mapped, so that malloc() does not keep it */
 };
+
+#define STAGED_SIZE (STAGED_PAGES * DEDUP_PAGE_SIZE)
 
 /* A view of a segment's file; MAP_FAILED and @error on failure. */
 static uint8_t *map_file(int fd, size_t size, GError **error)
@@ -83,8 +85,16 @@ DedupBuilder *dedup_builder_new(GError **error)
     }
     b->map = map_file(b->fd, MAX_SIZE, error);
     if (b->map == MAP_FAILED) {
-        close(b->fd);
-        g_free(b);
+        b->map = NULL;
+        dedup_builder_free(b);
+        return NULL;
+    }
+    b->staged = mmap(NULL, STAGED_SIZE, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (b->staged == MAP_FAILED) {
+        b->staged = NULL;
+        dedup_error_errno(error, "segment: cannot map a buffer");
+        dedup_builder_free(b);
         return NULL;
     }
     return b;
@@ -131,6 +141,9 @@ void dedup_builder_free(DedupBuilder *b)
 {
     if (!b) {
         return;
+    }
+    if (b->staged) {
+        munmap(b->staged, STAGED_SIZE);
     }
     if (b->map) {
         munmap(b->map, MAX_SIZE);

@@ -240,6 +240,7 @@ static void test_zero_pages(gconstpointer data)
         fx_page(ram, i, 0);
     }
     wait_zero(fe, PAGES);
+    fx_wait_settled(fe); /* the file is punched after they are counted */
     fx_view(ram, &view);
     g_assert_cmpuint(view.own_pages, ==, 0);
     fx_assert_bytes(ram);

@@ -99,7 +99,7 @@ static void engine_new(Engine *t, unsigned segments, unsigned copies)
         fx_page(t->ram, i, i / copies + 1);
     }
     fx_add(t->fe, t->ram);
-    dedup_space_set_scanner(t->e->space);
+    dedup_space_set_scanner(t->e->space, NULL);
     join(t);
     for (unsigned i = 0; i < segments; i++) {
         add_segment(t, i);

@@ -280,7 +280,7 @@ static void test_discarded(gconstpointer data)
         }
     }
     fx_add(fe, ram);
-    dedup_space_set_scanner(space);
+    dedup_space_set_scanner(space, NULL);
     dedup_space_lock(space);
     for (unsigned k = 0; k < 3; k++) {
         for (uint32_t i = 0; i < 200; i++) {

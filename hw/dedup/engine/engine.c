@@ -77,6 +77,15 @@ static bool is_stopping(void *opaque)
     return dedup_control_is_stopping(&e->control);
 }
 
+/* ---- between two windows, on the scanner's ---- */
+
+static bool pause_scanner(void *opaque, int64_t us)
+{
+    DedupEngine *e = opaque;
+
+    return dedup_control_pause(&e->control, us);
+}
+
 static const DedupGroupOps group_ops = {
     .keyed_hashes = peer_keyed_hashes,
     .segment_fd = peer_segment_fd,
@@ -338,7 +347,7 @@ void dedup_engine_run(DedupEngine *e)
     Task task;
 
     dedup_figures_begin_thread(&e->figures);
-    dedup_space_set_scanner(e->space);
+    dedup_space_set_scanner(e->space, pause_scanner);
     join(e);
     /* the first pass merges: how many mappings are there before? */
     dedup_figures_batch(&e->figures, true);

@@ -16,6 +16,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "host/cgroup.h"
+
 typedef struct DedupHostMem DedupHostMem;
 
 /* @proc: where the kernel's files are: "/proc", but for tests. */
@@ -27,8 +29,6 @@ uint64_t dedup_hostmem_available(DedupHostMem *m);
 /* MemTotal, likewise. */
 uint64_t dedup_hostmem_total(DedupHostMem *m);
 
-/* Cgroups that are looked at: our own and those above it. */
-#define DEDUP_CGROUP_LEVELS 16
 /* Those that a member names to the others: its own and four above it. */
 #define DEDUP_CGROUP_IDS 5
 

@@ -83,3 +83,18 @@ DedupWake dedup_control_wait(DedupControl *c, int64_t us)
     g_mutex_unlock(&c->lock);
     return wake;
 }
+
+bool dedup_control_pause(DedupControl *c, int64_t us)
+{
+    int64_t end = g_get_monotonic_time() + us;
+    bool asked;
+
+    g_mutex_lock(&c->lock);
+    while (!c->kick && !c->stop &&
+           g_cond_wait_until(&c->wake, &c->lock, end)) {
+        ;
+    }
+    asked = c->kick || c->stop;
+    g_mutex_unlock(&c->lock);
+    return !asked;
+}

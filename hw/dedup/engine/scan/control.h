@@ -51,4 +51,10 @@ bool dedup_control_may_scan(DedupControl *c);
 /* Sleep, or until something is asked; @us < 0: for as long as it takes. */
 DedupWake dedup_control_wait(DedupControl *c, int64_t us);
 
+/*
+ * Sleep in the middle of something: false if something is asked, or was, which
+ * stays to be seen by dedup_control_wait().
+ */
+bool dedup_control_pause(DedupControl *c, int64_t us);
+
 #endif /* DEDUP_CONTROL_H */

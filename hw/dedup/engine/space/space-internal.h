@@ -13,6 +13,7 @@
 
 #include "host/freeze.h"
 #include "host/process.h"
+#include "host/quota.h"
 #include "space/bound.h"
 #include "space/space.h"
 #include "space/spare.h"
@@ -140,6 +141,8 @@ struct DedupSpace {
     DedupKsm ksm;             /* scanner's own, but "absent": remap lock */
     DedupSpare spare;         /* for windows of anonymous memory */
     DedupBound bound;         /* how much a window may do */
+    DedupQuota quota;         /* scanner's own: when one may begin */
+    DedupSpacePause *pause;   /* scanner's own: its sleep; NULL: no scanner */
     int64_t window_max_ns;    /* atomic */
     uint64_t unchecked;       /* times since check.c last looked */
 };

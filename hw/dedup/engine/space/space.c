@@ -42,6 +42,7 @@ DedupSpace *dedup_space_new(void *owner, GError **error)
     space->freezer.zero_anon =
         dedup_freeze_survives_split(uffd, space->process.pagemap_fd);
     dedup_ksm_open(space);
+    dedup_quota_init(&space->quota, "/proc");
     space->regions = g_ptr_array_new();
     space->dead = g_ptr_array_new();
     space->holdings.table = g_ptr_array_new();
@@ -82,6 +83,7 @@ void dedup_space_free(DedupSpace *space)
     free_regions(space->dead);
     free_holdings(&space->holdings);
     dedup_spare_free(&space->spare);
+    dedup_quota_clear(&space->quota);
     dedup_ksm_close(space);
     dedup_process_close(&space->process);
     if (space->freezer.uffd >= 0) {
@@ -92,9 +94,10 @@ void dedup_space_free(DedupSpace *space)
     g_free(space);
 }
 
-void dedup_space_set_scanner(DedupSpace *space)
+void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause)
 {
     dedup_space_lock(space);
+    space->pause = pause;
     space->lock.scanner = g_thread_self();
     dedup_space_unlock(space);
 }

@@ -55,8 +55,14 @@ void *dedup_region_owner(const DedupRegion *r);
 /* Mappings stay as they are. */
 void dedup_space_free(DedupSpace *space);
 
+/*
+ * The scanner's sleep, between two windows; no lock is held.  False: it was, or
+ * is, asked for something, and goes back to its loop.
+ */
+typedef bool DedupSpacePause(void *owner, int64_t us);
+
 /* The calling thread is the scanner from here on. */
-void dedup_space_set_scanner(DedupSpace *space);
+void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause);
 
 /*
  * Close or open it.  The call waits for the window that may be open; none

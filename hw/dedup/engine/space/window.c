@@ -37,6 +37,7 @@
 #include <sys/mman.h>
 
 #include "host/mutant.h"
+#include "host/slice.h"
 #include "space/holdings.h"
 #include "space/ksm.h"
 #include "space/maps.h"
@@ -163,6 +164,23 @@ static void do_window(DedupRegion *r, DedupAction *actions, unsigned n,
     }
 }
 
+/*
+ * Wait until a window may begin: on a fresh slice, with some quota.  False:
+ * the scanner is asked for something.
+ */
+static bool take_turn(DedupSpace *space)
+{
+    int64_t wait_us;
+
+    while ((wait_us = dedup_quota_wait_us(&space->quota,
+                                          dedup_slice_renew()))) {
+        if (!space->pause || !space->pause(space->owner, wait_us)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
                              unsigned *limits)
 {
@@ -172,7 +190,7 @@ unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
     for (unsigned i = 0; i < n; i++) {
         actions[i].done = actions[i].differs = false;
     }
-    for (unsigned i = 0, j; i < n; i = j) {
+    for (unsigned i = 0, j; i < n && take_turn(space); i = j) {
         dedup_space_lock(space);
         j = i + choose_actions(r, actions + i, n - i);
         if (!r->dead && !dedup_file_has_room(r)) {

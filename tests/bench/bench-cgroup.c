@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A memory cgroup; see bench-cgroup.h.
+ * A cgroup; see bench-cgroup.h.
  */
 
 #include <fcntl.h>
 #include <glib.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "bench-cgroup.h"
@@ -17,9 +17,12 @@
 #define REMOVE_TRIES 500
 #define REMOVE_WAIT_US 10000
 
+#define CGROUPS "/sys/fs/cgroup"
+#define PERIOD_US 100000
+
 struct BenchCgroup {
     char *path;
-    int usage_fd;
+    int usage_fd;             /* -1: not one of memory */
 };
 
 /* Our own path in the hierarchy that has @controller ("": version 2). */
@@ -48,49 +51,88 @@ static char *own_path(const char *controller)
     return NULL;
 }
 
-static BenchCgroup *make(const char *mount, const char *path,
-                         const char *usage)
+/* Below our own cgroup of this hierarchy; or, in a container, its root. */
+static BenchCgroup *make(const char *mount, const char *own)
 {
-    g_autofree char *dir = g_strdup_printf("%s%s/bench-dedup-%d", mount, path,
-                                           getpid());
-    g_autofree char *file = g_strdup_printf("%s/%s", dir, usage);
-    BenchCgroup *c;
-    int fd;
+    const char *parents[] = { own, "" };
 
-    if (mkdir(dir, 0755) < 0) {
-        return NULL;
+    for (unsigned i = 0; i < G_N_ELEMENTS(parents); i++) {
+        g_autofree char *dir = g_strdup_printf("%s%s/bench-dedup-XXXXXX",
+                                               mount, parents[i]);
+
+        if (mkdtemp(dir)) {
+            BenchCgroup *c = g_new0(BenchCgroup, 1);
+
+            c->path = g_steal_pointer(&dir);
+            c->usage_fd = -1;
+            return c;
+        }
     }
-    fd = open(file, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        rmdir(dir);
-        return NULL;
-    }
-    c = g_new0(BenchCgroup, 1);
-    c->path = g_steal_pointer(&dir);
-    c->usage_fd = fd;
-    return c;
+    return NULL;
+}
+
+/* One with this controller, of whichever version has it. */
+static BenchCgroup *make_with(const char *controller, bool *v2)
+{
+    g_autofree char *own = own_path(controller);
+    g_autofree char *unified = own_path("");
+    g_autofree char *mount = g_strconcat(CGROUPS "/", controller, NULL);
+
+    *v2 = !own;
+    return own ? make(mount, own) : unified ? make(CGROUPS, unified) : NULL;
+}
+
+static int open_in(const BenchCgroup *c, const char *name, int flags)
+{
+    g_autofree char *path = g_strdup_printf("%s/%s", c->path, name);
+
+    return open(path, flags | O_CLOEXEC);
 }
 
 BenchCgroup *bench_cgroup_new(void)
 {
-    g_autofree char *v1 = own_path("memory");
-    g_autofree char *v2 = own_path("");
-    BenchCgroup *c = NULL;
+    bool v2;
+    BenchCgroup *c = make_with("memory", &v2);
 
-    if (v1) {
-        c = make("/sys/fs/cgroup/memory", v1, "memory.usage_in_bytes");
-        /* in a container our own path may not be there */
-        c = c ? c : make("/sys/fs/cgroup/memory", "", "memory.usage_in_bytes");
-    } else if (v2) {
-        c = make("/sys/fs/cgroup", v2, "memory.current");
-        c = c ? c : make("/sys/fs/cgroup", "", "memory.current");
+    if (c) {
+        c->usage_fd = open_in(c, v2 ? "memory.current"
+                                    : "memory.usage_in_bytes", O_RDONLY);
+        if (c->usage_fd < 0) {
+            bench_cgroup_free(c);
+            c = NULL;
+        }
+    }
+    return c;
+}
+
+BenchCgroup *bench_cgroup_new_cpu(unsigned percent)
+{
+    bool v2;
+    BenchCgroup *c = make_with("cpu", &v2);
+    g_autofree char *quota = NULL;
+    int fd;
+
+    if (!c) {
+        return NULL;
+    }
+    quota = g_strdup_printf(v2 ? "%u %u" : "%u", percent * PERIOD_US / 100,
+                            PERIOD_US);
+    fd = open_in(c, v2 ? "cpu.max" : "cpu.cfs_quota_us", O_WRONLY);
+    if (fd < 0 || write(fd, quota, strlen(quota)) < 0) {
+        bench_cgroup_free(c);
+        c = NULL;
+    }
+    if (fd >= 0) {
+        close(fd);
     }
     return c;
 }
 
 void bench_cgroup_free(BenchCgroup *c)
 {
-    close(c->usage_fd);
+    if (c->usage_fd >= 0) {
+        close(c->usage_fd);
+    }
     for (unsigned i = 0; rmdir(c->path) < 0 && i < REMOVE_TRIES; i++) {
         g_usleep(REMOVE_WAIT_US);
     }

@@ -5,15 +5,13 @@
  * same run.
  *
  * usage: bench-replay [--rounds=N] [--guests=N] [--memory=anon|memfd]
- *                     [--no-ksm] [--defaults] [--writes] [--idle=SECONDS]
- *                     [--check] [--json=FILE] IMAGE...
+ *                     [--no-ksm] [--defaults] [--idle=SECONDS] [--check]
+ *                     [--json=FILE] IMAGE...
  *
  * Each image is loaded into a process of its own; all are in one memory
  * cgroup.  What counts is what the cgroup is charged less, against an offline
  * count of equal pages.  Nothing runs in the guests: what is measured is the
  * merging alone, to find out what a change of it brings, in seconds.
- * --writes: a thread of each process stores to one page in twenty, and says how
- * long a store takes at most; its CPU time is counted, too.
  *
  * CPU time is that of all threads of the processes; of ksmd for KSM.
  *
@@ -63,7 +61,7 @@ typedef struct Course {
 
 static int rounds = 5, guests, idle;
 static char *memory_name;
-static gboolean without_ksm, defaults, writes, check;
+static gboolean without_ksm, defaults, check;
 static char *json;
 static char **images;
 
@@ -161,8 +159,8 @@ static void measure(Course *c, bool ksm, ReplayMemory memory,
     for (int i = 0; i < guests; i++) {
         ReplayConfig config = {
             .image = images[i % g_strv_length(images)], .group = group,
-            .memory = memory, .ksm = ksm, .defaults = defaults,
-            .writes = writes, .cgroup = cgroup,
+            .memory = memory, .who = ksm ? REPLAY_KSM : REPLAY_ENGINE,
+            .defaults = defaults, .cgroup = cgroup,
         };
 
         replay_guest_start(&g[i], &config);
@@ -196,9 +194,6 @@ static void measure(Course *c, bool ksm, ReplayMemory memory,
         c->sum.metadata += r.metadata;
         c->sum.window_max_ns = MAX(c->sum.window_max_ns, r.window_max_ns);
         c->sum.bad += r.bad;
-        c->sum.stores += r.stores;
-        c->sum.p999_ns = MAX(c->sum.p999_ns, r.p999_ns);
-        c->sum.most_ns = MAX(c->sum.most_ns, r.most_ns);
     }
     if (ksm) {
         bench_ksm_forget();
@@ -247,14 +242,6 @@ static void print_row(const char *name, const Course *c)
         }
     }
     printf("  %5.1f %%\n", 100 * MEDIAN(c, saved));
-    if (writes) {
-        printf("  stores, of the slowest writer: 99.9 %% take at most");
-        for (int i = 0; i < rounds; i++) {
-            printf(" %.0f (%.0f)", c[i].sum.p999_ns / 1e3,
-                   c[i].sum.most_ns / 1e3);
-        }
-        printf(" us (the longest)\n");
-    }
     if (idle) {
         printf("  then, idle: %.2f %% of a processor for each guest\n",
                100 * MEDIAN(c, idle));
@@ -373,8 +360,6 @@ static GOptionEntry entries[] = {
       NULL },
     { "defaults", 0, 0, G_OPTION_ARG_NONE, &defaults,
       "the engine at its default speed", NULL },
-    { "writes", 0, 0, G_OPTION_ARG_NONE, &writes, "something stores to the"
-      " RAM meanwhile", NULL },
     { "idle", 0, 0, G_OPTION_ARG_INT, &idle, "measure so long what it costs"
       " when nothing is to be found", "SECONDS" },
     { "check", 0, 0, G_OPTION_ARG_NONE, &check, "compare counts with bounds",

@@ -196,18 +196,24 @@ static gpointer writer_run(gpointer opaque)
     return NULL;
 }
 
-static void writer_end(Writer *w, ReplayResult *result)
+/* All but one store of @of take less, in ns. */
+static uint64_t most_of(const Writer *w, uint64_t of)
 {
     uint64_t above = 0;
+    unsigned i = BUCKETS;
 
+    while (i > 0 && above * of <= w->stores) {
+        above += w->bucket[--i];
+    }
+    return (i + 1) * 1000ULL;
+}
+
+static void writer_end(Writer *w, ReplayResult *result)
+{
     g_atomic_int_set(&w->stop, 1);
     g_thread_join(w->thread);
-    for (unsigned i = BUCKETS; i-- > 0 && !result->p999_ns;) {
-        above += w->bucket[i];
-        if (above * 1000 > w->stores) {
-            result->p999_ns = (i + 1) * 1000ULL;
-        }
-    }
+    result->p99_ns = most_of(w, 100);
+    result->p999_ns = most_of(w, 1000);
     result->stores = w->stores;
     result->most_ns = w->most_ns;
 }
@@ -299,9 +305,9 @@ static void run(const ReplayConfig *config, int control, int answers)
     result.present = ram.present;
     say(answers, "", 1);
     wait_for(control);
-    if (config->ksm) {
+    if (config->who == REPLAY_KSM) {
         madvise(ram.host, ram.size, MADV_MERGEABLE);
-    } else {
+    } else if (config->who == REPLAY_ENGINE) {
         scanner_start(&scanner, &ram, config);
     }
     if (config->writes) {
@@ -313,9 +319,9 @@ static void run(const ReplayConfig *config, int control, int answers)
     if (config->writes) {
         writer_end(writer, &result);
     }
-    if (config->ksm) {
+    if (config->who == REPLAY_KSM) {
         madvise(ram.host, ram.size, MADV_UNMERGEABLE);
-    } else {
+    } else if (config->who == REPLAY_ENGINE) {
         scanner_end(&scanner, &result);
     }
     result.bad = verify(&ram);

@@ -22,11 +22,18 @@ typedef enum ReplayMemory {
     REPLAY_MEMFD,             /* shared */
 } ReplayMemory;
 
+/* Who merges it. */
+typedef enum ReplayWho {
+    REPLAY_ENGINE,
+    REPLAY_KSM,
+    REPLAY_NOBODY,
+} ReplayWho;
+
 typedef struct ReplayConfig {
     const char *image;
     const char *group;        /* a directory, of the engine's */
     ReplayMemory memory;
-    bool ksm;                 /* the kernel merges it, and no engine */
+    ReplayWho who;
     bool defaults;            /* the engine's speed: as users get it */
     bool writes;              /* a thread stores to some pages all the time */
     BenchCgroup *cgroup;
@@ -45,7 +52,8 @@ typedef struct ReplayResult {
     uint64_t window_max_ns;
     uint64_t bad;             /* bytes that are not the image's */
     uint64_t stores;          /* of the writer */
-    uint64_t p999_ns;         /* of a thousand, all but one take less */
+    uint64_t p99_ns;          /* of a hundred, all but one take less */
+    uint64_t p999_ns;         /* of a thousand */
     uint64_t most_ns;
 } ReplayResult;
 

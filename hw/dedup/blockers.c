@@ -104,6 +104,15 @@ static bool migration_blocks(DedupScanner *ds)
            runstate_check(RUN_STATE_COLO);
 }
 
+/* Reading does no harm where replacing would: these matter all the same. */
+static const uint32_t estimate_blockers =
+    BIT(DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE) |
+    BIT(DEDUP_BLOCKED_REASON_MEM_MERGE_OFF) |
+    BIT(DEDUP_BLOCKED_REASON_CONFIDENTIAL) |
+    BIT(DEDUP_BLOCKED_REASON_MIGRATION) |
+    BIT(DEDUP_BLOCKED_REASON_PAGEMAP) |
+    BIT(DEDUP_BLOCKED_REASON_GROUP);
+
 uint32_t dedup_blockers(DedupScanner *ds)
 {
     uint32_t r = 0;
@@ -152,7 +161,7 @@ uint32_t dedup_blockers(DedupScanner *ds)
     if (group_error) {
         r |= BIT(DEDUP_BLOCKED_REASON_GROUP);
     }
-    return r;
+    return dedup_scanner_estimates(ds) ? r & estimate_blockers : r;
 }
 
 bool dedup_blockers_hard(DedupScanner *ds)

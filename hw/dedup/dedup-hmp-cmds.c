@@ -135,6 +135,16 @@ static void format_group(GString *buf, DedupGroupInfo *group)
     format_bytes(buf, "group saved", group->bytes_saved);
 }
 
+static void format_estimate(GString *buf, DedupEstimateInfo *estimate)
+{
+    format_bytes(buf, "would be saved", estimate->bytes);
+    g_string_append_printf(buf, "  pages would be zero: %" PRIu64
+                           ", merged within: %" PRIu64
+                           ", between: %" PRIu64 "\n",
+                           estimate->zero_pages, estimate->pages_within,
+                           estimate->pages_between);
+}
+
 /* Blocked from the start: they would all be zero. */
 static bool has_figures(DedupInfo *info)
 {
@@ -163,6 +173,9 @@ static HumanReadableText *info_dedup(Error **errp)
         g_string_append_printf(buf, "  %s: %s\n",
                                DedupBlockedReason_str(blocked->value->reason),
                                blocked->value->detail);
+    }
+    if (info->estimate) {
+        format_estimate(buf, info->estimate);
     }
     if (has_figures(info)) {
         format_glance(buf, info);

@@ -186,6 +186,12 @@ struct DedupScanner {
     DedupEvent event;
 };
 
+/* Does it change nothing, for all of its life? */
+static inline bool dedup_scanner_estimates(const DedupScanner *ds)
+{
+    return ds->params.mode == DEDUP_MODE_ESTIMATE;
+}
+
 /* Defaults of properties */
 #define DEDUP_DEFAULT_PAGES_TO_SCAN 4096
 #define DEDUP_DEFAULT_SLEEP_MILLISECS 20
@@ -327,6 +333,8 @@ void dedup_migration_stop(DedupScanner *ds);
 
 /* dedup-properties.c */
 void dedup_scanner_add_properties(ObjectClass *oc);
+/* Do these parameters contradict each other? */
+bool dedup_scanner_check_mode(const DedupParams *params, Error **errp);
 
 /* dedup-qmp-cmds.c */
 DedupInfo *dedup_info(DedupScanner *ds, bool reset_max);

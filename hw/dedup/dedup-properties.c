@@ -94,6 +94,48 @@ static void set_huge_pages(Object *obj, int value, Error **errp)
 }
 
 /* One enum for the engine, one for people; the same values. */
+QEMU_BUILD_BUG_ON((int)DEDUP_MODE_FULL != (int)DEDUP_SCAN_MODE_FULL);
+QEMU_BUILD_BUG_ON((int)DEDUP_MODE_ZERO != (int)DEDUP_SCAN_MODE_ZERO);
+QEMU_BUILD_BUG_ON((int)DEDUP_MODE_ESTIMATE != (int)DEDUP_SCAN_MODE_ESTIMATE);
+
+static int get_mode(Object *obj, Error **errp)
+{
+    DedupParams params;
+
+    dedup_scanner_get_params(DEDUP_SCANNER(obj), &params);
+    return params.mode;
+}
+
+bool dedup_scanner_check_mode(const DedupParams *params, Error **errp)
+{
+    if (params->mode == DEDUP_MODE_ZERO && !params->zero_pages) {
+        error_setg(errp, "mode=zero with zero-pages=off would do nothing: set "
+                   "zero-pages=on, or run=off");
+        return false;
+    }
+    return true;
+}
+
+static void set_mode(Object *obj, int value, Error **errp)
+{
+    DedupScanner *ds = DEDUP_SCANNER(obj);
+    DedupParams params;
+
+    dedup_scanner_get_params(ds, &params);
+    if (ds->completed && value != params.mode &&
+        (value == DEDUP_SCAN_MODE_ESTIMATE || dedup_scanner_estimates(ds))) {
+        error_setg(errp, "a dedup-scanner with mode=estimate takes nothing "
+                   "that merging needs: remove it with object-del, and add "
+                   "one with the mode you want");
+        return;
+    }
+    params.mode = value;
+    if (!ds->completed || dedup_scanner_check_mode(&params, errp)) {
+        set_params(ds, &params);
+    }
+}
+
+/* One enum for the engine, one for people; the same values. */
 QEMU_BUILD_BUG_ON((int)DEDUP_ADVISOR_NONE != (int)DEDUP_SCAN_ADVISOR_NONE);
 QEMU_BUILD_BUG_ON((int)DEDUP_ADVISOR_SCAN_TIME !=
                   (int)DEDUP_SCAN_ADVISOR_SCAN_TIME);
@@ -224,8 +266,9 @@ static void set_param(Object *obj, Visitor *v, const char *name, void *opaque,
     void *field = (void *)&params + p->offset;
 
     dedup_scanner_get_params(ds, &params);
-    if (p->max ? visit_number(v, p, field, errp)
-               : visit_type_bool(v, name, field, errp)) {
+    if ((p->max ? visit_number(v, p, field, errp)
+                : visit_type_bool(v, name, field, errp)) &&
+        (!ds->completed || dedup_scanner_check_mode(&params, errp))) {
         choose_advisor(ds, &params, field);
         set_params(ds, &params);
     }
@@ -263,6 +306,12 @@ void dedup_scanner_add_properties(ObjectClass *oc)
     object_class_property_set_description(oc, "write-protect",
         "How pages are kept from changing while they are replaced "
         "(auto, userfaultfd, mprotect)");
+    prop = object_class_property_add_enum(oc, "mode", "DedupScanMode",
+                                          &DedupScanMode_lookup,
+                                          get_mode, set_mode);
+    object_property_set_default_str(prop, "full");
+    object_class_property_set_description(oc, "mode",
+        "What to look for (full, zero, estimate)");
     prop = object_class_property_add_enum(oc, "huge-pages", "DedupHugePages",
                                           &DedupHugePages_lookup,
                                           get_huge_pages, set_huge_pages);

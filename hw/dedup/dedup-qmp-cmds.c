@@ -73,6 +73,18 @@ static DedupGroupInfo *group_info(DedupScanner *ds,
     return info;
 }
 
+static DedupEstimateInfo *estimate_info(const DedupEstimate *estimate)
+{
+    DedupEstimateInfo *info = g_new0(DedupEstimateInfo, 1);
+
+    info->zero_pages = estimate->zero;
+    info->pages_within = estimate->within;
+    info->pages_between = estimate->between;
+    info->bytes = (estimate->zero + estimate->within + estimate->between) *
+                  qemu_real_host_page_size();
+    return info;
+}
+
 /*
  * The scanner's thread takes a moment to notice what was decided here.
  * Nobody should read "blocked" without a reason meanwhile, or take "stopped"
@@ -108,8 +120,11 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
     info->id = g_strdup(object_get_canonical_path_component(OBJECT(ds)));
     info->state = info_state(ds, &stats);
     info->blocked_reasons = dedup_blockers_list(ds, &stats);
-    info->write_protect = ds->engine ? DEDUP_WRITE_PROTECT_USERFAULTFD
-                                     : DEDUP_WRITE_PROTECT_AUTO;
+    info->write_protect = ds->engine && !dedup_scanner_estimates(ds)
+                          ? DEDUP_WRITE_PROTECT_USERFAULTFD
+                          : DEDUP_WRITE_PROTECT_AUTO;
+    info->estimate = dedup_scanner_estimates(ds)
+                     ? estimate_info(&stats.estimate) : NULL;
     info->thread_id = qatomic_read(&ds->thread_id);
     info->pages_total = stats.pages_total;
     info->pages_present = stats.pages_present;

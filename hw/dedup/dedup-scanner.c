@@ -93,7 +93,9 @@ static void scanner_start(void *opaque)
     DedupScanner *ds = opaque;
 
     ds->started = true;
-    dedup_coredump_start(ds);
+    if (!dedup_scanner_estimates(ds)) {
+        dedup_coredump_start(ds);
+    }
     dedup_migration_start(ds);
     dedup_ram_start(ds);
     dedup_scanner_recheck(ds);
@@ -216,7 +218,8 @@ static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
         error_append_hint(errp, "Use write-protect=auto or userfaultfd.\n");
         return;
     }
-    if (!find_group(ds, errp) || !make_engine(ds, errp)) {
+    if (!dedup_scanner_check_mode(&ds->params, errp) ||
+        !find_group(ds, errp) || !make_engine(ds, errp)) {
         return;
     }
     ds->overcommit_fd = open("/proc/sys/vm/overcommit_memory",
@@ -290,6 +293,7 @@ static void dedup_scanner_init(Object *obj)
     DedupScanner *ds = DEDUP_SCANNER(obj);
 
     ds->params = (DedupParams) {
+        .mode = DEDUP_MODE_FULL,
         .run = true,
         .pages_to_scan = DEDUP_DEFAULT_PAGES_TO_SCAN,
         .sleep_millisecs = DEDUP_DEFAULT_SLEEP_MILLISECS,

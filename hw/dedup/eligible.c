@@ -211,7 +211,8 @@ bool dedup_block_eligible(DedupScanner *ds, const DedupBlock *block,
         *reason = DEDUP_BLOCK_REASON_NOT_MAPPED;
     } else if (mapped && !backend_is_ram(backend)) {
         *reason = DEDUP_BLOCK_REASON_DEVICE_BACKEND;
-    } else if (ram_guard_is_whole(rb) || migration_keeps_whole(ds, block)) {
+    } else if (!dedup_scanner_estimates(ds) &&
+               (ram_guard_is_whole(rb) || migration_keeps_whole(ds, block))) {
         *reason = DEDUP_BLOCK_REASON_EXPORTED;
     } else {
         return true;

@@ -111,7 +111,7 @@ bool dedup_block_secure(DedupScanner *ds, DedupBlock *block,
 {
     int err;
 
-    if (!needs_lease(block)) {
+    if (!needs_lease(block) || dedup_scanner_estimates(ds)) {
         return true;
     }
     block->named = is_named(block);

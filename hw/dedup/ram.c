@@ -57,7 +57,8 @@ static void enter_engine(DedupScanner *ds, DedupBlock *block)
     dedup_block_info(block, &info);
     block->region = dedup_region_add(ds->engine, &info, &gerr);
     block->flags = info.flags;
-    block->from_ksm = block->from_ksm || block->region;
+    block->from_ksm = block->from_ksm ||
+                      (block->region && !dedup_scanner_estimates(ds));
     trace_dedup_block_enter(info.id, info.size, info.flags, !!block->region);
     if (!block->region) {
         block->eligible = false;

@@ -51,7 +51,8 @@ void dedup_scanner_update(DedupScanner *ds, bool run)
      * merged: VFIO and others must not pin it.  Required before the engine
      * may merge the first page, until after the last was restored.
      */
-    if (run && !reasons && !ds->discard_required) {
+    if (run && !reasons && !ds->discard_required &&
+        !dedup_scanner_estimates(ds)) {
         if (ram_block_discard_require(true) == 0) {
             qatomic_set(&ds->discard_required, true);
         } else {

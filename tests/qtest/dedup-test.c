@@ -149,7 +149,7 @@ static void test_help(void)
         "group", "run", "write-protect", "pages-to-scan", "sleep-millisecs",
         "zero-pages", "huge-pages", "max-maps", "thread-context", "advisor",
         "target-scan-time", "max-cpu", "max-cpu-vm",
-        "advisor-min-pages-to-scan", "advisor-max-pages-to-scan",
+        "advisor-min-pages-to-scan", "advisor-max-pages-to-scan", "mode",
     };
     g_autofree char *command = NULL, *out = NULL;
     g_auto(GStrv) lines = NULL;
@@ -386,6 +386,11 @@ static void test_errors(void)
           "Accepted values: auto userfaultfd mprotect" },
         { "huge-pages=on", "does not accept value 'on'",
           "Accepted values: split keep" },
+        { "mode=half", "does not accept value 'half'",
+          "Accepted values: full zero estimate" },
+        { "mode=zero,zero-pages=off",
+          "mode=zero with zero-pages=off would do nothing: set zero-pages=on",
+          "" },
         { "group=a/b", "group 'a/b' is neither an absolute path nor a name",
           "" },
         { "group=..", "group '..' is neither an absolute path nor a name",

@@ -304,11 +304,17 @@ static void on_restored(void *opaque, uint64_t left, const GError *error)
 
 FxEngine *fx_engine_new(const char *dir)
 {
+    return fx_engine_new_mode(dir, DEDUP_MODE_FULL);
+}
+
+FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode)
+{
     FxEngine *fe = g_new0(FxEngine, 1);
     DedupConfig config = {
         .page_size = FX_PAGE,
         .group_dir = dir,
         .params = {
+            .mode = mode,
             .run = true,
             .pages_to_scan = 1u << 20,
             .sleep_millisecs = 1,

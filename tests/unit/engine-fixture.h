@@ -137,6 +137,7 @@ typedef struct FxEngine {
 
 /* @dir: the group's directory, or NULL.  Not started. */
 FxEngine *fx_engine_new(const char *dir);
+FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode);
 void fx_engine_start(FxEngine *fe);
 void fx_engine_stop(FxEngine *fe);
 /* Stops it if need be. */

@@ -217,7 +217,7 @@ static void test_windows(void)
     unsigned limits = 0;
     DedupRegion *r;
 
-    s.space = dedup_space_new(&s, NULL);
+    s.space = dedup_space_new(&s, false, NULL);
     if (!s.space) {
         g_test_skip("no userfaultfd");
         return;

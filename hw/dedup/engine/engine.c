@@ -86,6 +86,12 @@ static bool pause_scanner(void *opaque, int64_t us)
     return dedup_control_pause(&e->control, us);
 }
 
+/* For all of its life. */
+static bool estimates(const DedupParams *params)
+{
+    return params->mode == DEDUP_MODE_ESTIMATE;
+}
+
 static const DedupGroupOps group_ops = {
     .keyed_hashes = peer_keyed_hashes,
     .segment_fd = peer_segment_fd,
@@ -110,6 +116,7 @@ static void connect_parts(DedupEngine *e)
     e->figures.room = &e->room;
     e->figures.scan = e->scan;
     e->figures.pace = &e->pace;
+    e->figures.estimates = estimates(&e->control.params);
 }
 
 DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
@@ -133,7 +140,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->group = dedup_group_new(config->group_dir, error);
     dedup_pace_init(&e->pace, e->group, e->hostmem);
     if (e->group) {
-        e->space = dedup_space_new(e, error);
+        e->space = dedup_space_new(e, estimates(&config->params), error);
     }
     if (e->space) {
         e->scan = dedup_scan_new(e->space, e->group, &e->control, &e->room,
@@ -180,8 +187,12 @@ static void set_group_error(DedupEngine *e, const char *text)
 static void join(DedupEngine *e)
 {
     g_autoptr(GError) error = NULL;
+    DedupGroupOps ops = group_ops;
 
-    dedup_scan_join(e->scan, &group_ops, e, &error);
+    if (e->figures.estimates) {
+        ops.proven = NULL; /* nothing is to be merged */
+    }
+    dedup_scan_join(e->scan, &ops, e, &error);
     set_group_error(e, error ? error->message : NULL);
 }
 
@@ -414,6 +425,7 @@ void dedup_engine_get_params(DedupEngine *e, DedupParams *params)
 void dedup_engine_set_params(DedupEngine *e, const DedupParams *params)
 {
     g_mutex_lock(&e->control.lock);
+    g_assert(estimates(params) == e->figures.estimates);
     if (params->run && !e->control.params.run) {
         dedup_unmerge_cancel(&e->unmerge);
     }

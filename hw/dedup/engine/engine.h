@@ -75,8 +75,9 @@ typedef struct DedupConfig {
 /**
  * dedup_engine_new() - make an engine and open what it needs
  *
- * Opens userfaultfd (/dev/userfaultfd, else the system call), the process's
- * pagemap, and the group's directory, and starts no thread.
+ * Opens userfaultfd (/dev/userfaultfd, else the system call; but not to
+ * estimate), the process's pagemap, and the group's directory, and starts no
+ * thread.
  *
  * A directory that exists but may not be read or belongs to somebody else
  * is no error here: the engine is blocked, see dedup_engine_group_error().
@@ -298,6 +299,7 @@ typedef struct DedupGroupStats {
  * @zero_pages: dropped because they were zero, and still absent; or merged to
  *     a segment of zeros without memory, where a hole in the file is not safe
  * @pass: what the last full scan counted
+ * @estimate: and what it has found, with DEDUP_MODE_ESTIMATE
  * @pages_left: still to restore while the state is unmerging
  * @cow_breaks: merged pages found written, since the engine started
  * @full_scans: passes completed
@@ -323,6 +325,7 @@ typedef struct DedupStats {
     uint64_t pages_merged_between;
     uint64_t zero_pages;
     DedupCounts pass;
+    DedupEstimate estimate;
     uint64_t pages_left;
     uint64_t cow_breaks;
     uint64_t full_scans;

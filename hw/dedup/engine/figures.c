@@ -57,6 +57,7 @@ static void tell(DedupFigures *f)
     info.scanning = f->stats.state == DEDUP_STATE_SCANNING ||
                     f->stats.state == DEDUP_STATE_IDLE ||
                     f->stats.state == DEDUP_STATE_LIMITED;
+    info.estimates = f->estimates;
     info.cpu_wanted = dedup_pace_wants(f->pace);
     info.full_scans = f->stats.full_scans;
     info.overhead_bytes = f->overhead_bytes;
@@ -294,6 +295,7 @@ bool dedup_figures_pass(DedupFigures *f, const DedupTally *tally)
 
     g_mutex_lock(&f->lock);
     f->stats.pass = tally->counts;
+    f->stats.estimate = tally->estimate;
     f->stats.full_scans++;
     f->stats.last_pass_ms = tally->us / 1000;
     f->stats.limits = tally->limits;

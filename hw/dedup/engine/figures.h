@@ -22,6 +22,7 @@ typedef struct DedupFigures {
     DedupRoom *room;
     DedupScan *scan;
     const DedupPace *pace;
+    bool estimates;           /* nothing is merged, ever */
     GMutex lock;              /* the last one in the order */
     DedupStats stats;         /* what get_stats() returns; lock */
     uint64_t overhead_bytes;  /* metadata and maps that we bear; lock */

@@ -147,6 +147,8 @@ struct DedupGroup {
         bool used;              /* since the last refresh */
         unsigned asked;         /* likewise: how often, */
         int64_t waited_us;      /* and for how long */
+        enum { DEDUP_ROLE_UNKNOWN, DEDUP_ROLE_MERGES, DEDUP_ROLE_ESTIMATES }
+        role;                   /* as of the last refresh, or since */
     } client[DEDUP_MAX_MEMBERS];
 
     uint32_t rows;              /* of our slot; written under the lock */

@@ -165,6 +165,7 @@ void dedup_group_refresh(DedupGroup *g)
         g->client[k].used = false;
         g->client[k].asked = 0;
         g->client[k].waited_us = 0;
+        g->client[k].role = DEDUP_ROLE_UNKNOWN;
     }
     g->members_incompatible = g->path ? dedup_group_count_incompatible(g) : 0;
 }
@@ -190,6 +191,20 @@ bool dedup_group_alive(DedupGroup *g, unsigned member)
 {
     dedup_group_assert_scanner(g);
     return find_alive(g, member);
+}
+
+bool dedup_group_estimates(DedupGroup *g, unsigned member)
+{
+    DedupMemberInfo info;
+
+    dedup_group_assert_scanner(g);
+    g_assert(member < DEDUP_MAX_MEMBERS);
+    if (g->client[member].role == DEDUP_ROLE_UNKNOWN &&
+        dedup_group_member(g, member, &info)) {
+        g->client[member].role = info.estimates ? DEDUP_ROLE_ESTIMATES
+                                                : DEDUP_ROLE_MERGES;
+    }
+    return g->client[member].role == DEDUP_ROLE_ESTIMATES;
 }
 
 unsigned dedup_group_members(const DedupGroup *g)

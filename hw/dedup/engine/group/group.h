@@ -46,7 +46,8 @@ typedef struct DedupGroup DedupGroup;
  */
 typedef struct DedupMemberInfo {
     uint32_t pid;
-    uint16_t scanning;        /* 1: it makes passes */
+    uint8_t scanning;         /* 1: it makes passes */
+    uint8_t estimates;        /* 1: and publishes nothing */
     uint16_t cpu_wanted;      /* for that, in permille of a core */
     uint64_t pages_total;     /* of the RAM that it scans */
     uint64_t full_scans;
@@ -210,6 +211,12 @@ bool dedup_group_tell_reserved(DedupGroup *g, const uint64_t *bytes);
  */
 bool dedup_group_member(DedupGroup *g, unsigned member,
                         DedupMemberInfo *info);
+
+/*
+ * Does it only estimate?  Then nobody merges with it.  What it was is
+ * remembered until the next refresh.
+ */
+bool dedup_group_estimates(DedupGroup *g, unsigned member);
 
 /*
  * Calls @fn for each member that lives and has written its slot, this one

@@ -129,6 +129,19 @@ typedef struct DedupRegionInfo {
 } DedupRegionInfo;
 
 /**
+ * enum DedupMode - what is looked for
+ * @DEDUP_MODE_FULL: equal pages, and pages of zeros
+ * @DEDUP_MODE_ZERO: pages of zeros only; no other page is hashed
+ * @DEDUP_MODE_ESTIMATE: how much the first would save; nothing is changed, and
+ *     nothing taken that it would need for that
+ */
+typedef enum DedupMode {
+    DEDUP_MODE_FULL,
+    DEDUP_MODE_ZERO,
+    DEDUP_MODE_ESTIMATE,
+} DedupMode;
+
+/**
  * enum DedupAdvisor - who says how fast to scan
  * @DEDUP_ADVISOR_NONE: @pages_to_scan and @sleep_millisecs
  * @DEDUP_ADVISOR_SCAN_TIME: at first as fast as @max_cpu allows; then slower,
@@ -150,6 +163,7 @@ typedef enum DedupAdvisor {
 
 /**
  * struct DedupParams - what may be changed while the engine runs
+ * @mode: what to look for.  DEDUP_MODE_ESTIMATE is for an engine's whole life.
  * @run: scan and merge; false keeps what is merged
  * @pages_to_scan: pages per batch, at least 1
  * @sleep_millisecs: pause between two batches
@@ -168,6 +182,7 @@ typedef enum DedupAdvisor {
  *     0: no limit
  */
 typedef struct DedupParams {
+    DedupMode mode;
     bool run;
     uint32_t pages_to_scan;
     uint32_t sleep_millisecs;
@@ -197,5 +212,19 @@ typedef struct DedupCounts {
     uint64_t swapped;
     uint64_t huge_kept;
 } DedupCounts;
+
+/**
+ * struct DedupEstimate - pages that need no memory of their own, as a full scan
+ * with DEDUP_MODE_ESTIMATE has found them
+ * @zero: they are all zero
+ * @within: another page of this process has the same
+ * @between: a page of another process of the group has.  Where both estimate,
+ *     only one of them counts it, so that the members' figures add up.
+ */
+typedef struct DedupEstimate {
+    uint64_t zero;
+    uint64_t within;
+    uint64_t between;
+} DedupEstimate;
 
 #endif /* DEDUP_TYPES_H */

@@ -23,9 +23,8 @@
  */
 #define FETCH_TRIES 64
 
-/* Copy what is to be proven; false: the page is not what was hashed. */
-static bool copy_for_proof(DedupScan *scan, DedupRegion *r, uint32_t page,
-                           uint64_t hash, uint8_t *copy)
+bool dedup_ask_copy(DedupScan *scan, DedupRegion *r, uint32_t page,
+                    uint64_t hash, uint8_t *copy)
 {
     return dedup_space_copy(r, page, copy) &&
            dedup_page_hash(copy, scan->salt) == hash;
@@ -57,7 +56,7 @@ static bool prepare(DedupScan *scan, const DedupRemote *remote, uint8_t *copy)
                        true);
         return false;
     }
-    return copy_for_proof(scan, remote->region, remote->page, remote->hash,
+    return dedup_ask_copy(scan, remote->region, remote->page, remote->hash,
                           copy) &&
            dedup_publish_claim(scan, remote->region, remote->page,
                                remote->hash, &remote->hint);
@@ -144,7 +143,7 @@ static bool may_fetch(DedupScan *scan, DedupRegion *r, uint32_t page,
     }
     /* the buffer is free: no proof is under way */
     return dedup_scan_may_go_on(scan) &&
-           copy_for_proof(scan, r, page, hash, scan->publisher.buffer);
+           dedup_ask_copy(scan, r, page, hash, scan->publisher.buffer);
 }
 
 DedupHolding *dedup_ask_holding(DedupScan *scan, DedupRegion *r,

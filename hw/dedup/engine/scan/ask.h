@@ -19,6 +19,13 @@ typedef struct DedupRemote {
     DedupHint hint;
 } DedupRemote;
 
+/*
+ * Copy what is to be proven; false: the page is not what was hashed, or is not
+ * there.
+ */
+bool dedup_ask_copy(DedupScan *scan, DedupRegion *r, uint32_t page,
+                    uint64_t hash, uint8_t *copy);
+
 /* Publish what they prove to have; at most DEDUP_PROOF_PAGES. */
 void dedup_ask_remotes(DedupScan *scan, DedupRemote *remotes, unsigned n);
 

@@ -84,7 +84,7 @@ static void note_done(DedupScan *scan, DedupRegion *r, const DedupAction *a,
     DedupMemo *memo = dedup_region_memo(r);
 
     if (a->done) {
-        scan->found++;
+        scan->sums.found++;
         if (!task->told && task->pass == scan->pass) {
             dedup_memo_merged(memo, task->stable);
         }

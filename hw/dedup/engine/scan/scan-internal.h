@@ -77,6 +77,14 @@ typedef struct DedupUpkeep {
     uint64_t sweep_cursor;    /* where the sweep of the index is */
 } DedupUpkeep;
 
+/* Of the pass that is under way. */
+typedef struct DedupPassSums {
+    uint64_t found;           /* pages merged or dropped */
+    uint64_t pages_before;    /* hashed, before it */
+    uint64_t work;            /* in pages hashed / LOOK_SHARE */
+    DedupEstimate estimate;
+} DedupPassSums;
+
 struct DedupScan {
     DedupSpace *space;
     DedupGroup *group;
@@ -91,9 +99,7 @@ struct DedupScan {
     uint64_t pages;           /* hashed; atomic */
     uint8_t pass;             /* its number; wraps */
     DedupMemoClock clock;     /* when it began */
-    uint64_t found;           /* in this pass */
-    uint64_t pages_before;    /* hashed, before this pass */
-    uint64_t work;            /* of this pass, in pages hashed / LOOK_SHARE */
+    DedupPassSums sums;
     unsigned limits;          /* in this pass */
     int64_t start_us;         /* of this pass */
     int64_t now_us;           /* when this chunk was begun */

@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 
 #include "scan/ask.h"
+#include "scan/estimate.h"
 #include "scan/leave.h"
 #include "scan/merge.h"
 #include "scan/publish.h"
@@ -46,6 +47,7 @@ struct DedupChunk {
     DedupMemo *memo;
     Page pages[DEDUP_CHUNK_PAGES];
     unsigned npages;
+    unsigned nother;          /* looked at, of no use in this mode */
     unsigned broke;           /* merged pages that were written meanwhile */
     bool rests;               /* it is not looked into */
     DedupRemote remotes[DEDUP_PROOF_PAGES];
@@ -74,10 +76,15 @@ static void see(void *opaque, uint32_t page, const void *content,
     if (!dedup_memo_is_due(c->memo, page, &scan->clock)) {
         return;
     }
-    p = &c->pages[c->npages++];
+    p = &c->pages[c->npages];
+    p->zero = dedup_page_is_zero(content);
+    if (!p->zero && scan->now.mode == DEDUP_MODE_ZERO) {
+        c->nother++;
+        return;
+    }
+    c->npages++;
     p->page = page;
     p->broken = p->settles = broken;
-    p->zero = dedup_page_is_zero(content);
     p->hash = p->zero ? 0 : dedup_page_hash(content, scan->salt);
     p->stable = dedup_memo_see(c->memo, page, p->hash);
     if (!p->zero) {
@@ -102,7 +109,7 @@ static bool look(DedupScan *scan, Chunk *c)
     if (seen.is_empty && !seen.kept) {
         dedup_memo_forget(c->memo, chunk, 1);
     }
-    __atomic_fetch_add(&scan->pages, c->npages, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&scan->pages, c->npages + c->nother, __ATOMIC_RELAXED);
     return !c->rests;
 }
 
@@ -196,6 +203,9 @@ static DedupPair try_member(DedupScan *scan, Chunk *c, const Page *p,
     if (!dedup_group_alive(scan->group, hint->where)) {
         return DEDUP_PAIR_STALE;
     }
+    if (dedup_group_estimates(scan->group, hint->where)) {
+        return DEDUP_PAIR_COLLIDES; /* it merges with nobody */
+    }
     if (hint->kind == DEDUP_HINT_CANDIDATE) {
         c->remotes[c->nremotes++] = (DedupRemote) {
             .region = c->r, .page = p->page, .hash = p->hash, .hint = *hint,
@@ -286,13 +296,36 @@ static void settle_broken(Chunk *c)
     }
 }
 
+/* Nothing is done, but counted. */
+static void estimate_chunk(DedupScan *scan, Chunk *c)
+{
+    for (unsigned i = 0; i < c->npages; i++) {
+        const Page *p = &c->pages[i];
+
+        if (p->zero) {
+            scan->sums.estimate.zero += p->stable;
+        } else if (p->stable &&
+                   dedup_estimate_page(scan, c->r, p->page, p->hash,
+                                       &c->remotes[c->nremotes]) &&
+                   ++c->nremotes == DEDUP_PROOF_PAGES) {
+            dedup_estimate_remotes(scan, c->remotes, c->nremotes);
+            c->nremotes = 0;
+        }
+    }
+    dedup_estimate_remotes(scan, c->remotes, c->nremotes);
+}
+
 static void scan_chunk(DedupScan *scan, Chunk *c)
 {
     Verdict v;
 
-    c->npages = c->nremotes = c->broke = 0;
+    c->npages = c->nother = c->nremotes = c->broke = 0;
     scan->now_us = g_get_monotonic_time();
     if (!look(scan, c)) {
+        return;
+    }
+    if (scan->now.mode == DEDUP_MODE_ESTIMATE) {
+        estimate_chunk(scan, c);
         return;
     }
     for (unsigned i = 0; i < c->npages; i++) {
@@ -363,7 +396,7 @@ bool dedup_scan_batch(DedupScan *scan, const DedupParams *params,
             dedup_scan_merge(scan);
         }
     }
-    scan->work += all - left;
+    scan->sums.work += all - left;
     if (ended) {
         dedup_publish_seal(scan);
         dedup_scan_merge(scan);
@@ -378,10 +411,11 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
     uint32_t at = 0;
 
     *tally = (DedupTally) {
-        .found = scan->found, .limits = scan->limits,
+        .found = scan->sums.found, .limits = scan->limits,
+        .estimate = scan->sums.estimate,
         .us = now - scan->start_us,
-        .hashed = scan->pages - scan->pages_before,
-        .work = scan->work / LOOK_SHARE,
+        .hashed = scan->pages - scan->sums.pages_before,
+        .work = scan->sums.work / LOOK_SHARE,
     };
     while ((r = dedup_space_next(scan->space, at))) {
         DedupMemo *memo = dedup_region_memo(r);
@@ -392,9 +426,7 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
         at = dedup_region_base(r) + dedup_region_npages(r);
     }
     scan->upkeep.was_full = scan->limits & DEDUP_LIMIT_INDEX;
-    scan->found = 0;
-    scan->work = 0;
-    scan->pages_before = scan->pages;
+    scan->sums = (DedupPassSums) { .pages_before = scan->pages };
     scan->limits = 0;
     scan->start_us = now;
     scan->pass++;

@@ -45,6 +45,7 @@ bool dedup_scan_batch(DedupScan *scan, const DedupParams *params,
 /* What a pass has counted. */
 typedef struct DedupTally {
     DedupCounts counts;
+    DedupEstimate estimate;
     uint64_t found;           /* pages merged or dropped */
     uint64_t hashed;
     uint64_t work;            /* what it was, in pages hashed */

@@ -121,7 +121,9 @@ static bool enter_chunk(DedupPlace *p, DedupSeen *seen, uint8_t *flags)
     }
     seen->is_empty = !own;
     r->area[chunk] &= ~DEDUP_AREA_SPLIT;
-    dedup_ksm_take_chunk(r, p->first);
+    if (!r->space->reads_only) {
+        dedup_ksm_take_chunk(r, p->first);
+    }
     return true;
 }
 

@@ -124,6 +124,7 @@ typedef struct DedupMapBudget {
 
 struct DedupSpace {
     void *owner;
+    bool reads_only;          /* nothing is ever changed */
     DedupFreezer freezer;     /* remap lock; the descriptor is atomic */
     DedupProcess process;
     DedupSpaceLock lock;

@@ -25,23 +25,26 @@
 
 /* ---- life ---- */
 
-DedupSpace *dedup_space_new(void *owner, GError **error)
+DedupSpace *dedup_space_new(void *owner, bool reads_only, GError **error)
 {
     DedupSpace *space;
-    int uffd = dedup_freeze_open(error);
+    int uffd = reads_only ? -1 : dedup_freeze_open(error);
 
-    if (uffd < 0) {
+    if (uffd < 0 && !reads_only) {
         return NULL;
     }
     space = g_new0(DedupSpace, 1);
     space->owner = owner;
+    space->reads_only = reads_only;
     g_mutex_init(&space->lock.turn);
     g_mutex_init(&space->lock.mutex);
     dedup_process_open(&space->process);
     space->freezer.uffd = uffd;
-    space->freezer.zero_anon =
-        dedup_freeze_survives_split(uffd, space->process.pagemap_fd);
-    dedup_ksm_open(space);
+    if (!reads_only) {
+        space->freezer.zero_anon =
+            dedup_freeze_survives_split(uffd, space->process.pagemap_fd);
+        dedup_ksm_open(space);
+    }
     dedup_quota_init(&space->quota, "/proc");
     space->regions = g_ptr_array_new();
     space->dead = g_ptr_array_new();
@@ -84,7 +87,9 @@ void dedup_space_free(DedupSpace *space)
     free_holdings(&space->holdings);
     dedup_spare_free(&space->spare);
     dedup_quota_clear(&space->quota);
-    dedup_ksm_close(space);
+    if (!space->reads_only) {
+        dedup_ksm_close(space);
+    }
     dedup_process_close(&space->process);
     if (space->freezer.uffd >= 0) {
         close(space->freezer.uffd);
@@ -116,7 +121,8 @@ bool dedup_space_is_closed(DedupSpace *space, bool *sealed)
     bool closed;
 
     dedup_space_lock(space);
-    closed = space->closed || space->freezer.uffd < 0;
+    closed = space->closed ||
+             (space->freezer.uffd < 0 && !space->reads_only);
     *sealed = space->sealed;
     dedup_space_unlock(space);
     return closed;
@@ -125,7 +131,7 @@ bool dedup_space_is_closed(DedupSpace *space, bool *sealed)
 void dedup_space_reopen(DedupSpace *space)
 {
     dedup_space_lock(space);
-    if (space->freezer.uffd < 0) {
+    if (space->freezer.uffd < 0 && !space->reads_only) {
         __atomic_store_n(&space->freezer.uffd, dedup_freeze_open(NULL),
                          __ATOMIC_RELAXED);
     }
@@ -134,7 +140,8 @@ void dedup_space_reopen(DedupSpace *space)
 
 bool dedup_space_lost_freezer(DedupSpace *space)
 {
-    return __atomic_load_n(&space->freezer.uffd, __ATOMIC_RELAXED) < 0;
+    return !space->reads_only &&
+           __atomic_load_n(&space->freezer.uffd, __ATOMIC_RELAXED) < 0;
 }
 
 bool dedup_space_has_pagemap(const DedupSpace *space)

@@ -48,8 +48,11 @@ typedef enum DedupLack {
 
 /* ---- life ---- */
 
-/* NULL and DEDUP_ERROR_USERFAULTFD if no freezer can be had. */
-DedupSpace *dedup_space_new(void *owner, GError **error);
+/*
+ * NULL and DEDUP_ERROR_USERFAULTFD if no freezer can be had.  @reads_only: it
+ * needs none, and changes nothing, whatever it is asked.
+ */
+DedupSpace *dedup_space_new(void *owner, bool reads_only, GError **error);
 /* Who made the space that the region is in. */
 void *dedup_region_owner(const DedupRegion *r);
 /* Mappings stay as they are. */

@@ -5,8 +5,8 @@
  * same run.
  *
  * usage: bench-replay [--rounds=N] [--guests=N] [--memory=anon|memfd]
- *                     [--no-ksm] [--defaults] [--idle=SECONDS] [--check]
- *                     [--json=FILE] IMAGE...
+ *                     [--no-ksm] [--defaults] [--engines=N]
+ *                     [--idle=SECONDS] [--check] [--json=FILE] IMAGE...
  *
  * Each image is loaded into a process of its own; all are in one memory
  * cgroup.  What counts is what the cgroup is charged less, against an offline
@@ -14,6 +14,9 @@
  * merging alone, to find out what a change of it brings, in seconds.
  *
  * CPU time is that of all threads of the processes; of ksmd for KSM.
+ *
+ * --engines: each process has so many, each for a part of its RAM, which are
+ * members of one group: what several threads in one process might bring.
  *
  * Counts per saved page do not depend on the machine.  --idle: also what it
  * costs in the seconds that follow, when there is nothing to be found any more;
@@ -59,7 +62,7 @@ typedef struct Course {
     ReplayResult sum;         /* of all guests */
 } Course;
 
-static int rounds = 5, guests, idle;
+static int rounds = 5, guests, idle, engines = 1;
 static char *memory_name;
 static gboolean without_ksm, defaults, check;
 static char *json;
@@ -160,7 +163,7 @@ static void measure(Course *c, bool ksm, ReplayMemory memory,
         ReplayConfig config = {
             .image = images[i % g_strv_length(images)], .group = group,
             .memory = memory, .who = ksm ? REPLAY_KSM : REPLAY_ENGINE,
-            .defaults = defaults, .cgroup = cgroup,
+            .defaults = defaults, .engines = engines, .cgroup = cgroup,
         };
 
         replay_guest_start(&g[i], &config);
@@ -360,6 +363,7 @@ static GOptionEntry entries[] = {
       NULL },
     { "defaults", 0, 0, G_OPTION_ARG_NONE, &defaults,
       "the engine at its default speed", NULL },
+    { "engines", 0, 0, G_OPTION_ARG_INT, &engines, "in each process", "N" },
     { "idle", 0, 0, G_OPTION_ARG_INT, &idle, "measure so long what it costs"
       " when nothing is to be found", "SECONDS" },
     { "check", 0, 0, G_OPTION_ARG_NONE, &check, "compare counts with bounds",
@@ -386,9 +390,10 @@ static void parse(int argc, char **argv)
         exit(77);
     }
     guests = guests ? guests : (int)g_strv_length(images);
-    if (guests < 1 || guests > MAX_GUESTS || rounds < 1 || rounds > 64) {
-        fprintf(stderr, "bench-replay: at most %d guests and 64 rounds\n",
-                MAX_GUESTS);
+    if (guests < 1 || guests > MAX_GUESTS || rounds < 1 || rounds > 64 ||
+        engines < 1 || engines > REPLAY_MAX_ENGINES) {
+        fprintf(stderr, "bench-replay: at most %d guests, %d engines, and 64"
+                " rounds\n", MAX_GUESTS, REPLAY_MAX_ENGINES);
         exit(2);
     }
 }

@@ -229,7 +229,8 @@ static gpointer scanner_run(gpointer opaque)
     return NULL;
 }
 
-static void scanner_start(Scanner *s, const Ram *ram,
+/* It has the part [start, end) of the RAM. */
+static void scanner_start(Scanner *s, const Ram *ram, size_t start, size_t end,
                           const ReplayConfig *config)
 {
     g_autoptr(GError) error = NULL;
@@ -245,7 +246,8 @@ static void scanner_start(Scanner *s, const Ram *ram,
         },
     };
     DedupRegionInfo info = {
-        .id = "ram", .host = ram->host, .size = ram->size, .fd = ram->fd,
+        .id = "ram", .host = ram->host + start, .size = end - start,
+        .fd = ram->fd, .fd_offset = start,
         .memory = ram->fd < 0 ? DEDUP_MEMORY_ANON : DEDUP_MEMORY_SHARED,
         .flags = DEDUP_REGION_DONTFORK | DEDUP_REGION_HUGEPAGE,
     };
@@ -265,14 +267,20 @@ static void scanner_end(Scanner *s, ReplayResult *result)
     dedup_engine_stop(s->e);
     g_thread_join(s->thread);
     dedup_engine_get_stats(s->e, &stats, false);
-    result->scanned = stats.pages_scanned;
-    result->scans = stats.full_scans;
-    result->merged = stats.pages_merged;
-    result->zero = stats.zero_pages;
-    result->breaks = stats.cow_breaks;
-    result->maps = stats.maps_used;
-    result->metadata = stats.metadata_bytes;
-    result->window_max_ns = stats.window_max_ns;
+    result->scanned += stats.pages_scanned;
+    result->scans += stats.full_scans;
+    result->merged += stats.pages_merged;
+    result->zero += stats.zero_pages;
+    result->breaks += stats.cow_breaks;
+    result->maps = MAX(result->maps, stats.maps_used);
+    result->metadata += stats.metadata_bytes;
+    result->window_max_ns = MAX(result->window_max_ns, stats.window_max_ns);
+}
+
+/* Where the part of engine @i of @n begins. */
+static size_t part(const Ram *ram, unsigned i, unsigned n)
+{
+    return i == n ? ram->size : ram->size / n * i & -ALIGN;
 }
 
 static void wait_for(int fd)
@@ -295,7 +303,9 @@ static void run(const ReplayConfig *config, int control, int answers)
 {
     ReplayResult result = { 0 };
     g_autofree Writer *writer = g_new0(Writer, 1);
-    Scanner scanner = { 0 };
+    Scanner scanner[REPLAY_MAX_ENGINES] = { 0 };
+    unsigned engines = config->who == REPLAY_ENGINE ? MAX(config->engines, 1)
+                                                    : 0;
     Ram ram = { 0 };
 
     if (config->cgroup) {
@@ -307,8 +317,10 @@ static void run(const ReplayConfig *config, int control, int answers)
     wait_for(control);
     if (config->who == REPLAY_KSM) {
         madvise(ram.host, ram.size, MADV_MERGEABLE);
-    } else if (config->who == REPLAY_ENGINE) {
-        scanner_start(&scanner, &ram, config);
+    }
+    for (unsigned i = 0; i < engines; i++) {
+        scanner_start(&scanner[i], &ram, part(&ram, i, engines),
+                      part(&ram, i + 1, engines), config);
     }
     if (config->writes) {
         writer->ram = &ram;
@@ -321,8 +333,9 @@ static void run(const ReplayConfig *config, int control, int answers)
     }
     if (config->who == REPLAY_KSM) {
         madvise(ram.host, ram.size, MADV_UNMERGEABLE);
-    } else if (config->who == REPLAY_ENGINE) {
-        scanner_end(&scanner, &result);
+    }
+    for (unsigned i = 0; i < engines; i++) {
+        scanner_end(&scanner[i], &result);
     }
     result.bad = verify(&ram);
     say(answers, &result, sizeof(result));

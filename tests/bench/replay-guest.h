@@ -29,12 +29,15 @@ typedef enum ReplayWho {
     REPLAY_NOBODY,
 } ReplayWho;
 
+#define REPLAY_MAX_ENGINES 8
+
 typedef struct ReplayConfig {
     const char *image;
     const char *group;        /* a directory, of the engine's */
     ReplayMemory memory;
     ReplayWho who;
     bool defaults;            /* the engine's speed: as users get it */
+    unsigned engines;         /* each has a part of the RAM; 0: one */
     bool writes;              /* a thread stores to some pages all the time */
     BenchCgroup *cgroup;
 } ReplayConfig;

@@ -4,9 +4,9 @@
  *
  * Who only estimates leaves hints in the index as others do, so that other
  * members find them that estimate too.  Members that merge ignore them: nobody
- * there would publish or fetch anything.  Of pages with one content, in whatever
- * processes, all but one are counted, by the process that has them; where
- * members merge it, all of them.
+ * there would publish or fetch anything.  Of pages with one content, in
+ * whatever processes, all but one are counted, by the process that has them;
+ * where members merge it, all of them.
  *
  * Thread: the scanner's.
  */

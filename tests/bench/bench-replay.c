@@ -6,7 +6,8 @@
  *
  * usage: bench-replay [--rounds=N] [--guests=N] [--memory=anon|memfd]
  *                     [--no-ksm] [--defaults] [--engines=N]
- *                     [--idle=SECONDS] [--check] [--json=FILE] IMAGE...
+ *                     [--max-cpu=PERCENT] [--idle=SECONDS] [--check]
+ *                     [--json=FILE] IMAGE...
  *
  * Each image is loaded into a process of its own; all are in one memory
  * cgroup.  What counts is what the cgroup is charged less, against an offline
@@ -40,8 +41,9 @@
 #include "replay-images.h"
 
 #define PAGE 4096
-#define MAX_GUESTS 16
+#define MAX_GUESTS 32
 #define POLL_US 2000
+#define SHARE_S 30
 /* Nothing more is saved for so long: it has come to its end. */
 #define QUIET_NS 2000000000ULL
 #define QUIET_PAGES 64
@@ -56,13 +58,14 @@ typedef struct Course {
     double cpu[MARKS];
     double saved;             /* of what can be, in the end */
     double idle;              /* then: CPU time of each guest, of a processor */
+    double share;             /* of a processor, with --max-cpu */
     double bytes;
     uint64_t counts[BENCH_COUNTS];  /* up to 97 % */
     bool has_counts[BENCH_COUNTS];
     ReplayResult sum;         /* of all guests */
 } Course;
 
-static int rounds = 5, guests, idle, engines = 1;
+static int rounds = 5, guests, idle, engines = 1, max_cpu;
 static char *memory_name;
 static gboolean without_ksm, defaults, check;
 static char *json;
@@ -134,6 +137,16 @@ static void watch(Course *c, const ReplayGuest *g, unsigned n, bool ksm,
     }
 }
 
+/* What is spent, of a processor, by all together, from the start on. */
+static void watch_share(Course *c, const ReplayGuest *g, unsigned n,
+                        uint64_t cpu)
+{
+    uint64_t start = now_ns();
+
+    g_usleep(SHARE_S * G_USEC_PER_SEC);
+    c->share = (double)(cpu_ns(g, n, false) - cpu) / (now_ns() - start);
+}
+
 static void watch_idle(Course *c, const ReplayGuest *g, unsigned n, bool ksm)
 {
     uint64_t cpu, wall;
@@ -163,7 +176,8 @@ static void measure(Course *c, bool ksm, ReplayMemory memory,
         ReplayConfig config = {
             .image = images[i % g_strv_length(images)], .group = group,
             .memory = memory, .who = ksm ? REPLAY_KSM : REPLAY_ENGINE,
-            .defaults = defaults, .engines = engines, .cgroup = cgroup,
+            .defaults = defaults, .engines = engines,
+            .max_cpu = max_cpu, .cgroup = cgroup,
         };
 
         replay_guest_start(&g[i], &config);
@@ -177,7 +191,11 @@ static void measure(Course *c, bool ksm, ReplayMemory memory,
     if (ksm) {
         bench_ksm_run(true);
     }
-    watch(c, g, guests, ksm, cgroup, count, before, wall, cpu);
+    if (max_cpu) {
+        watch_share(c, g, guests, cpu);
+    } else {
+        watch(c, g, guests, ksm, cgroup, count, before, wall, cpu);
+    }
     if (idle) {
         watch_idle(c, g, guests, ksm);
     }
@@ -245,6 +263,10 @@ static void print_row(const char *name, const Course *c)
         }
     }
     printf("  %5.1f %%\n", 100 * MEDIAN(c, saved));
+    if (max_cpu) {
+        printf("  in the first %d s: %.1f %% of a processor\n", SHARE_S,
+               100 * MEDIAN(c, share));
+    }
     if (idle) {
         printf("  then, idle: %.2f %% of a processor for each guest\n",
                100 * MEDIAN(c, idle));
@@ -364,6 +386,8 @@ static GOptionEntry entries[] = {
     { "defaults", 0, 0, G_OPTION_ARG_NONE, &defaults,
       "the engine at its default speed", NULL },
     { "engines", 0, 0, G_OPTION_ARG_INT, &engines, "in each process", "N" },
+    { "max-cpu", 0, 0, G_OPTION_ARG_INT, &max_cpu, "of the group, and measure"
+      " what is spent in 30 s", "PERCENT" },
     { "idle", 0, 0, G_OPTION_ARG_INT, &idle, "measure so long what it costs"
       " when nothing is to be found", "SECONDS" },
     { "check", 0, 0, G_OPTION_ARG_NONE, &check, "compare counts with bounds",

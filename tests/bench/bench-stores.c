@@ -4,12 +4,16 @@
  * kernel's KSM, and beside the same with nobody that merges.
  *
  * usage: bench-stores [--rounds=N] [--seconds=N] [--memory=anon|memfd]
- *                     [--beside=N] [--quota=PERCENT] [--defaults] [--no-ksm]
- *                     IMAGE...
+ *                     [--beside=N] [--quota=PERCENT] [--loop | --all]
+ *                     [--after=SECONDS] [--defaults] [--no-ksm] IMAGE...
  *
  * Each image is loaded into a process of its own (replay-guest.h).  A thread of
  * it stores to one page in twenty, in bursts, and each store is timed; the
- * worst process counts.
+ * worst process counts.  What it stores is what is there already.
+ * --loop: without pauses: how much of its time does a guest lose that is bound
+ * by its memory?
+ * --all: to every page, and a pause of 5 ms after each round.
+ * --after: stores count only from then on.
  * --beside: so many threads that only take time run on each processor beside
  * them.
  * --quota: each process is in a cgroup that may use so many percent of one
@@ -44,6 +48,7 @@ typedef struct Waits {
     uint64_t most_ns;
     uint64_t stores;
     uint64_t done;            /* pages that the engine merged or dropped */
+    uint64_t breaks;          /* and that were written then */
     uint64_t window_max_ns;
 } Waits;
 
@@ -52,9 +57,9 @@ static const char *const names[] = {
     [REPLAY_KSM] = "KSM",
 };
 
-static int rounds = 5, seconds = 3, beside, quota;
+static int rounds = 5, seconds = 3, after, beside, quota;
 static char *memory_name;
-static gboolean defaults, without_ksm;
+static gboolean defaults, without_ksm, loop, all;
 static char **images;
 
 /* ---- what else runs ---- */
@@ -99,6 +104,7 @@ static void add(Waits *w, const ReplayResult *r)
     w->window_max_ns = MAX(w->window_max_ns, r->window_max_ns);
     w->stores += r->stores;
     w->done += r->merged + r->zero;
+    w->breaks += r->breaks;
 }
 
 static void measure(Waits *w, ReplayWho who)
@@ -116,7 +122,9 @@ static void measure(Waits *w, ReplayWho who)
             .image = images[i], .group = group, .who = who,
             .memory = g_strcmp0(memory_name, "memfd") == 0 ? REPLAY_MEMFD
                                                            : REPLAY_ANON,
-            .defaults = defaults, .writes = true,
+            .defaults = defaults, .after_s = after,
+            .writes = all ? REPLAY_ROUNDS : loop ? REPLAY_LOOP
+                                                 : REPLAY_BURSTS,
         };
 
         if (quota) {
@@ -135,7 +143,7 @@ static void measure(Waits *w, ReplayWho who)
     if (who == REPLAY_KSM) {
         bench_ksm_run(true);
     }
-    g_usleep(seconds * G_USEC_PER_SEC);
+    g_usleep((after + seconds) * G_USEC_PER_SEC);
     end_busy(busy, nbusy);
     if (who == REPLAY_KSM) {
         bench_ksm_run(false);
@@ -190,7 +198,8 @@ static void print_row(ReplayWho who, const Waits *w)
            MEDIAN_MS(w, p99_ns), MEDIAN_MS(w, p999_ns), MEDIAN_MS(w, most_ns),
            most / 1e6, median(w, offsetof(Waits, stores)));
     if (who == REPLAY_ENGINE) {
-        printf(" %8.0f %8.2f", median(w, offsetof(Waits, done)),
+        printf(" %8.0f %8.0f %8.2f", median(w, offsetof(Waits, done)),
+               median(w, offsetof(Waits, breaks)),
                MEDIAN_MS(w, window_max_ns));
     }
     printf("\n");
@@ -199,6 +208,10 @@ static void print_row(ReplayWho who, const Waits *w)
 static GOptionEntry entries[] = {
     { "rounds", 0, 0, G_OPTION_ARG_INT, &rounds, "measurements of each", "N" },
     { "seconds", 0, 0, G_OPTION_ARG_INT, &seconds, "how long each takes", "N" },
+    { "after", 0, 0, G_OPTION_ARG_INT, &after, "and after how long it begins",
+      "SECONDS" },
+    { "loop", 0, 0, G_OPTION_ARG_NONE, &loop, "store without pauses", NULL },
+    { "all", 0, 0, G_OPTION_ARG_NONE, &all, "store to every page", NULL },
     { "memory", 0, 0, G_OPTION_ARG_STRING, &memory_name, "anon or memfd",
       "KIND" },
     { "beside", 0, 0, G_OPTION_ARG_INT, &beside, "busy threads for each"
@@ -228,7 +241,7 @@ static void parse(int argc, char **argv)
         exit(77);
     }
     if (g_strv_length(images) > MAX_GUESTS || rounds < 1 ||
-        rounds > MAX_ROUNDS || seconds < 1 || beside < 0 || quota < 0) {
+        rounds > MAX_ROUNDS || seconds < 1 || after < 0 || beside < 0 || quota < 0) {
         fprintf(stderr, "bench-stores: at most %d images and %d rounds, no"
                 " number below 0\n", MAX_GUESTS, MAX_ROUNDS);
         exit(2);
@@ -255,7 +268,7 @@ int main(int argc, char **argv)
     }
     bench_ksm_end();
     printf("ms a store      99 %%   99.9 %%  longest  of all    stores   merged"
-           "  longest window\n");
+           "   broken  longest window\n");
     print_row(REPLAY_NOBODY, waits[REPLAY_NOBODY]);
     print_row(REPLAY_ENGINE, waits[REPLAY_ENGINE]);
     if (!without_ksm) {

@@ -28,6 +28,7 @@
 #define HOT_RUN 16
 #define HOT_PAUSE_US 50
 #define HOT_BURST 64
+#define ROUND_PAUSE_US 5000
 
 static void die(const char *what)
 {
@@ -147,6 +148,8 @@ static uint64_t verify(const Ram *ram)
 
 typedef struct Writer {
     Ram *ram;
+    ReplayWrites writes;
+    uint64_t counts_from_ns;
     GThread *thread;
     int stop;                 /* atomic */
     uint64_t stores;
@@ -171,6 +174,9 @@ static void store(Writer *w, off_t at)
 
     *byte = value;
     ns = clock_ns() - start;
+    if (start < w->counts_from_ns) {
+        return;
+    }
     w->bucket[MIN(ns / 1000, BUCKETS - 1)]++;
     w->most_ns = MAX(w->most_ns, ns);
     w->stores++;
@@ -179,18 +185,23 @@ static void store(Writer *w, off_t at)
 static gpointer writer_run(gpointer opaque)
 {
     Writer *w = opaque;
+    uint64_t n = 0;
 
     while (!g_atomic_int_get(&w->stop)) {
         for (off_t start, end = 0; next_data(w->ram, end, &start, &end);) {
             for (off_t at = start; at < end; at += PAGE) {
-                if (at / PAGE % HOT_EVERY >= HOT_RUN) {
+                if (w->writes != REPLAY_ROUNDS &&
+                    at / PAGE % HOT_EVERY >= HOT_RUN) {
                     continue;
                 }
                 store(w, at);
-                if (w->stores % HOT_BURST == 0) {
+                if (w->writes == REPLAY_BURSTS && ++n % HOT_BURST == 0) {
                     g_usleep(HOT_PAUSE_US);
                 }
             }
+        }
+        if (w->writes == REPLAY_ROUNDS) {
+            g_usleep(ROUND_PAUSE_US);
         }
     }
     return NULL;
@@ -241,7 +252,9 @@ static void scanner_start(Scanner *s, const Ram *ram, size_t start, size_t end,
             .run = true, .zero_pages = true, .huge_pages_split = true,
             .max_maps = 90,
             .advisor = DEDUP_ADVISOR_SCAN_TIME, .target_scan_s = 200,
-            .max_cpu = config->defaults ? 70 : 0, .max_pages = 30000,
+            .max_cpu = config->max_cpu ? config->max_cpu
+                       : config->defaults ? 70 : 0,
+            .max_pages = 30000,
             .pages_to_scan = 4096, .sleep_millisecs = 20,
         },
     };
@@ -324,6 +337,9 @@ static void run(const ReplayConfig *config, int control, int answers)
     }
     if (config->writes) {
         writer->ram = &ram;
+        writer->writes = config->writes;
+        writer->counts_from_ns = clock_ns() +
+                                 config->after_s * 1000000000ULL;
         writer->thread = g_thread_new("writer", writer_run, writer);
     }
     say(answers, "", 1);

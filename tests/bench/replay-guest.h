@@ -31,6 +31,14 @@ typedef enum ReplayWho {
 
 #define REPLAY_MAX_ENGINES 8
 
+/* What a thread of it stores to, meanwhile. */
+typedef enum ReplayWrites {
+    REPLAY_NO_WRITES,
+    REPLAY_BURSTS,            /* to one page in twenty, with pauses */
+    REPLAY_LOOP,              /* the same, without */
+    REPLAY_ROUNDS,            /* to all pages, with a pause after each round */
+} ReplayWrites;
+
 typedef struct ReplayConfig {
     const char *image;
     const char *group;        /* a directory, of the engine's */
@@ -38,7 +46,9 @@ typedef struct ReplayConfig {
     ReplayWho who;
     bool defaults;            /* the engine's speed: as users get it */
     unsigned engines;         /* each has a part of the RAM; 0: one */
-    bool writes;              /* a thread stores to some pages all the time */
+    unsigned max_cpu;         /* with @defaults: its limit, if not 0 */
+    ReplayWrites writes;
+    unsigned after_s;         /* stores count from then on */
     BenchCgroup *cgroup;
 } ReplayConfig;
 

@@ -17,6 +17,7 @@ top := $(CURDIR)
 B := $(top)/build
 prefix ?= /usr/local
 SANITIZE ?=
+LONG ?=
 JOBS ?= $(shell nproc)
 
 # The standalone build of the engine, one directory per kind of sanitizer.
@@ -43,7 +44,8 @@ help:
 	@echo '                    (QEMU_SRC=DIR: from your own source of QEMU 10.0.x)'
 	@echo 'make demo           three guests share their memory, with a live table'
 	@echo 'make check          all tests'
-	@echo 'make check-engine   the engine alone; SANITIZE=address or thread'
+	@echo 'make check-engine   the engine alone, in a minute; LONG=1: all of its tests,'
+	@echo '                    as SANITIZE=address or SANITIZE=thread runs them'
 	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR'
 	@echo 'make clean          remove what was built; keeps what was downloaded'
@@ -65,7 +67,7 @@ engine: deps
 	    ninja -j$(JOBS) -C $(engine) $(if $(V),,--quiet)'
 
 check-engine: engine
-	@scripts/run-tests --engine $(engine)
+	@scripts/run-tests --engine $(engine) $(if $(SANITIZE)$(LONG),--long)
 
 check: engine
 	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu --with-tests

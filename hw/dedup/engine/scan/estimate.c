@@ -126,13 +126,17 @@ static void ask_member(DedupScan *scan, unsigned member,
     if (!nproofs || !dedup_scan_may_go_on(scan)) {
         return;
     }
-    dedup_group_prove(scan->group, member, proofs, nproofs);
+    if (!dedup_group_prove(scan->group, member, proofs, nproofs)) {
+        return; /* nothing is known */
+    }
     for (unsigned i = 0; i < nproofs; i++) {
         if (proofs[i].proven) {
             scan->sums.estimate.between++;
         } else {
+            /* the hint of one that merges is not ours to change */
             keep(scan, asked[i]->region, asked[i]->page, asked[i]->hash,
-                 &asked[i]->hint);
+                 dedup_group_estimates(scan->group, member) ? &asked[i]->hint
+                                                            : NULL);
         }
     }
 }

@@ -66,7 +66,7 @@ static void tick_member(void *opaque, unsigned member, bool self,
 
     t->pages += MIN(info->pages_total, 1ULL << DEDUP_MEMBER_PAGE_BITS);
     t->scans[member] = info->full_scans;
-    if (!self && info->scanning) {
+    if (!self && info->scanning && !info->estimates) {
         /* "not equal": a slot may have got a new owner */
         t->all &= info->full_scans != t->leave->scans[member];
     }

@@ -53,7 +53,8 @@ static uint64_t owed_by(const DedupMemberInfo *info, DedupOwed kind)
     uint64_t bytes = kind == DEDUP_OWED_RESERVED ? info->reserved_bytes
                                                   : info->owed_bytes;
 
-    if (kind == DEDUP_OWED_GROWTH && info->scanning) {
+    if (kind == DEDUP_OWED_GROWTH && info->scanning &&
+        !info->estimates) {
         bytes = MIN(bytes, OWED_MAX) + DEDUP_PUBLISH_BYTES;
     }
     return MIN(bytes, OWED_MAX);

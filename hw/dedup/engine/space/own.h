@@ -10,7 +10,7 @@
 
 #include "space/space-internal.h"
 
-/* Re-apply the region's madvise() state to new mappings (M6). */
+/* Re-apply the region's madvise() state to new mappings. */
 void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n);
 
 /* Map the region's own memory there, without contents. */

@@ -5,6 +5,7 @@
  * window at a time, so that nobody waits long.
  */
 
+#include "host/slice.h"
 #include "space/holdings.h"
 #include "space/ledger.h"
 #include "space/need.h"
@@ -46,6 +47,7 @@ bool dedup_space_restore_next(DedupSpace *space, DedupRestore *w)
     DedupRegion *r;
     uint32_t first, n;
 
+    dedup_slice_renew();
     dedup_space_lock(space);
     r = next_region(space, w, &first, &n);
     if (r && w->for_owner && r->abandoned) {
@@ -76,6 +78,7 @@ void dedup_space_settle(DedupRegion *r, uint32_t first, uint32_t n)
     if (r->info.memory != DEDUP_MEMORY_SHARED && n < SETTLE_PRIVATE) {
         return;
     }
+    dedup_slice_renew();
     dedup_space_lock(space);
     if (!r->dead && !space->closed && dedup_file_has_room(r)) {
         if (dedup_ledger_run(r, first, first + n, dedup_entry_is_broken,
@@ -104,6 +107,7 @@ void dedup_space_leave(DedupSpace *space, DedupLeaveFn is_leaving,
     do {
         uint32_t page, end;
 
+        dedup_slice_renew();
         dedup_space_lock(space);
         r = dedup_region_next(space, at);
         page = r ? dedup_ledger_next(r, dedup_region_at(r, at), r->npages) : 0;

@@ -88,7 +88,7 @@ static Scanner *scanner_new(BenchRam *ram)
     g_cond_init(&s->cond);
     s->e = dedup_engine_new(&config, &error);
     if (s->e) {
-        dedup_space_begin_batch(s->e->space, true);
+        dedup_space_begin_batch(s->e->space, true, true);
         s->r = dedup_region_add(s->e, &info, &error);
     }
     if (!s->r) {

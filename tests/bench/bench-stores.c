@@ -70,6 +70,10 @@ static unsigned start_busy(pid_t *busy)
 
     for (unsigned i = 0; i < n; i++) {
         busy[i] = fork();
+        if (busy[i] < 0) {
+            perror("fork");
+            return i;
+        }
         if (!busy[i]) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
             /* volatile: the compiler must not see that nothing is done */
@@ -241,7 +245,8 @@ static void parse(int argc, char **argv)
         exit(77);
     }
     if (g_strv_length(images) > MAX_GUESTS || rounds < 1 ||
-        rounds > MAX_ROUNDS || seconds < 1 || after < 0 || beside < 0 || quota < 0) {
+        rounds > MAX_ROUNDS || seconds < 1 || after < 0 || beside < 0 ||
+        quota < 0) {
         fprintf(stderr, "bench-stores: at most %d images and %d rounds, no"
                 " number below 0\n", MAX_GUESTS, MAX_ROUNDS);
         exit(2);

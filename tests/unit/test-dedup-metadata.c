@@ -138,6 +138,9 @@ static void measure(void *opaque)
     fx_add(fe, ram);
     fx_engine_start(fe);
     fx_wait_settled(fe);
+    /* a new state takes the figures anew */
+    fx_set_run(fe, false);
+    fx_wait_state(fe, DEDUP_STATE_STOPPED);
     c->private = fx_status("RssAnon") - anon;
     c->shared = memfd_bytes(ram) - memfds;
     c->slab = slab() - slabs;

@@ -128,6 +128,61 @@ static void check_quota(bool v2)
     end(&h);
 }
 
+/* Who is always woken too late waits, but not for ever. */
+static void test_late(void)
+{
+    unsigned allowed = 0;
+    Host h;
+
+    begin(&h, true);
+    g_assert_cmpint(wait_us(&h, 0), ==, 0);
+    for (unsigned i = 0; i < 100; i++) {
+        put_stat(&h, 20 + 10 * i, 3 + i);
+        /* what has changed since the last look may have done so long ago */
+        allowed += wait_us(&h, 130 * MS) == 0;
+    }
+    g_assert_cmpuint(allowed, >=, 4);
+    g_assert_cmpuint(allowed, <=, 8);
+    end(&h);
+}
+
+/* Nor is what was wrong about the grid believed for ever. */
+static void test_wrong(void)
+{
+    Host h;
+
+    begin(&h, false);
+    meet_period(&h);
+    for (unsigned i = 0; i < 6; i++) {
+        put_stat(&h, 30 + i, 4 + i);
+        g_assert_cmpint(wait_us(&h, i ? 100 * MS : 50 * MS), >, 0);
+    }
+    /* it watches again */
+    put_stat(&h, 50, 20);
+    g_assert_cmpint(wait_us(&h, 1 * MS), ==, 0);
+    end(&h);
+}
+
+/* Two are throttled: one of them is followed. */
+static void test_two(void)
+{
+    Host h;
+
+    begin(&h, true);
+    h.cgroup = "cg/vm";
+    put_quota(&h, 50000, 70000);
+    put_stat(&h, 1, 1);
+    h.cgroup = "cg/vm/emulator";
+    meet_period(&h);
+    h.cgroup = "cg/vm";
+    put_stat(&h, 2, 2);
+    h.cgroup = "cg/vm/emulator";
+    put_stat(&h, 22, 4);
+    g_assert_cmpint(wait_us(&h, 101 * MS), ==, 0);
+    g_assert_cmpint(wait_us(&h, 50 * MS), >=, 48000);
+    end(&h);
+}
+
 static void test_v1(void)
 {
     check_quota(false);
@@ -194,6 +249,7 @@ typedef struct Scanner {
     Host *host;
     unsigned pauses;
     unsigned most;            /* pauses until it is asked for something */
+    unsigned periods;         /* time goes on: so many have been; 0: it stands */
 } Scanner;
 
 static bool pause_scanner(void *owner, int64_t us)
@@ -201,6 +257,10 @@ static bool pause_scanner(void *owner, int64_t us)
     Scanner *s = owner;
 
     g_assert_cmpint(us, >, 0);
+    if (s->periods) {
+        g_usleep(us);
+        put_stat(s->host, ++s->periods, 3);
+    }
     return ++s->pauses < s->most;
 }
 
@@ -241,9 +301,9 @@ static void test_windows(void)
     s.space->quota = h.quota;
     g_assert_cmpuint(dedup_space_windows(r, actions, PAGES, &limits), ==, 0);
     g_assert_cmpuint(s.pauses, ==, 3);
-    /* a period begins */
-    put_stat(&h, 21, 3);
-    s.space->quota.fresh_ns = s.space->quota.period_ns;
+    /* until a period begins, or was waited for long enough */
+    s.periods = 20;
+    s.most = UINT_MAX;
     if (s.space->freezer.zero_anon) {
         g_assert_cmpuint(dedup_space_windows(r, actions, PAGES, &limits), ==,
                          PAGES);
@@ -263,6 +323,9 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/quota/v1", test_v1);
     g_test_add_func("/quota/v2", test_v2);
+    g_test_add_func("/quota/late", test_late);
+    g_test_add_func("/quota/wrong", test_wrong);
+    g_test_add_func("/quota/two", test_two);
     g_test_add_func("/quota/none", test_none);
     g_test_add_func("/quota/moved", test_moved);
     g_test_add_func("/quota/nothing", test_nothing);

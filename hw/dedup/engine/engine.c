@@ -82,8 +82,12 @@ static bool is_stopping(void *opaque)
 static bool pause_scanner(void *opaque, int64_t us)
 {
     DedupEngine *e = opaque;
+    bool goes_on = dedup_control_pause(&e->control, us);
 
-    return dedup_control_pause(&e->control, us);
+    if (goes_on && dedup_space_asks_room(e->space)) {
+        dedup_space_set_room(e->space, dedup_restore_room(&e->room));
+    }
+    return goes_on;
 }
 
 /* For all of its life. */

@@ -279,6 +279,12 @@ fail:
     return NULL;
 }
 
+void dedup_segment_tidy(const DedupSegment *s)
+{
+    /* nobody has written to it: it is all still in the file */
+    madvise((void *)s->map, s->npages * DEDUP_PAGE_SIZE, MADV_DONTNEED);
+}
+
 void dedup_segment_free(DedupSegment *s)
 {
     if (s) {

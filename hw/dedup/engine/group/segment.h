@@ -85,6 +85,8 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
  */
 DedupSegment *dedup_segment_new_zeroes(GError **error);
 
+/* What was read of it here leaves the page table, and that goes. */
+void dedup_segment_tidy(const DedupSegment *s);
 /* Unmaps, closes, frees.  Guest mappings keep the pages alive. */
 void dedup_segment_free(DedupSegment *s);
 

@@ -4,7 +4,7 @@
  *
  * A process that has used up its quota is throttled until the next period
  * begins.  Who is throttled while a range is frozen has all its writers wait
- * for up to a period.  So while that happens, ranges are frozen only at the
+ * for up to a period.  So while that happens, merge windows begin only at the
  * beginning of a period, when there is some quota again.
  *
  * Terms: throttled, period and quota are those of cpu.max and cpu.stat, of
@@ -28,7 +28,10 @@ typedef struct DedupQuota {
     int64_t period_ns;        /* its periods */
     int64_t fresh_ns;         /* the first part of each, which may be used */
     int64_t phase_ns;         /* one began then; 0: not known yet */
-    uint64_t periods;         /* how many had when that was last asked */
+    uint64_t periods;         /* how many had when that was last asked, */
+    int64_t watched_ns;       /* and when that was */
+    int64_t asked_ns;         /* when a range was to be frozen last */
+    int64_t waits_ns;         /* it might not be since then; 0: it might */
 } DedupQuota;
 
 /* @proc: where the kernel's files are: "/proc", but for tests. */

@@ -103,7 +103,8 @@ static void ask_member(DedupScan *scan, unsigned member,
     }
 }
 
-void dedup_ask_remotes(DedupScan *scan, DedupRemote *remotes, unsigned n)
+void dedup_ask_each(DedupScan *scan, const DedupRemote *remotes, unsigned n,
+                    DedupAskFn *ask)
 {
     g_assert(n <= DEDUP_PROOF_PAGES);
     for (unsigned i = 0; i < n; i++) {
@@ -114,9 +115,14 @@ void dedup_ask_remotes(DedupScan *scan, DedupRemote *remotes, unsigned n)
             asked = remotes[k].hint.where == member;
         }
         if (!asked) {
-            ask_member(scan, member, remotes + i, n - i);
+            ask(scan, member, remotes + i, n - i);
         }
     }
+}
+
+void dedup_ask_remotes(DedupScan *scan, DedupRemote *remotes, unsigned n)
+{
+    dedup_ask_each(scan, remotes, n, ask_member);
 }
 
 /* Fetch a segment for which the page in @copy is the proof. */

@@ -26,6 +26,12 @@ typedef struct DedupRemote {
 bool dedup_ask_copy(DedupScan *scan, DedupRegion *r, uint32_t page,
                     uint64_t hash, uint8_t *copy);
 
+/* Calls @ask for each member that is named, with all that may name it. */
+typedef void DedupAskFn(DedupScan *scan, unsigned member,
+                        const DedupRemote *remotes, unsigned n);
+void dedup_ask_each(DedupScan *scan, const DedupRemote *remotes, unsigned n,
+                    DedupAskFn *ask);
+
 /* Publish what they prove to have; at most DEDUP_PROOF_PAGES. */
 void dedup_ask_remotes(DedupScan *scan, DedupRemote *remotes, unsigned n);
 

@@ -64,12 +64,36 @@ static bool have_twice(DedupScan *scan, DedupRegion *r, uint32_t page,
            dedup_space_equals(r2, page2, copy);
 }
 
+/* Nobody else has it: do we have it twice? */
+static void count_own(DedupScan *scan, DedupRegion *r, uint32_t page,
+                      uint64_t hash)
+{
+    DedupHint hits[DEDUP_INDEX_HITS];
+    unsigned n = dedup_index_lookup(scan->index, hash, hits);
+    const DedupHint *stale = NULL;
+
+    for (unsigned i = 0; i < n; i++) {
+        if (hits[i].kind != DEDUP_HINT_CANDIDATE ||
+            hits[i].where != dedup_group_self(scan->group)) {
+            continue;
+        }
+        if (hits[i].page == dedup_region_base(r) + page) {
+            return; /* it is the one that stays */
+        }
+        if (have_twice(scan, r, page, hash, &hits[i])) {
+            scan->sums.estimate.within++;
+            return;
+        }
+        stale = &hits[i];
+    }
+    keep(scan, r, page, hash, stale);
+}
+
 bool dedup_estimate_page(DedupScan *scan, DedupRegion *r, uint32_t page,
                          uint64_t hash, DedupRemote *remote)
 {
     DedupHint hits[DEDUP_INDEX_HITS];
     unsigned n = dedup_index_lookup(scan->index, hash, hits);
-    const DedupHint *stale = NULL;
 
     for (unsigned i = 0; i < n; i++) {
         if (is_published(scan, &hits[i])) {
@@ -83,21 +107,7 @@ bool dedup_estimate_page(DedupScan *scan, DedupRegion *r, uint32_t page,
             return true;
         }
     }
-    for (unsigned i = 0; i < n; i++) {
-        if (hits[i].kind != DEDUP_HINT_CANDIDATE ||
-            hits[i].where != dedup_group_self(scan->group)) {
-            continue;
-        }
-        if (hits[i].page == dedup_region_base(r) + page) {
-            return false; /* it is the one that stays */
-        }
-        if (have_twice(scan, r, page, hash, &hits[i])) {
-            scan->sums.estimate.within++;
-            return false;
-        }
-        stale = &hits[i];
-    }
-    keep(scan, r, page, hash, stale);
+    count_own(scan, r, page, hash);
     return false;
 }
 
@@ -123,37 +133,27 @@ static void ask_member(DedupScan *scan, unsigned member,
             };
         }
     }
-    if (!nproofs || !dedup_scan_may_go_on(scan)) {
-        return;
-    }
-    if (!dedup_group_prove(scan->group, member, proofs, nproofs)) {
+    if (!nproofs || !dedup_scan_may_go_on(scan) ||
+        !dedup_group_prove(scan->group, member, proofs, nproofs)) {
         return; /* nothing is known */
     }
     for (unsigned i = 0; i < nproofs; i++) {
+        const DedupRemote *remote = asked[i];
+
         if (proofs[i].proven) {
             scan->sums.estimate.between++;
-        } else {
-            /* the hint of one that merges is not ours to change */
-            keep(scan, asked[i]->region, asked[i]->page, asked[i]->hash,
-                 dedup_group_estimates(scan->group, member) ? &asked[i]->hint
-                                                            : NULL);
+            continue;
         }
+        /* a hint that leads nowhere; that of who merges is not ours to take */
+        if (dedup_group_estimates(scan->group, member)) {
+            dedup_index_remove(scan->index, remote->hash, &remote->hint);
+        }
+        count_own(scan, remote->region, remote->page, remote->hash);
     }
 }
 
 void dedup_estimate_remotes(DedupScan *scan, const DedupRemote *remotes,
                             unsigned n)
 {
-    g_assert(n <= DEDUP_PROOF_PAGES);
-    for (unsigned i = 0; i < n; i++) {
-        unsigned member = remotes[i].hint.where;
-        bool asked = false;
-
-        for (unsigned k = 0; k < i && !asked; k++) {
-            asked = remotes[k].hint.where == member;
-        }
-        if (!asked) {
-            ask_member(scan, member, remotes + i, n - i);
-        }
-    }
+    dedup_ask_each(scan, remotes, n, ask_member);
 }

@@ -93,9 +93,12 @@ static void note_done(DedupScan *scan, DedupRegion *r, const DedupAction *a,
     }
 }
 
-/* Tasks of one chunk, in order; returns how many of them are kept. */
+/*
+ * Tasks of one chunk, in order; returns how many of them are kept.  @stopped:
+ * the scanner is asked for something.
+ */
 static unsigned run_chunk(DedupScan *scan, DedupRegion *r, DedupTask *tasks,
-                          unsigned n, DedupTask *kept)
+                          unsigned n, DedupTask *kept, bool *stopped)
 {
     DedupAction *actions = scan->todo.actions;
     DedupTask done[DEDUP_CHUNK_PAGES]; /* @kept may be where they were */
@@ -130,7 +133,12 @@ static unsigned run_chunk(DedupScan *scan, DedupRegion *r, DedupTask *tasks,
     if (nactions) {
         dedup_space_windows(r, actions, nactions, &scan->limits);
         for (unsigned i = 0; i < nactions; i++) {
-            note_done(scan, r, &actions[i], &done[i]);
+            if (actions[i].tried) {
+                note_done(scan, r, &actions[i], &done[i]);
+            } else {
+                *stopped = true;
+                kept[nkept++] = done[i];
+            }
         }
     }
     return nkept;
@@ -154,8 +162,9 @@ void dedup_scan_merge(DedupScan *scan)
 {
     unsigned kept = 0, i = 0, n;
     DedupTask *tasks = dedup_todo_take(scan, &n);
+    bool stopped = false;
 
-    while (i < n && dedup_scan_may_go_on(scan)) {
+    while (i < n && !stopped && dedup_scan_may_go_on(scan)) {
         unsigned end = i + 1;
         DedupRegion *r;
         uint32_t page;
@@ -164,7 +173,8 @@ void dedup_scan_merge(DedupScan *scan)
             end = i + chunk_end(tasks + i, n - i, dedup_region_base(r),
                                 dedup_region_npages(r));
             /* what is kept never comes before what it is taken from */
-            kept += run_chunk(scan, r, tasks + i, end - i, tasks + kept);
+            kept += run_chunk(scan, r, tasks + i, end - i, tasks + kept,
+                              &stopped);
         }
         i = end;
     }

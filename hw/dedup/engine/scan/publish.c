@@ -359,6 +359,11 @@ void dedup_publish_clear(DedupScan *scan)
     dedup_array_free(p->buffer, BUFFER_BYTES);
 }
 
+void dedup_publish_tidy(DedupScan *scan)
+{
+    dedup_array_forget(scan->publisher.buffer, BUFFER_BYTES);
+}
+
 uint64_t dedup_publish_bytes(const DedupScan *scan)
 {
     return dedup_array_resident(scan->publisher.buffer, BUFFER_BYTES);

@@ -15,6 +15,8 @@ bool dedup_publish_init(DedupScan *scan, GError **error);
 /* Gives up what is claimed, if the group is there. */
 void dedup_publish_clear(DedupScan *scan);
 /* Memory of its own, in bytes. */
+/* Nothing is published for some time. */
+void dedup_publish_tidy(DedupScan *scan);
 uint64_t dedup_publish_bytes(const DedupScan *scan);
 
 /* Descriptors left for segments? */

@@ -204,7 +204,7 @@ static DedupPair try_member(DedupScan *scan, Chunk *c, const Page *p,
         return DEDUP_PAIR_STALE;
     }
     if (dedup_group_estimates(scan->group, hint->where)) {
-        return DEDUP_PAIR_COLLIDES; /* it merges with nobody */
+        return DEDUP_PAIR_STALE; /* it merges with nobody, and will find us */
     }
     if (hint->kind == DEDUP_HINT_CANDIDATE) {
         c->remotes[c->nremotes++] = (DedupRemote) {
@@ -375,7 +375,8 @@ bool dedup_scan_batch(DedupScan *scan, const DedupParams *params,
     bool ended = false;
 
     scan->now = *params;
-    dedup_space_begin_batch(scan->space, params->huge_pages_split);
+    dedup_space_begin_batch(scan->space, params->huge_pages_split,
+                            params->mode == DEDUP_MODE_FULL);
     if (dedup_space_asks_room(scan->space)) {
         dedup_space_set_room(scan->space, dedup_restore_room(scan->room));
     }
@@ -424,6 +425,10 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
             dedup_region_swapped(r, memo->counting.swapped);
         dedup_memo_take_counts(memo, &tally->counts);
         at = dedup_region_base(r) + dedup_region_npages(r);
+    }
+    if (!tally->found) {
+        dedup_space_tidy(scan->space);
+        dedup_publish_tidy(scan);
     }
     scan->upkeep.was_full = scan->limits & DEDUP_LIMIT_INDEX;
     scan->sums = (DedupPassSums) { .pages_before = scan->pages };

@@ -30,6 +30,11 @@ void dedup_array_free(void *array, size_t size)
     }
 }
 
+void dedup_array_forget(void *array, size_t size)
+{
+    madvise(array, size, MADV_DONTNEED);
+}
+
 uint64_t dedup_array_resident(const void *array, size_t size)
 {
     unsigned char vec[1024];

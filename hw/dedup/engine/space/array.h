@@ -14,6 +14,8 @@
 void *dedup_array_new(size_t size);
 /* NULL is allowed. */
 void dedup_array_free(void *array, size_t size);
+/* All zeros again, without memory. */
+void dedup_array_forget(void *array, size_t size);
 /* Bytes of it that have memory. */
 uint64_t dedup_array_resident(const void *array, size_t size);
 

@@ -134,6 +134,9 @@ static bool has_pages(const DedupSpace *space)
 
 bool dedup_space_asks_room(DedupSpace *space)
 {
+    if (space->reads_only) {
+        return false;
+    }
     read_stat(space);
     space->ksm.may_take = UINT64_MAX;
     return has_pages(space);

@@ -16,9 +16,11 @@
 #include "space/presence.h"
 #include "space/punch.h"
 
-void dedup_space_begin_batch(DedupSpace *space, bool split_huge)
+void dedup_space_begin_batch(DedupSpace *space, bool split_huge,
+                             bool take_ksm)
 {
     dedup_forget_looks(&space->looks);
+    space->ksm.take_chunks = take_ksm;
     __atomic_store_n(&space->split_huge, split_huge, __ATOMIC_RELAXED);
 }
 
@@ -121,7 +123,7 @@ static bool enter_chunk(DedupPlace *p, DedupSeen *seen, uint8_t *flags)
     }
     seen->is_empty = !own;
     r->area[chunk] &= ~DEDUP_AREA_SPLIT;
-    if (!r->space->reads_only) {
+    if (r->space->ksm.take_chunks) {
         dedup_ksm_take_chunk(r, p->first);
     }
     return true;

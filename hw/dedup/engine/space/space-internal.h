@@ -91,6 +91,7 @@ typedef struct DedupKsm {
     bool idle;                /* it knows no page of this process */
     int64_t read_ns;          /* when the figures were */
     uint64_t may_take;        /* pages, until the next look */
+    bool take_chunks;         /* as the scan comes to them */
     uint64_t shared;          /* atomic: pages that it has merged */
     uint64_t zero;            /* pages that it found to be zero */
 } DedupKsm;
@@ -144,6 +145,7 @@ struct DedupSpace {
     DedupBound bound;         /* how much a window may do */
     DedupQuota quota;         /* scanner's own: when one may begin */
     DedupSpacePause *pause;   /* scanner's own: its sleep; NULL: no scanner */
+    bool is_tidy;             /* scanner's own: no window since that was done */
     int64_t window_max_ns;    /* atomic */
     uint64_t unchecked;       /* times since check.c last looked */
 };

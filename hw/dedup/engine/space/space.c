@@ -44,8 +44,8 @@ DedupSpace *dedup_space_new(void *owner, bool reads_only, GError **error)
         space->freezer.zero_anon =
             dedup_freeze_survives_split(uffd, space->process.pagemap_fd);
         dedup_ksm_open(space);
+        dedup_quota_init(&space->quota, "/proc");
     }
-    dedup_quota_init(&space->quota, "/proc");
     space->regions = g_ptr_array_new();
     space->dead = g_ptr_array_new();
     space->holdings.table = g_ptr_array_new();
@@ -86,8 +86,8 @@ void dedup_space_free(DedupSpace *space)
     free_regions(space->dead);
     free_holdings(&space->holdings);
     dedup_spare_free(&space->spare);
-    dedup_quota_clear(&space->quota);
     if (!space->reads_only) {
+        dedup_quota_clear(&space->quota);
         dedup_ksm_close(space);
     }
     dedup_process_close(&space->process);
@@ -97,6 +97,22 @@ void dedup_space_free(DedupSpace *space)
     g_mutex_clear(&space->lock.mutex);
     g_mutex_clear(&space->lock.turn);
     g_free(space);
+}
+
+void dedup_space_tidy(DedupSpace *space)
+{
+    if (space->is_tidy) {
+        return;
+    }
+    dedup_spare_free(&space->spare);
+    for (unsigned i = 0; i < dedup_holding_count(space); i++) {
+        const DedupHolding *h = dedup_holding_get(space, i);
+
+        if (h) {
+            dedup_segment_tidy(h->segment);
+        }
+    }
+    space->is_tidy = true;
 }
 
 void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause)
@@ -400,5 +416,6 @@ uint64_t dedup_space_bytes(DedupSpace *space)
     }
     /* a segment's struct, and the page table of its read-only view */
     return bytes + space->holdings.held *
-           (sizeof(DedupHolding) + sizeof(DedupSegment) + DEDUP_PAGE_SIZE);
+           (sizeof(DedupHolding) + sizeof(DedupSegment) +
+            (space->is_tidy ? 0 : DEDUP_PAGE_SIZE));
 }

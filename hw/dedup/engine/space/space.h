@@ -59,7 +59,8 @@ void *dedup_region_owner(const DedupRegion *r);
 void dedup_space_free(DedupSpace *space);
 
 /*
- * The scanner's sleep, between two windows; no lock is held.  False: it was, or
+ * The scanner's sleep, between two windows; no lock is held.  The room may have
+ * changed meanwhile: it is asked for and set there.  False: the scanner was, or
  * is, asked for something, and goes back to its loop.
  */
 typedef bool DedupSpacePause(void *owner, int64_t us);
@@ -82,6 +83,12 @@ void dedup_space_reopen(DedupSpace *space);
 bool dedup_space_lost_freezer(DedupSpace *space);
 /* Can be told which pages are there? */
 bool dedup_space_has_pagemap(const DedupSpace *space);
+
+/*
+ * Nothing was found for a whole pass: give back what only speeds up merging.
+ * Scanner's.
+ */
+void dedup_space_tidy(DedupSpace *space);
 
 /* Live sums of all regions, in pages; take no lock. */
 typedef struct DedupSpaceSums {
@@ -193,7 +200,8 @@ bool dedup_space_look(DedupSpace *space, DedupPlace *place, DedupSeen *seen,
                       DedupSeeFn see, void *opaque);
 
 /* A new batch: may huge pages be split, and how much room is there? */
-void dedup_space_begin_batch(DedupSpace *space, bool split_huge);
+void dedup_space_begin_batch(DedupSpace *space, bool split_huge,
+                             bool take_ksm);
 /* Has KSM merged anything here?  Then say how much room there is, in bytes. */
 bool dedup_space_asks_room(DedupSpace *space);
 void dedup_space_set_room(DedupSpace *space, uint64_t bytes);
@@ -229,6 +237,7 @@ typedef struct DedupAction {
     uint16_t index;           /* page of the holding's segment */
     bool done;                /* out */
     bool differs;             /* out: it has other contents than that page */
+    bool tried;               /* out: false: the scanner was asked to stop */
     DedupHolding *holding;    /* NULL: drop as zero */
 } DedupAction;
 

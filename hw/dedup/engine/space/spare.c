@@ -54,4 +54,5 @@ void dedup_spare_free(DedupSpare *s)
     if (s->pages) {
         munmap(s->pages, SPARE_BYTES);
     }
+    *s = (DedupSpare) { 0 };
 }

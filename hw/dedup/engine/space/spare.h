@@ -35,6 +35,7 @@ uint8_t *dedup_spare_take(DedupSpare *s, unsigned i);
 /* Bytes of memory. */
 size_t dedup_spare_size(const DedupSpare *s);
 
+/* As at first. */
 void dedup_spare_free(DedupSpare *s);
 
 #endif /* DEDUP_SPARE_H */

@@ -177,6 +177,8 @@ static bool take_turn(DedupSpace *space)
         if (!space->pause || !space->pause(space->owner, wait_us)) {
             return false;
         }
+        /* what was known may have changed meanwhile */
+        dedup_forget_looks(&space->looks);
     }
     return true;
 }
@@ -188,15 +190,19 @@ unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
     unsigned done = 0;
 
     for (unsigned i = 0; i < n; i++) {
-        actions[i].done = actions[i].differs = false;
+        actions[i].done = actions[i].differs = actions[i].tried = false;
     }
     for (unsigned i = 0, j; i < n && take_turn(space); i = j) {
         dedup_space_lock(space);
         j = i + choose_actions(r, actions + i, n - i);
+        for (unsigned k = i; k < j; k++) {
+            actions[k].tried = true;
+        }
         if (!r->dead && !dedup_file_has_room(r)) {
             *limits |= DEDUP_LIMIT_FILE;
         } else if (!r->dead && !r->closing && !space->closed &&
                    space->freezer.uffd >= 0) {
+            space->is_tidy = false;
             do_window(r, actions + i, j - i, limits);
         }
         dedup_space_unlock(space);

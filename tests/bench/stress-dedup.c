@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "engine-internal.h"
@@ -38,6 +39,7 @@
 /* The restorer rests while less than this part of all pages is merged. */
 #define MERGED_PART 4
 #define RESTORE_PAGES 64
+#define SCANNER_NICE (-10)
 
 static StressWriter *const writers[] = {
     &stress_user, &stress_read, &stress_direct, &stress_kvm,
@@ -168,6 +170,8 @@ static void ram_free(StressRam *ram)
 
 static gpointer scanner_run(gpointer opaque)
 {
+    /* the writers would take most of the time; without the right they do */
+    setpriority(PRIO_PROCESS, gettid(), SCANNER_NICE);
     dedup_engine_run(opaque);
     return NULL;
 }

@@ -38,15 +38,20 @@ typedef struct DedupPublisher {
 } DedupPublisher;
 
 /* todo.c */
+typedef struct DedupTasks {
+    struct DedupTask *task;   /* mapped, or malloc() would keep the memory */
+    unsigned n;
+} DedupTasks;
+
 typedef struct DedupTodo {
-    GArray *tasks;            /* of DedupTask */
+    DedupTasks tasks;
     unsigned kept;            /* of them, that could not be done last time */
     DedupAction *actions;     /* work space: a chunk's */
     int64_t pause_us;         /* between two looks at what is kept */
     int64_t since_us;         /* atomic: when the first of the others came */
     int64_t due_us;           /* atomic: when to do them; 0: there are none */
     GMutex lock;              /* of what follows; none is taken with it */
-    GArray *told;             /* of DedupTask: by other members */
+    DedupTasks told;          /* by other members */
 } DedupTodo;
 
 /* What is known of a holding; leave.c. */

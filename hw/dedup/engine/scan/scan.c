@@ -488,8 +488,13 @@ DedupScan *dedup_scan_new(DedupSpace *space, DedupGroup *group,
     scan->chunk = g_new0(Chunk, 1);
     scan->clock.now = g_get_monotonic_time() / G_TIME_SPAN_SECOND;
     dedup_leave_init(scan);
-    dedup_todo_init(scan);
     dedup_upkeep_init(scan);
+    if (!dedup_todo_init(scan, error)) {
+        dedup_leave_clear(scan);
+        g_free(scan->chunk);
+        g_free(scan);
+        return NULL;
+    }
     if (!dedup_publish_init(scan, error)) {
         dedup_todo_clear(scan);
         dedup_leave_clear(scan);

@@ -29,8 +29,8 @@ typedef struct DedupTask {
     uint8_t pass;             /* in which it was found */
 } DedupTask;
 
-/* Part of a scan's life. */
-void dedup_todo_init(DedupScan *scan);
+/* Part of a scan's life.  False and @error: no memory, and nothing is there. */
+bool dedup_todo_init(DedupScan *scan, GError **error);
 void dedup_todo_clear(DedupScan *scan);
 /* Memory of its own, in bytes. */
 uint64_t dedup_todo_bytes(const DedupScan *scan);

@@ -204,7 +204,9 @@ uint32_t dedup_pace_batch(DedupPace *p, const DedupParams *params)
     if (params->advisor == DEDUP_ADVISOR_NONE) {
         p->batch = params->pages_to_scan;
     } else if (!p->scan_us) {
-        p->batch = BATCH_FAST;
+        /* who may spend little owes the less for it */
+        p->batch = MAX((uint64_t)BATCH_FAST * (p->share ? p->share : CORE) /
+                       CORE, BATCH_LEAST);
     } else {
         p->batch = CLAMP(pages_in(p, params, BATCH_US), BATCH_LEAST,
                          BATCH_FAST);

@@ -426,10 +426,8 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
         dedup_memo_take_counts(memo, &tally->counts);
         at = dedup_region_base(r) + dedup_region_npages(r);
     }
-    if (!tally->found) {
-        dedup_space_tidy(scan->space);
-        dedup_publish_tidy(scan);
-    }
+    dedup_space_tidy(scan->space);
+    dedup_publish_tidy(scan);
     scan->upkeep.was_full = scan->limits & DEDUP_LIMIT_INDEX;
     scan->sums = (DedupPassSums) { .pages_before = scan->pages };
     scan->limits = 0;

@@ -85,8 +85,8 @@ bool dedup_space_lost_freezer(DedupSpace *space);
 bool dedup_space_has_pagemap(const DedupSpace *space);
 
 /*
- * Nothing was found for a whole pass: give back what only speeds up merging.
- * Scanner's.
+ * A pass has ended: give back what only speeds up merging.  The next one has it
+ * made again if it finds something.  Scanner's.
  */
 void dedup_space_tidy(DedupSpace *space);
 

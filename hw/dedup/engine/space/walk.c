@@ -47,9 +47,6 @@ bool dedup_space_restore_next(DedupSpace *space, DedupRestore *w)
     DedupRegion *r;
     uint32_t first, n;
 
-    if (!w->for_owner) {
-        dedup_slice_renew(); /* an owner may have a deadline, or the BQL */
-    }
     dedup_space_lock(space);
     r = next_region(space, w, &first, &n);
     if (r && w->for_owner && r->abandoned) {

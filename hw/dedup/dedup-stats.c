@@ -4,8 +4,9 @@
  * Memory deduplication: the provider "dedup" of query-stats
  *
  * The figures of query-dedup-stats that are numbers, but for the estimate,
- * under the same names, for the target "vm".  query-stats knows unsigned numbers only, so what is
- * negative (bytes-saved, when it costs more than it brings) is 0 here.
+ * under the same names, for the target "vm".  query-stats knows unsigned
+ * numbers only, so what is negative (bytes-saved, when it costs more than it
+ * brings) is 0 here.
  */
 
 #include "qemu/osdep.h"

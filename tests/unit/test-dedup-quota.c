@@ -249,7 +249,7 @@ typedef struct Scanner {
     Host *host;
     unsigned pauses;
     unsigned most;            /* pauses until it is asked for something */
-    unsigned periods;         /* time goes on: so many have been; 0: it stands */
+    unsigned periods;         /* so many have been; 0: time stands still */
 } Scanner;
 
 static bool pause_scanner(void *owner, int64_t us)

@@ -414,8 +414,7 @@ uint64_t dedup_space_bytes(DedupSpace *space)
                                       r->npages * sizeof(r->entry[0]));
         at = r->base + r->npages;
     }
-    /* a segment's struct, and the page table of its read-only view */
+    /* a segment's struct, and the page table that its view has at times */
     return bytes + space->holdings.held *
-           (sizeof(DedupHolding) + sizeof(DedupSegment) +
-            (space->is_tidy ? 0 : DEDUP_PAGE_SIZE));
+           (sizeof(DedupHolding) + sizeof(DedupSegment) + DEDUP_PAGE_SIZE);
 }

@@ -297,11 +297,12 @@ static void print_counts(const Course *c, const ReplayCount *count)
 /* ---- counts that do not depend on the machine ---- */
 
 /*
- * Bounds, per saved page: half as much again as was seen on the mix of
- * tests/bench/make-images.
+ * Bounds, per saved page: what was seen on the mix of tests/bench/make-images
+ * on a machine that did much else (then more is done in small parts: 0.84
+ * system calls, 0.10 faults, 4.5 hashes), and some more.
  */
 static const double bounds[BENCH_COUNTS] = {
-    [BENCH_SYSCALLS] = 0.7,
+    [BENCH_SYSCALLS] = 1.0,
     [BENCH_FAULTS] = 0.15,
 };
 #define HASHES_MOST 5.5

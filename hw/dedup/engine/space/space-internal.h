@@ -14,6 +14,7 @@
 #include "host/freeze.h"
 #include "host/process.h"
 #include "host/quota.h"
+#include "space/answer.h"
 #include "space/bound.h"
 #include "space/space.h"
 #include "space/spare.h"
@@ -79,7 +80,6 @@ typedef struct DedupLook {
 typedef struct DedupLooks {
     DedupLook cached[2];
     unsigned last;
-    int64_t since_us;         /* when they began */
 } DedupLooks;
 
 /* What is known of KSM and this process; ksm.c. */
@@ -139,7 +139,7 @@ struct DedupSpace {
     DedupSpaceSums sums;      /* atomic */
     DedupMapBudget maps;
     DedupLooks looks;         /* scanner's own */
-    DedupLooks peer_looks;    /* of who answers other members */
+    DedupAnswers answers;     /* remap lock; to other members */
     DedupKsm ksm;             /* scanner's own, but "absent": remap lock */
     DedupSpare spare;         /* for windows of anonymous memory */
     DedupBound bound;         /* how much a window may do */

@@ -46,6 +46,7 @@ DedupSpace *dedup_space_new(void *owner, bool reads_only, GError **error)
         dedup_ksm_open(space);
         dedup_quota_init(&space->quota, "/proc");
     }
+    dedup_answers_init(&space->answers);
     space->regions = g_ptr_array_new();
     space->dead = g_ptr_array_new();
     space->holdings.table = g_ptr_array_new();
@@ -86,6 +87,7 @@ void dedup_space_free(DedupSpace *space)
     free_regions(space->dead);
     free_holdings(&space->holdings);
     dedup_spare_free(&space->spare);
+    dedup_answers_clear(&space->answers);
     if (!space->reads_only) {
         dedup_quota_clear(&space->quota);
         dedup_ksm_close(space);
@@ -400,7 +402,8 @@ uint64_t dedup_space_window_max_ns(DedupSpace *space, bool reset)
 uint64_t dedup_space_bytes(DedupSpace *space)
 {
     uint64_t bytes = sizeof(*space) + dedup_zeroes_bytes(space) +
-                     dedup_spare_size(&space->spare);
+                     dedup_spare_size(&space->spare) +
+                     dedup_answers_bytes(&space->answers);
     DedupRegion *r;
     uint32_t at = 0;
 

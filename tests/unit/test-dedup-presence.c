@@ -307,6 +307,72 @@ static void test_discarded(gconstpointer data)
     fx_ram_free(ram);
 }
 
+/* Does the thread that answers others see these pages? */
+static void assert_answers(FxRam *ram, const uint32_t *pages, unsigned n,
+                           bool there)
+{
+    const uint8_t secret[DEDUP_SECRET_SIZE] = { 1 };
+    DedupOwnPage asked[16] = { 0 };
+
+    for (unsigned i = 0; i < n; i++) {
+        asked[i].page = dedup_region_base(ram->region) + pages[i];
+    }
+    dedup_space_keyed_hashes(ram->region->space, asked, n, secret);
+    for (unsigned i = 0; i < n; i++) {
+        g_assert_cmpint(asked[i].is_there, ==, there);
+    }
+}
+
+/*
+ * Others ask for pages of all chunks in turn.  What is known of a chunk is
+ * kept, but not if somebody may have discarded something, nor for ever.
+ */
+static void test_answered(gconstpointer data)
+{
+    const uint32_t there[] = { 3, CHUNK + 3, 2 * CHUNK + 3, 3 * CHUNK + 3 };
+    const uint32_t holes[] = { CHUNK + 5, 2 * CHUNK + 5, 3 * CHUNK + 5 };
+    FxRam *ram = fx_ram_new(GPOINTER_TO_INT(data), 4 * CHUNK);
+    FxEngine *fe = fx_engine_new(NULL);
+    DedupSpace *space;
+    uint8_t before[4 * CHUNK], after[4 * CHUNK];
+
+    for (uint32_t i = 0; i < 4 * CHUNK; i += CHUNK) {
+        fx_page(ram, i + 3, 1 + i);
+    }
+    fx_add(fe, ram);
+    space = fe->e->space;
+    dedup_space_set_scanner(space, NULL);
+    fx_resident(ram, before);
+    for (unsigned k = 0; k < 3; k++) {
+        assert_answers(ram, there, G_N_ELEMENTS(there), true);
+        if (ram->kind != FX_ANON_THP) {
+            assert_answers(ram, holes, G_N_ELEMENTS(holes), false);
+        }
+    }
+    fx_resident(ram, after);
+    g_assert_true(memcmp(before, after, sizeof(after)) == 0);
+
+    /* page after page comes of it: this is known without a look */
+    g_assert_cmpuint(space->answers.known[2].region == ram->region, ==, true);
+    memset(space->answers.known[2].present, 0,
+           sizeof(space->answers.known[2].present));
+    assert_answers(ram, there + 2, 1, false);
+    /* and looked for again after a while */
+    space->answers.known[2].since_us -= 2 * G_TIME_SPAN_SECOND;
+    assert_answers(ram, there + 2, 1, true);
+
+    g_thread_join(g_thread_new("balloon", discard, ram));
+    fx_shadow_page(ram, 3, 0);
+    if (ram->kind != FX_ANON_THP) {
+        assert_answers(ram, there, 1, false);
+    }
+    assert_answers(ram, there + 1, 3, true);
+    fx_engine_free(fe);
+    fx_assert_bytes(ram);
+    ram->region = NULL;
+    fx_ram_free(ram);
+}
+
 static void add_tests(const char *name, GTestDataFunc test)
 {
     for (FxKind kind = 0; kind < FX_KINDS; kind++) {
@@ -326,6 +392,7 @@ int main(int argc, char **argv)
     add_tests("holes", test_holes);
     add_tests("holes-merged", test_holes_merged);
     add_tests("discarded", test_discarded);
+    add_tests("answered", test_answered);
     g_test_add_func("/presence/zero-mapped", test_zero_mapped);
     g_test_add_func("/presence/huge/cgroup", test_huge_cgroup);
     g_test_add_func("/presence/huge/keep", test_huge_keep);

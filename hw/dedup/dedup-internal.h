@@ -10,7 +10,7 @@
  *   ram.c             RAM blocks -> regions of the engine
  *   whole.c           wait until blocks are whole
  *   blockers.c        what forbids deduplication for the whole VM
- *   events.c          the end of an unmerge, and who is told of it
+ *   events.c          what is told to QMP: states, the end of an unmerge
  *   watch.c           look again at everything that may forbid it
  *   guard.c           what the RAM guard asks of us
  *   migration.c       what migration and snapshots forbid, and when
@@ -147,6 +147,14 @@ typedef struct DedupEvent {
     char *error;
 } DedupEvent;
 
+/* What the last DEDUP_STATE_CHANGED said (events.c) */
+typedef struct DedupTold {
+    bool any;
+    int64_t ms;
+    DedupScannerState state;
+    DedupBlockedReason reason;  /* DEDUP_BLOCKED_REASON__MAX: none */
+} DedupTold;
+
 struct DedupScanner {
     Object parent_obj;
 
@@ -184,12 +192,24 @@ struct DedupScanner {
     DedupMigration migration;
     DedupRam ram;
     DedupEvent event;
+    DedupTold told;
 };
 
 /* Does it change nothing, for all of its life? */
 static inline bool dedup_scanner_estimates(const DedupScanner *ds)
 {
     return ds->params.mode == DEDUP_MODE_ESTIMATE;
+}
+
+/* The parameters in force, in every state. */
+static inline void dedup_scanner_get_params(DedupScanner *ds,
+                                            DedupParams *params)
+{
+    if (ds->engine) {
+        dedup_engine_get_params(ds->engine, params);
+    } else {
+        *params = ds->params;
+    }
 }
 
 /* Defaults of properties */
@@ -307,13 +327,15 @@ void dedup_events_send(DedupScanner *ds);
 void dedup_events_cancel_unmerge(DedupScanner *ds);
 /* No page is merged any more, nor will be: an unmerge has ended by that. */
 void dedup_events_end_unmerge(DedupScanner *ds);
+/* What the object is doing, for people; @stats are the engine's. */
+DedupScannerState dedup_events_state(DedupScanner *ds,
+                                     const DedupStats *stats);
+/* Say it if it has changed, unless something was said a moment ago. */
+void dedup_events_tell_state(DedupScanner *ds);
 
 /* watch.c: the VM's scanner, or NULL.  Complete, and not being finalized. */
 DedupScanner *dedup_scanner_get(void);
 void dedup_scanner_set(DedupScanner *ds);
-
-/* The parameters in force, in every state. */
-void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params);
 
 /*
  * Look again at everything that may forbid deduplication, for the VM and for

@@ -16,19 +16,6 @@
 #include "qemu/lockable.h"
 #include "dedup-internal.h"
 
-/* One enum for the engine, one for people; the same values. */
-QEMU_BUILD_BUG_ON((int)DEDUP_STATE_SCANNING !=
-                  (int)DEDUP_SCANNER_STATE_SCANNING);
-QEMU_BUILD_BUG_ON((int)DEDUP_STATE_IDLE != (int)DEDUP_SCANNER_STATE_IDLE);
-QEMU_BUILD_BUG_ON((int)DEDUP_STATE_LIMITED !=
-                  (int)DEDUP_SCANNER_STATE_LIMITED);
-QEMU_BUILD_BUG_ON((int)DEDUP_STATE_UNMERGING !=
-                  (int)DEDUP_SCANNER_STATE_UNMERGING);
-QEMU_BUILD_BUG_ON((int)DEDUP_STATE_STOPPED !=
-                  (int)DEDUP_SCANNER_STATE_STOPPED);
-QEMU_BUILD_BUG_ON((int)DEDUP_STATE_BLOCKED !=
-                  (int)DEDUP_SCANNER_STATE_BLOCKED);
-
 static DedupBlockInfo *block_info(DedupBlock *block)
 {
     DedupBlockInfo *info = g_new0(DedupBlockInfo, 1);
@@ -85,29 +72,6 @@ static DedupEstimateInfo *estimate_info(const DedupEstimate *estimate)
     return info;
 }
 
-/*
- * The scanner's thread takes a moment to notice what was decided here.
- * Nobody should read "blocked" without a reason meanwhile, or take "stopped"
- * for the end of an unmerge that has not begun.
- */
-static DedupScannerState info_state(DedupScanner *ds, const DedupStats *stats)
-{
-    DedupParams params;
-
-    if (stats->state == DEDUP_STATE_UNMERGING || ds->unmerging) {
-        return DEDUP_SCANNER_STATE_UNMERGING;
-    }
-    if (ds->reasons) {
-        return DEDUP_SCANNER_STATE_BLOCKED;
-    }
-    if (stats->state == DEDUP_STATE_BLOCKED) {
-        dedup_scanner_get_params(ds, &params);
-        return params.run ? DEDUP_SCANNER_STATE_SCANNING
-                          : DEDUP_SCANNER_STATE_STOPPED;
-    }
-    return (DedupScannerState)stats->state;
-}
-
 DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
 {
     DedupInfo *info = g_new0(DedupInfo, 1);
@@ -118,7 +82,7 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
         dedup_engine_get_stats(ds->engine, &stats, reset_max);
     }
     info->id = g_strdup(object_get_canonical_path_component(OBJECT(ds)));
-    info->state = info_state(ds, &stats);
+    info->state = dedup_events_state(ds, &stats);
     info->blocked_reasons = dedup_blockers_list(ds, &stats);
     info->write_protect = ds->engine && !dedup_scanner_estimates(ds)
                           ? DEDUP_WRITE_PROTECT_USERFAULTFD

@@ -53,6 +53,7 @@ static void recheck_timer(void *opaque)
     DedupScanner *ds = opaque;
 
     dedup_scanner_recheck(ds);
+    dedup_events_tell_state(ds);
     timer_mod(ds->recheck,
               qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + DEDUP_RECHECK_MS);
 }
@@ -63,6 +64,7 @@ static void update_bh(void *opaque)
 
     dedup_scanner_recheck(ds);
     dedup_events_send(ds);
+    dedup_events_tell_state(ds);
 }
 
 /* The scanner's thread */
@@ -241,6 +243,10 @@ static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
     }
     ds->completed = true;
     dedup_scanner_set(ds);
+    if (!ds->engine) {
+        /* Nothing starts that would. */
+        dedup_events_tell_state(ds);
+    }
 }
 
 static bool dedup_scanner_prepare_delete(UserCreatable *uc, Error **errp)

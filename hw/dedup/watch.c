@@ -25,15 +25,6 @@ void dedup_scanner_set(DedupScanner *ds)
     the_scanner = ds;
 }
 
-void dedup_scanner_get_params(DedupScanner *ds, DedupParams *params)
-{
-    if (ds->engine) {
-        dedup_engine_get_params(ds->engine, params);
-    } else {
-        *params = ds->params;
-    }
-}
-
 void dedup_scanner_update(DedupScanner *ds, bool run)
 {
     uint32_t reasons;

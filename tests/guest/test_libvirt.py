@@ -1,0 +1,225 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Domains of a real libvirtd: what its users set and see.
+
+As root, and as Debian's libvirt-qemu: with libvirt's defaults, and with what
+docs/system/dedup-libvirt.rst has the administrator set.
+"""
+
+import json
+import os
+
+import dedup
+import host as machine
+import tap
+import virsh
+import virthost
+import vm as vms
+from host import MIB, PAGE
+from qmp import QMPError
+
+# Savings as libvirt-qemu may differ from root's by this part.
+TOLERANCE = 0.03
+SHARE = 0.95
+WORK = ('alloc s 10000 same 3', 'alloc m 6000 mixed', 'alloc u 2000 signed')
+LIBVIRTS_SANDBOX = ('-sandbox on,obsolete=deny,elevateprivileges=deny,'
+                    'spawn=deny,resourcecontrol=deny')
+
+
+def process_field(vm, name):
+    """A line of /proc/PID/status."""
+    for line in virthost.read('/proc/%d/status' % vm.pid).splitlines():
+        if line.startswith(name + ':'):
+            return line.split()[1]
+    raise LookupError(name)
+
+
+def check_confined(vm, uid):
+    """It is as libvirt has it by default: the user, seccomp, a private /dev."""
+    tap.check(process_field(vm, 'Uid') == str(uid), 'not the user')
+    tap.check(process_field(vm, 'Seccomp') == '2', 'no seccomp')
+    tap.check(LIBVIRTS_SANDBOX in vm.log(), vm.log())
+    there = os.listdir('/proc/%d/root/dev' % vm.pid)
+    tap.check('null' in there and 'tty' not in there,
+              'not a private /dev: %s' % there)
+
+
+@tap.case
+def test_nothing_set():
+    """as libvirt-qemu, nothing set: it runs, and says what to change"""
+    host = virsh.prepared_host(granted=False)
+    vm = virsh.Domain(host, 'plain', group='web').start().boot()
+    check_confined(vm, virthost.UID)
+    vm.agent.ask('alloc d 4000 dup 4')
+    expected = virsh.expected_write_protect(False)
+    if expected:
+        dedup.wait_merged(vm, 3000)
+        tap.check(dedup.stats(vm)['write-protect'] == expected,
+                  dedup.summary(vm))
+    else:
+        check_blocked(vm)
+    vm.check_regions('d')
+
+
+def check_blocked(vm):
+    """The host grants no userfaultfd: figures, log and event say so."""
+    s = dedup.stats(vm)
+    tap.check(s['state'] == 'blocked', s)
+    reason, = [b for b in s['blocked-reasons'] if b['reason'] == 'userfaultfd']
+    for text in ('/dev/userfaultfd is not there', 'cgroup_device_acl',
+                 'vm.unprivileged_userfaultfd'):
+        tap.check(text in reason['detail'], reason)
+    tap.check('dedup-scanner is blocked (userfaultfd)' in vm.log(), vm.log())
+    tap.check('ds0: blocked' in vm.qmp.hmp('info dedup'), 'info dedup')
+
+    def once_more():
+        vm.qmp.command('object-del', {'id': 'ds0'})
+        vm.qmp.command('object-add', {'qom-type': 'dedup-scanner',
+                                      'id': 'ds0'})
+    vm.qmp.listen(once_more)
+    event = vm.qmp.wait_event('DEDUP_STATE_CHANGED')['data']
+    tap.check(event['state'] == 'blocked' and
+              event['reason'] == 'userfaultfd' and
+              event['detail'] == reason['detail'], event)
+
+
+@tap.case
+def test_monitor():
+    """qemu-monitor-command in both languages, and qemu-monitor-event"""
+    host = virsh.prepared_host()
+    vm = virsh.Domain(host, 'monitor', group='web').start().boot()
+    check_confined(vm, virthost.UID)
+    vm.qmp.listen()
+    vm.agent.ask('alloc d 4000 dup 4')
+    vm.agent.ask('loop d start 16')
+    dedup.wait_merged(vm, 3000)
+    s = dedup.stats(vm)
+    tap.check(s['write-protect'] == virsh.expected_write_protect(True), s)
+    tap.check(s['group']['path'] == '/run/qemu-dedup/web', s['group'])
+    text = vm.qmp.hmp('info dedup')
+    tap.check('write-protect userfaultfd' in text and
+              'group /run/qemu-dedup/web: 1 members' in text, text)
+    # libvirt has a shorter way to say it, too.
+    text = vm.virsh('qemu-monitor-command', '--hmp', '@', 'info', 'dedup')
+    tap.check('pages merged: ' in text, text)
+    text = vm.virsh('qemu-monitor-command', '--pretty', '@',
+                    '{"execute": "query-dedup-stats"}')
+    tap.check(json.loads(text)['return'][0]['id'] == 'ds0', text)
+
+    dedup.run(vm, False)
+    event = vm.qmp.wait_event('DEDUP_STATE_CHANGED', match=lambda d:
+                              d['state'] == 'stopped')
+    tap.check(event['data'] == {'id': 'ds0', 'state': 'stopped'}, event)
+    dedup.unmerge(vm)
+    try:
+        vm.qmp.command('dedup-unmerge', {'id': 'none'})
+        tap.check(False, 'unmerged nothing')
+    except QMPError as e:
+        tap.check(e.cls == 'DeviceNotFound' and "'none' not found" in str(e),
+                  str(e))
+    vm.agent.ask('loop d stop')
+    vm.check_regions('d')
+    vm.qmp.hmp('object_del ds0')
+    tap.check(vm.qmp.command('query-dedup-stats') == [], 'still there')
+
+
+def memory_of(guests):
+    """What tools say of these processes, in bytes."""
+    figures = {'cgroup': sum(virsh.cgroup_usage(vm) for vm in guests)}
+    for name in ('Rss', 'Pss'):
+        figures[name] = 0
+        for vm in guests:
+            text = virthost.read('/proc/%d/smaps_rollup' % vm.pid)
+            for line in text.splitlines():
+                if line.startswith(name + ':'):
+                    figures[name] += int(line.split()[1]) * 1024
+    return figures
+
+
+def saving(user):
+    """One run of three guests; the part that was saved of what could be."""
+    host = virsh.prepared_host(user)
+    guests = [virsh.Domain(host, kind, memory=kind, group='web',
+                           options='run=off,sleep-millisecs=0')
+              for kind in virsh.MEMORY]
+    for vm in guests:
+        vm.start()
+    for vm in guests:
+        vm.boot()
+        for command in WORK:
+            vm.agent.ask(command)
+    check_confined(guests[0], 0 if user else virthost.UID)
+    want = vms.count_saveable(guests)['saveable'] * PAGE
+    before = memory_of(guests)
+    for vm in guests:
+        dedup.run(vm, True)
+    dedup.wait_scans(guests, 4)
+    for vm in guests:
+        tap.note(dedup.summary(vm))
+        tap.check(dedup.stats(vm)['group']['members'] == 3,
+                  dedup.group_summary(vm))
+        # The guests read it all, so it is mapped again.
+        vm.check_regions('smu')
+    after = memory_of(guests)
+    fell = {name: before[name] - after[name] for name in before}
+    tap.note('%s: can save %.1f MiB; %s' % (
+        user or virthost.USER, want / MIB,
+        ', '.join('%s %.1f -> %.1f' % (name, before[name] / MIB,
+                                       after[name] / MIB) for name in fell)))
+    group = dedup.stats(guests[0])['group']
+    tap.note(dedup.group_summary(guests[0]))
+    tap.check(fell['cgroup'] >= SHARE * want, 'saved %s of %d' % (fell, want))
+    # PSS tells of it.  RSS, which virsh dommemstat shows, does not: a merged
+    # page is counted in each process that has touched it.
+    tap.check(fell['Pss'] >= 0.9 * want, 'PSS: %s of %d' % (fell, want))
+    tap.check(fell['Rss'] < 0.85 * fell['Pss'], 'RSS: %s' % fell)
+    tap.check(abs(group['bytes-saved'] - want) < 0.1 * want, str(group))
+    return fell['cgroup'] / want
+
+
+@tap.case
+def test_saving():
+    """libvirt-qemu with the documented lines set saves what root does"""
+    root = saving('root')
+    user = saving(None)
+    tap.note('root %.1f %%, %s %.1f %%' % (100 * root, virthost.USER,
+                                           100 * user))
+    tap.check(abs(root - user) <= TOLERANCE, '%f %f' % (root, user))
+
+
+@tap.case
+def test_sysctl():
+    """with vm.unprivileged_userfaultfd=1 nothing else is needed"""
+    (name, value), = [line.split(' = ') for line in
+                      virsh.package_file('sysctl.d', '60-qemu-dedup.conf')]
+    tap.check(value == '1', value)
+    machine.set_sysctl('/proc/sys/' + name.replace('.', '/'), value)
+    host = virsh.prepared_host(granted=False)
+    vm = virsh.Domain(host, 'sysctl', memory='memfd').start().boot()
+    tap.check('userfaultfd' not in os.listdir('/proc/%d/root/dev' % vm.pid),
+              'the node is there')
+    vm.agent.ask('alloc d 4000 dup 4')
+    dedup.wait_merged(vm, 3000)
+    tap.check(dedup.stats(vm)['write-protect'] == 'userfaultfd',
+              dedup.summary(vm))
+    vm.check_regions('d')
+
+
+@tap.case
+def test_example():
+    """the example is as libvirt's schema has it, and libvirt keeps it"""
+    host = virthost.Host()
+    os.makedirs(host.path(virthost.IMAGES))
+    path = virthost.IMAGES + '/domain.xml'
+    with open(virsh.EXAMPLE, encoding='utf-8') as f:
+        text = f.read()
+    with open(host.path(path), 'w', encoding='utf-8') as f:
+        f.write(text if os.path.exists(host.path('/dev/kvm')) else
+                text.replace("type='kvm'", "type='qemu'"))
+    host.virsh('define', '--validate', path)
+    kept = host.virsh('dumpxml', 'web1')
+    tap.check("value='dedup-scanner,id=ds0,group=web'" in kept, kept)
+
+
+machine.prepare()
+tap.main()

@@ -17,6 +17,7 @@ import select
 import shutil
 import subprocess
 import time
+import uuid
 import xml.etree.ElementTree as ET
 
 import dedup
@@ -196,11 +197,11 @@ class Domain:
     serial = 0
 
     def __init__(self, host, name, ram=192, memory='anonymous', group=None,
-                 options=FAST, bare=False, disk=None, slots=False,
-                 backing='', devices='', cpu=None):
+                 options=FAST, bare=False, disk=None, format='qcow2',
+                 slots=False, backing='', more=None):
         """@ram in MiB.  @options: of the object.  @bare: KVM with the bare
-        guest.  @backing, @devices: more XML for <memoryBacking>,
-        <devices>."""
+        guest.  @slots: for DIMMs.  @backing: XML for <memoryBacking>;
+        @more: an element of the domain's own."""
         Domain.serial += 1
         self.number = Domain.serial
         self.host = host
@@ -216,51 +217,60 @@ class Domain:
         self.object = ','.join(words + [options])
         tree = ET.parse(EXAMPLE)
         self.root = tree.getroot()
-        self._adapt(memory, backing, devices, disk, slots, cpu)
+        self._adapt(memory, backing, slots)
+        if more:
+            self._insert(more)
+        self._boot(self.root.find('os'))
+        self._devices(self.root.find('devices'), disk, format)
         tap.cleanup(self._close)
 
     def channel(self):
         """Where the guest's port is, in the host."""
         return '/var/lib/libvirt/qemu/%s.port' % self.name
 
-    def _adapt(self, memory, backing, devices, disk, slots, cpu):
+    def _insert(self, text):
+        """One more element, before <os>: the order is free there."""
+        self.root.insert(list(self.root).index(self.root.find('os')),
+                         ET.fromstring(text))
+
+    def _adapt(self, memory, backing, slots):
         """Turn the example into this domain."""
         root = self.root
         root.find('name').text = self.name
+        ET.SubElement(root, 'uuid').text = str(uuid.uuid4())
         root.find('memory').text = str(self.ram)
         root.findall('qemu:commandline/qemu:arg',
                      {'qemu': QEMU_NS})[1].set('value', self.object)
         text = MEMORY[memory] + backing
         if text:
-            root.insert(3, ET.fromstring('<memoryBacking>%s</memoryBacking>'
-                                         % text))
+            self._insert('<memoryBacking>%s</memoryBacking>' % text)
         if not self.bare:
             root.set('type', 'qemu')
+            root.find('features').append(ET.fromstring(
+                "<tcg><tb-cache unit='MiB'>48</tb-cache></tcg>"))
         root.remove(root.find('cpu'))
         if slots:
-            root.insert(1, ET.fromstring(
-                "<maxMemory slots='4' unit='MiB'>%d</maxMemory>"
-                % (self.ram + 1024)))
-            cpu = ("<cpu><numa><cell id='0' cpus='0' memory='%d' unit='MiB'/>"
-                   '</numa></cpu>' % self.ram)
-        if cpu:
-            root.insert(list(root).index(root.find('devices')),
-                        ET.fromstring(cpu))
-        self._boot(root.find('os'))
-        self._devices(root.find('devices'), disk, devices)
+            self._insert("<maxMemory slots='4' unit='MiB'>%d</maxMemory>"
+                         % (self.ram + 1024))
+            self._insert("<cpu><numa><cell id='0' cpus='0' memory='%d' "
+                         "unit='MiB'/></numa></cpu>" % self.ram)
+
+    def copy_images(self, host):
+        """Have what it boots in a host; returns {element: path there}."""
+        names = ({'loader': 'bare.rom'} if self.bare else
+                 {'kernel': 'vmlinuz', 'initrd': 'initramfs.gz'})
+        os.makedirs(host.path(virthost.IMAGES), exist_ok=True)
+        for tag, name in names.items():
+            there = os.path.join(virthost.IMAGES, name)
+            if not os.path.exists(host.path(there)):
+                shutil.copy(machine.image(name), host.path(there))
+            names[tag] = there
+        return names
 
     def _boot(self, os_element):
         os_element.remove(os_element.find('boot'))
-        if self.bare:
-            files = {'loader': 'bare.rom'}
-        else:
-            files = {'kernel': 'vmlinuz', 'initrd': 'initramfs.gz'}
-        for tag, name in files.items():
-            there = os.path.join(virthost.IMAGES, name)
-            os.makedirs(self.host.path(virthost.IMAGES), exist_ok=True)
-            if not os.path.exists(self.host.path(there)):
-                shutil.copy(machine.image(name), self.host.path(there))
-            ET.SubElement(os_element, tag).text = there
+        for tag, path in self.copy_images(self.host).items():
+            ET.SubElement(os_element, tag).text = path
         if self.bare:
             os_element.find('loader').set('type', 'rom')
         else:
@@ -268,11 +278,12 @@ class Domain:
                 'console=ttyS0 quiet panic=-1 init_on_alloc=0 '
                 'no_timer_check')
 
-    def _devices(self, element, disk, more):
+    def _devices(self, element, disk, image_format):
         element.remove(element.find('console'))
         source = element.find('disk')
         if disk:
             source.find('source').set('file', disk)
+            source.find('driver').set('type', image_format)
         else:
             element.remove(source)
         kind = 'serial' if self.bare else 'channel'
@@ -283,7 +294,7 @@ class Domain:
         if not self.bare:
             text += ("<serial type='file'><source path='/var/log/libvirt/"
                      "%s.console'/></serial>" % self.name)
-        for child in ET.fromstring('<x>%s%s</x>' % (text, more)):
+        for child in ET.fromstring('<x>%s</x>' % text):
             element.append(child)
 
     def xml(self):

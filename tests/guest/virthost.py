@@ -238,6 +238,10 @@ class Host:
         """Mount something in this host."""
         run('nsenter', '-t', str(self.pid), '-m', '--', 'mount', *words)
 
+    def umount(self, path):
+        """Undo that."""
+        run('nsenter', '-t', str(self.pid), '-m', '--', 'umount', path)
+
     def inside(self, *command):
         """The words that run a command in this host."""
         return ['nsenter', '-t', str(self.pid), '-m', '-p', '-u', '-n', '-i',

@@ -14,20 +14,24 @@ import virthost
 MERGED = 8000
 
 
-def working(host, name, **kwargs):
-    """A domain that is merged."""
-    vm = virsh.Domain(host, name, group='web', **kwargs).start().boot()
-    vm.agent.ask('alloc d 10000 dup 4')
-    vm.agent.ask('alloc m 4000 mixed')
-    dedup.wait_merged(vm, MERGED)
-    return vm
+def working(host, **kinds):
+    """Domains {name: kind of memory} that are merged."""
+    guests = [virsh.Domain(host, name, memory=memory, group='web').start()
+              for name, memory in kinds.items()]
+    for vm in guests:
+        vm.boot()
+        vm.agent.ask('alloc d 10000 dup 4')
+        vm.agent.ask('alloc m 4000 mixed')
+    for vm in guests:
+        dedup.wait_merged(vm, MERGED)
+    return guests
 
 
 @tap.case
 def test_libvirtd_restarted():
     """libvirtd ends and starts while two domains are merged"""
     host = virsh.prepared_host()
-    guests = [working(host, 'one'), working(host, 'two', memory='memfd')]
+    guests = working(host, one='anonymous', two='memfd')
     pids = [vm.pid for vm in guests]
     host.stop()
     for vm in guests:
@@ -53,8 +57,8 @@ def test_libvirtd_restarted():
 def test_killed():
     """one domain is killed, one destroyed: the third has lost nothing"""
     host = virsh.prepared_host()
-    guests = [working(host, name) for name in ('one', 'two', 'three')]
-    one, two, three = guests
+    one, two, three = working(host, one='memfd', two='anonymous',
+                              three='anonymous')
     dedup.wait_until(lambda: dedup.stats(one)['group']['members'] == 3,
                      'three members')
     os.kill(one.pid, signal.SIGKILL)
@@ -109,8 +113,7 @@ def test_migrate():
     """to another libvirtd and back: live, and with postcopy"""
     source = virsh.prepared_host()
     target = virsh.prepared_host(network=source)
-    vm = working(source, 'goes')
-    other = working(source, 'stays')
+    vm, other = working(source, goes='anonymous', stays='memfd')
     migrate(vm, target, '--live')
     other.check_regions('dm')
     tap.check(dedup.stats(vm)['group']['members'] == 1,

@@ -92,7 +92,7 @@ def prepared_host(user=None, granted=True, **kwargs):
         grant_userfaultfd(host)
     make_group_parent(host, user)
     # Where libvirt has files for memory
-    os.makedirs(host.path(RAM_DIR))
+    os.makedirs(host.path(RAM_DIR), exist_ok=True)
     host.mount('-t', 'tmpfs', 'ram', RAM_DIR)
     return host
 

@@ -299,6 +299,12 @@ class Host:
             raise Failed('virsh %s: %s' % (' '.join(words), err.strip()))
         return out.strip()
 
+    def version(self):
+        """libvirt's version, numbers."""
+        m = re.search(r'Using library: libvirt (\d+)\.(\d+)',
+                      self.virsh('version'))
+        return int(m.group(1)), int(m.group(2))
+
     def describe(self):
         """Lines for a failed case."""
         lines = ['--- ' + self.name]

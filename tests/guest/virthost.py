@@ -330,11 +330,22 @@ class Host:
             if process:
                 process.wait(30 * tap.PATIENCE)
         for top in self.cgroups:
-            for base, names, _ in os.walk(top, topdown=False):
-                for name in names:
-                    os.rmdir(os.path.join(base, name))
-            if os.path.isdir(top):
+            self._remove_cgroups(top)
+
+    @staticmethod
+    def _remove_cgroups(top):
+        """Remove them; the last process may be on its way out."""
+        deadline = time.monotonic() + 10 * tap.PATIENCE
+        while os.path.isdir(top):
+            try:
+                for base, names, _ in os.walk(top, topdown=False):
+                    for name in names:
+                        os.rmdir(os.path.join(base, name))
                 os.rmdir(top)
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
 
 if __name__ == '__main__':

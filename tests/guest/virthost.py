@@ -34,12 +34,10 @@ PRIVATE = {'etc': '/etc/libvirt', 'lib': '/var/lib/libvirt',
            'log': '/var/log/libvirt', 'cache': '/var/cache/libvirt'}
 # Where "make install" puts QEMU
 BIN = '/usr/local/bin'
-EMULATOR = BIN + '/qemu-system-x86_64'
 IMAGES = '/var/lib/libvirt/images'
 NODES = ('null', 'zero', 'full', 'random', 'urandom', 'tty', 'kvm',
          'userfaultfd', 'net/tun')
 NAMESPACES = ('--mount', '--pid', '--uts', '--ipc', '--net')
-PORT = 16509
 LIBVIRTD_CONF = '''\
 auth_unix_rw = "none"
 auth_unix_ro = "none"
@@ -171,6 +169,8 @@ class Host:
     """A host with a libvirtd, until the case ends."""
 
     serial = 0
+    running = 0
+    cgroups = ()                # where the first of them has libvirt put VMs
 
     def __init__(self, user=None, conf='', network=None):
         """@user: who runs QEMU, libvirt's default if None.  @conf: more
@@ -181,8 +181,10 @@ class Host:
         self.state = vms.scratch()
         for name in PRIVATE:
             os.mkdir(os.path.join(self.state, name))
-        self.cgroups = self._machine_cgroups()
-        self.first = self.virtlogd = self.libvirtd = None
+        if not Host.running:
+            Host.cgroups = self._machine_cgroups()
+        Host.running += 1
+        self.unshare = self.virtlogd = self.libvirtd = None
         tap.cleanup(self.close)
         tap.detail(self.describe)
         command = ['unshare', *NAMESPACES, '--fork', '--kill-child',
@@ -329,8 +331,10 @@ class Host:
         for process in (self.libvirtd, self.virtlogd):
             if process:
                 process.wait(30 * tap.PATIENCE)
-        for top in self.cgroups:
-            self._remove_cgroups(top)
+        Host.running -= 1
+        if not Host.running:
+            for top in Host.cgroups:
+                self._remove_cgroups(top)
 
     @staticmethod
     def _remove_cgroups(top):

@@ -24,13 +24,11 @@ import dedup
 import host as machine
 import tap
 import virthost
-from host import MIB
 from qmp import Agent, Lines, QMPError, Timeout
 from vm import VM
 
 EXAMPLE = os.path.join(machine.TOP, 'packaging', 'libvirt', 'domain.xml')
 QEMU_NS = 'http://libvirt.org/schemas/domain/qemu/1.0'
-ARG = '{%s}arg' % QEMU_NS
 RAM_DIR = '/var/lib/libvirt/qemu/ram'
 FAST = 'sleep-millisecs=0,pages-to-scan=1048576'
 

@@ -67,7 +67,7 @@ typedef struct Course {
 
 static int rounds = 5, guests, idle, engines = 1, max_cpu;
 static char *memory_name;
-static gboolean without_ksm, defaults, check;
+static gboolean without_ksm, defaults, check, by_mprotect;
 static char *json;
 static char **images;
 
@@ -177,6 +177,7 @@ static void measure(Course *c, bool ksm, ReplayMemory memory,
             .image = images[i % g_strv_length(images)], .group = group,
             .memory = memory, .who = ksm ? REPLAY_KSM : REPLAY_ENGINE,
             .defaults = defaults, .engines = engines,
+            .by_mprotect = by_mprotect,
             .max_cpu = max_cpu, .cgroup = cgroup,
         };
 
@@ -382,6 +383,8 @@ static GOptionEntry entries[] = {
     { "guests", 0, 0, G_OPTION_ARG_INT, &guests, "processes", "N" },
     { "memory", 0, 0, G_OPTION_ARG_STRING, &memory_name, "anon or memfd",
       "KIND" },
+    { "mprotect", 0, 0, G_OPTION_ARG_NONE, &by_mprotect,
+      "the engine without userfaultfd", NULL },
     { "no-ksm", 0, 0, G_OPTION_ARG_NONE, &without_ksm, "the engine alone",
       NULL },
     { "defaults", 0, 0, G_OPTION_ARG_NONE, &defaults,

@@ -248,6 +248,8 @@ static void scanner_start(Scanner *s, const Ram *ram, size_t start, size_t end,
     DedupConfig engine = {
         .page_size = PAGE,
         .group_dir = config->group,
+        .freeze = config->by_mprotect ? DEDUP_FREEZE_MPROTECT
+                                      : DEDUP_FREEZE_USERFAULTFD,
         .params = {
             .run = true, .zero_pages = true, .huge_pages_split = true,
             .max_maps = 90,

@@ -45,6 +45,7 @@ typedef struct ReplayConfig {
     ReplayMemory memory;
     ReplayWho who;
     bool defaults;            /* the engine's speed: as users get it */
+    bool by_mprotect;         /* the engine freezes; else by userfaultfd */
     unsigned engines;         /* each has a part of the RAM; 0: one */
     unsigned max_cpu;         /* with @defaults: its limit, if not 0 */
     ReplayWrites writes;

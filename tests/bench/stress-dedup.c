@@ -54,6 +54,7 @@ static Stress stress;
 static uint64_t restorer_rounds;
 
 static gint64 wanted = 100000, seed = 1;
+static gboolean by_mprotect;
 static int pages = 4096;
 
 /* ---- counting ---- */
@@ -381,6 +382,7 @@ static DedupEngine *engine_new(void)
             .run = true, .pages_to_scan = 4096, .zero_pages = true,
             .huge_pages_split = true, .max_maps = 60,
         },
+        .freeze = stress.freeze,
         .callbacks.restored = restored,
     };
     g_autoptr(GError) error = NULL;
@@ -481,6 +483,8 @@ int main(int argc, char **argv)
           "stop after N merges, zero drops and restores", "N" },
         { "pages", 0, 0, G_OPTION_ARG_INT, &pages,
           "pages of each RAM", "N" },
+        { "mprotect", 0, 0, G_OPTION_ARG_NONE, &by_mprotect,
+          "freeze by mprotect()", NULL },
         { "seed", 0, 0, G_OPTION_ARG_INT64, &seed, "of what is random", "N" },
         { NULL }
     };
@@ -497,6 +501,8 @@ int main(int argc, char **argv)
     g_mutex_init(&stress.lock);
     g_cond_init(&stress.changed);
     stress.pages = MAX(pages, 64);
+    stress.freeze = by_mprotect ? DEDUP_FREEZE_MPROTECT
+                                : DEDUP_FREEZE_USERFAULTFD;
     dedup_never_rests = true; /* as much as may be merged again */
     run();
     report((g_get_monotonic_time() - start) / 1e6);

@@ -161,6 +161,9 @@ static const char *kvm_open(StressWriter *w)
 {
     Vm *vm;
 
+    if (w->s->freeze == DEDUP_FREEZE_MPROTECT) {
+        return "a KVM guest that runs cannot wait for mprotect()";
+    }
     if (w->s->pages * STRESS_RAMS > PRIVATE_SIZE - SHADOW ||
         (uint64_t)w->s->pages * STRESS_PAGE > RAM_STRIDE) {
         return "too many pages for the guest's own memory";

@@ -143,6 +143,29 @@ static bool fill(StressWriter *w, int fd)
     return true;
 }
 
+/* The counter of the 64 KiB around a page. */
+static uint16_t *pin_of(StressWriter *w, uint32_t page)
+{
+    Stress *s = w->s;
+
+    return &s->rams[page / s->pages].pins[
+        ((uint64_t)(page % s->pages) * STRESS_PAGE) >> DEDUP_PIN_SHIFT];
+}
+
+/* Writing to it would fail while it is frozen, or bypasses page tables. */
+static void begin_write(StressWriter *w, uint32_t page)
+{
+    __atomic_fetch_add(pin_of(w, page), 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(dedup_engine_windows(), __ATOMIC_SEQ_CST)) {
+        dedup_engine_wait_window(stress_slot(w, page), STRESS_SLOT);
+    }
+}
+
+static void end_write(StressWriter *w, uint32_t page)
+{
+    __atomic_fetch_sub(pin_of(w, page), 1, __ATOMIC_SEQ_CST);
+}
+
 static const char *read_open(StressWriter *w)
 {
     int fd = memfd_create("stress", MFD_CLOEXEC);
@@ -172,8 +195,14 @@ static void read_run(StressWriter *w)
         if (!stress_check(w, page, "before a read")) {
             return;
         }
+        if (w->s->freeze == DEDUP_FREEZE_MPROTECT) {
+            begin_write(w, page);
+        }
         n = guest_read(fd, stress_slot(w, page),
                        value * BATCH * STRESS_SLOT);
+        if (w->s->freeze == DEDUP_FREEZE_MPROTECT) {
+            end_write(w, page);
+        }
         if (n != STRESS_SLOT) {
             stress_fail(w->s, "read(2) into RAM: %zd, %s", n,
                         g_strerror(errno));
@@ -275,15 +304,6 @@ static const char *direct_open(StressWriter *w)
     return NULL;
 }
 
-/* The counter of the 64 KiB around a page. */
-static uint16_t *pin_of(StressWriter *w, uint32_t page)
-{
-    Stress *s = w->s;
-
-    return &s->rams[page / s->pages].pins[
-        ((uint64_t)(page % s->pages) * STRESS_PAGE) >> DEDUP_PIN_SHIFT];
-}
-
 /* Pages to read to; if they are easily found, none that holds the value. */
 static void choose(StressWriter *w, Direct *d, Request *r)
 {
@@ -322,7 +342,7 @@ static bool submit(StressWriter *w, Direct *d, Request *r)
         .aio_offset = r->value * BATCH * STRESS_SLOT,
     };
     for (unsigned i = 0; i < BATCH; i++) {
-        __atomic_fetch_add(pin_of(w, r->pages[i]), 1, __ATOMIC_SEQ_CST);
+        begin_write(w, r->pages[i]);
     }
     if (syscall(SYS_io_submit, d->context, 1, &list) != 1) {
         stress_fail(w->s, "io_submit: %s", g_strerror(errno));
@@ -336,7 +356,7 @@ static void complete(StressWriter *w, Direct *d, Request *r, int64_t result)
 {
     d->in_flight--;
     for (unsigned i = 0; i < BATCH; i++) {
-        __atomic_fetch_sub(pin_of(w, r->pages[i]), 1, __ATOMIC_SEQ_CST);
+        end_write(w, r->pages[i]);
     }
     if (result != BATCH * STRESS_SLOT) {
         stress_fail(w->s, "direct read into RAM: %" G_GINT64_FORMAT, result);

@@ -71,6 +71,7 @@ struct StressWriter {
 struct Stress {
     StressRam rams[STRESS_RAMS];
     uint32_t pages;           /* of each RAM */
+    DedupFreezeHow freeze;
     bool stop;                /* atomic */
     char *failure;            /* the first; set once, under @lock */
     GMutex lock;

@@ -68,23 +68,27 @@ gint64 fx_hang_us(void)
     return (dedup_mutant ? 3 : 60) * G_USEC_PER_SEC;
 }
 
+DedupFreezeHow fx_freeze;
+
 void fx_init(int *argc, char ***argv)
 {
     struct rlimit none = { 0, 0 };
     g_autoptr(GError) error = NULL;
-    int uffd;
+    DedupFreezer freezer;
 
     setrlimit(RLIMIT_CORE, &none);
     setvbuf(stdout, NULL, _IOLBF, 0);
     g_test_init(argc, argv, NULL);
     dedup_never_rests = true; /* but for who tests it */
-    uffd = dedup_freeze_open(&error);
-    if (uffd < 0) {
+    if (g_strcmp0(g_getenv("DEDUP_TEST_FREEZE"), "mprotect") == 0) {
+        fx_freeze = DEDUP_FREEZE_MPROTECT;
+    }
+    if (!dedup_freezer_open(&freezer, fx_freeze, -1, &error)) {
         /* an unprivileged user on most hosts: nothing can be merged */
         printf("1..0 # SKIP %s\n", error->message);
         exit(0);
     }
-    close(uffd);
+    dedup_freezer_close(&freezer);
 }
 
 /* ---- RAM ---- */
@@ -322,6 +326,7 @@ FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode)
             .huge_pages_split = true,
             .max_maps = 60,
         },
+        .freeze = fx_freeze,
         .callbacks = { .state_changed = on_state, .restored = on_restored },
         .opaque = fe,
     };

@@ -59,10 +59,14 @@ void fx_fail(const char *symptom, const char *format, ...)
 
 /*
  * To be called first in main(): as g_test_init(); a crash leaves no core
- * file; user code of the tests may see mutants by $DEDUP_MUTANT.  Where the
- * host grants no userfaultfd the program ends here, skipped.
+ * file; user code of the tests may see mutants by $DEDUP_MUTANT.  Where a
+ * userfaultfd is wanted, and the host grants none, the program ends here,
+ * skipped.
  */
 void fx_init(int *argc, char ***argv);
+
+/* How engines of the tests freeze: $DEDUP_TEST_FREEZE, "mprotect" or none. */
+extern DedupFreezeHow fx_freeze;
 
 /* ---- RAM ---- */
 
@@ -114,6 +118,26 @@ static inline uint8_t *fx_addr(const FxRam *ram, uint32_t page)
 /* Store a whole page, or one byte of it, to RAM and to the shadow. */
 void fx_page(FxRam *ram, uint32_t page, uint64_t seed);
 void fx_byte(FxRam *ram, uint32_t page, uint32_t at, uint8_t value);
+
+/*
+ * A system call is about to write to a page, or was: raises or lowers the
+ * counter of its 64 KiB.  To be called where that would fail in a frozen page,
+ * and for what bypasses the page tables.
+ */
+static inline void fx_pin(FxRam *ram, uint32_t page)
+{
+    __atomic_fetch_add(&ram->pins[page >> (DEDUP_PIN_SHIFT - 12)], 1,
+                       __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(dedup_engine_windows(), __ATOMIC_SEQ_CST)) {
+        dedup_engine_wait_window(fx_addr(ram, page), FX_PAGE);
+    }
+}
+
+static inline void fx_unpin(FxRam *ram, uint32_t page)
+{
+    __atomic_fetch_sub(&ram->pins[page >> (DEDUP_PIN_SHIFT - 12)], 1,
+                       __ATOMIC_SEQ_CST);
+}
 
 /* The shadow alone: what somebody else stored or dropped. */
 void fx_shadow_page(FxRam *ram, uint32_t page, uint64_t seed);

@@ -80,12 +80,6 @@ static int make_file(bool direct)
     return out;
 }
 
-static void pin(Writer *w, uint32_t page, int by)
-{
-    __atomic_fetch_add(&w->ram->pins[page >> (DEDUP_PIN_SHIFT - 12)], by,
-                       __ATOMIC_SEQ_CST);
-}
-
 FX_GUEST
 static void look(const Writer *w, uint32_t i, const char *when)
 {
@@ -121,8 +115,13 @@ FX_GUEST
 static void bring(Writer *w, uint32_t i, uint8_t value)
 {
     uint8_t *to = fx_addr(w->ram, w->first + i);
+    bool pins = w->source == DIRECT ||
+                (w->source != STORE && fx_freeze == DEDUP_FREEZE_MPROTECT);
     ssize_t n = FX_PAGE;
 
+    if (pins) {
+        fx_pin(w->ram, w->first + i);
+    }
     switch (w->source) {
     case PIPE:
         n = write(w->pipe[1], w->contents[value], FX_PAGE);
@@ -134,13 +133,14 @@ static void bring(Writer *w, uint32_t i, uint8_t value)
         n = syscall(SYS_pread64, w->fd, to, FX_PAGE, value * FX_PAGE);
         break;
     case DIRECT:
-        pin(w, w->first + i, 1);
         n = syscall(SYS_pread64, w->fd, to, FX_PAGE, value * FX_PAGE);
-        pin(w, w->first + i, -1);
         break;
     default:
         store_page(to, w->contents[value]);
         break;
+    }
+    if (pins) {
+        fx_unpin(w->ram, w->first + i);
     }
     if (n != FX_PAGE) {
         fx_fail("read failed", "%s: %zd, %s", source_names[w->source], n,

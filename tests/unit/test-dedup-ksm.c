@@ -11,7 +11,6 @@
  * that KSM may merge.
  */
 
-#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -122,7 +121,8 @@ static void make_mergeable(void)
 /* In the window, its pages are compared or copied: KSM, then a store. */
 static void ksm_comes(int stage)
 {
-    struct pollfd p = { .fd = w.fe->e->space->freezer.uffd, .events = POLLIN };
+    /* of the window that is open */
+    const DedupFrozen frozen = { .freezer = &w.fe->e->space->freezer };
 
     if (stage != (w.how->restore ? DEDUP_HOOK_COPIED : DEDUP_HOOK_JUDGED) ||
         !__atomic_exchange_n(&w.armed, 0, __ATOMIC_SEQ_CST)) {
@@ -137,8 +137,8 @@ static void ksm_comes(int stage)
     w.thread = g_thread_new("writer", writer_main, NULL);
     /* it is done, or it waits in the frozen page */
     while (!__atomic_load_n(&w.done, __ATOMIC_SEQ_CST) &&
-           poll(&p, 1, 1) == 0) {
-        ;
+           !dedup_freeze_is_waited_for(&frozen)) {
+        g_usleep(1000);
     }
     __atomic_store_n(&w.early, w.done, __ATOMIC_SEQ_CST);
     __atomic_store_n(&w.happened, 1, __ATOMIC_SEQ_CST);

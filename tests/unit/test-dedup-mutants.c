@@ -6,6 +6,9 @@
  * that stand beside this one: that test must fail, and must say why in the
  * words of the table.  The same tests run without a mutant as tests of their
  * own; a test that cannot run here is skipped here as well.
+ *
+ * $DEDUP_TEST_FREEZE goes on to them: but for what concerns one way to freeze
+ * only, each is caught with both.
  */
 
 #include <fcntl.h>
@@ -25,18 +28,26 @@
  */
 #define SECONDS 300
 
+/* With which way to freeze does the mutant do harm? */
+typedef enum Way {
+    ANY,
+    USERFAULTFD,
+    MPROTECT,
+} Way;
+
 typedef struct Case {
     int mutant;
     const char *program;
     const char *path;
     const char *symptoms;       /* any of them, separated by "|" */
+    Way way;
 } Case;
 
 static const Case cases[] = {
     { DEDUP_MUTANT_NO_PIN_RECHECK, "test-dedup-pins",
-      "/pins/late-writer/memfd", "lost read" },
+      "/pins/late-writer/memfd", "lost read", USERFAULTFD },
     { DEDUP_MUTANT_NO_PIN_RECHECK, "test-dedup-pins",
-      "/pins/late-writer/anon", "lost read" },
+      "/pins/late-writer/anon", "lost read", USERFAULTFD },
     { DEDUP_MUTANT_NO_FREEZE, "test-dedup-writers",
       "/writers/counters/memfd", "lost store|zero page|foreign bytes" },
     { DEDUP_MUTANT_NO_FREEZE, "test-dedup-writers",
@@ -69,23 +80,31 @@ static const Case cases[] = {
     { DEDUP_MUTANT_PUNCH_ZEROES, "test-dedup-room",
       "/room/tmpfs/guest", "SIGBUS" },
     { DEDUP_MUTANT_KSM_LEFT, "test-dedup-ksm",
-      "/ksm/merge/unsaid/anon", "lost store" },
+      "/ksm/merge/unsaid/anon", "lost store", USERFAULTFD },
     { DEDUP_MUTANT_KSM_LEFT, "test-dedup-ksm",
-      "/ksm/merge/inside/memfd", "lost store" },
+      "/ksm/merge/inside/memfd", "lost store", USERFAULTFD },
     { DEDUP_MUTANT_KSM_LEFT, "test-dedup-ksm",
-      "/ksm/restore/again/memfd", "lost store" },
+      "/ksm/restore/again/memfd", "lost store", USERFAULTFD },
     { DEDUP_MUTANT_RESTORE_HELD, "test-dedup-pins",
-      "/pins/held/memfd", "lost read" },
+      "/pins/held/memfd", "lost read", USERFAULTFD },
     { DEDUP_MUTANT_RESTORE_HELD, "test-dedup-pins",
-      "/pins/held/anon", "lost read" },
+      "/pins/held/anon", "lost read", USERFAULTFD },
     { DEDUP_MUTANT_RESTORE_KSM, "test-dedup-ksm",
-      "/ksm/beside/anon", "not restored|killed" },
+      "/ksm/beside/anon", "not restored|killed", USERFAULTFD },
     { DEDUP_MUTANT_RESTORE_KSM, "test-dedup-ksm",
-      "/ksm/beside/private-memfd", "not restored|killed" },
+      "/ksm/beside/private-memfd", "not restored|killed", USERFAULTFD },
     { DEDUP_MUTANT_SUM_OFF, "test-dedup-merge",
       "/merge/rewrites/memfd", "the ledger is wrong" },
     { DEDUP_MUTANT_UNPROTECT_ALL, "test-dedup-window",
-      "/window/batches/anon", "lost store" },
+      "/window/batches/anon", "lost store", USERFAULTFD },
+    { DEDUP_MUTANT_NO_WAIT, "test-dedup-mprotect",
+      "/mprotect/waits", "does not wait", MPROTECT },
+    { DEDUP_MUTANT_DMA_NO_WAIT, "test-dedup-kernel",
+      "/kernel/writers/memfd", "read failed", MPROTECT },
+    { DEDUP_MUTANT_FREEZE_PINNED, "test-dedup-mprotect",
+      "/mprotect/pinned/memfd", "read failed", MPROTECT },
+    { DEDUP_MUTANT_FREEZE_PINNED, "test-dedup-mprotect",
+      "/mprotect/pinned/anon", "read failed", MPROTECT },
 };
 
 static char *program_dir;
@@ -112,6 +131,9 @@ static void run_test(const Case *c, Outcome *o)
     GPid pid;
     int out;
 
+    if (c->way == MPROTECT) {
+        env = g_environ_setenv(env, "DEDUP_TEST_FREEZE", "mprotect", TRUE);
+    }
     if (!g_spawn_async_with_pipes(NULL, argv, env,
                                   G_SPAWN_DO_NOT_REAP_CHILD |
                                   G_SPAWN_STDERR_TO_DEV_NULL, NULL, NULL,
@@ -161,6 +183,10 @@ static void test_caught(gconstpointer data)
     const Case *c = data;
     Outcome o;
 
+    if (c->way == USERFAULTFD && fx_freeze == DEDUP_FREEZE_MPROTECT) {
+        g_test_skip("a mapping that is read-only needs no such care");
+        return;
+    }
     run_test(c, &o);
     if (strstr(o.output, "# SKIP")) {
         g_test_skip("the test that would see it is skipped here");

@@ -277,7 +277,7 @@ static void test_windows(void)
     unsigned limits = 0;
     DedupRegion *r;
 
-    s.space = dedup_space_new(&s, false, NULL);
+    s.space = dedup_space_new(&s, false, DEDUP_FREEZE_USERFAULTFD, NULL);
     if (!s.space) {
         g_test_skip("no userfaultfd");
         return;

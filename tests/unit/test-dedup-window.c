@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 #include "engine-fixture.h"
-#include "host/freeze.h"
+#include "host/freeze-ops.h"
 #include "engine-internal.h"
 #include "space/holdings.h"
 #include "space/ledger.h"
@@ -231,6 +231,10 @@ static void test_batches(gconstpointer data)
 /* Does this kernel drop a window's pages before they are replaced? */
 static bool has_flush(FxEngine *fe)
 {
+    if (!dedup_freezer_drops(&fe->e->space->freezer)) {
+        g_test_skip("no page is dropped before its replacement is mapped");
+        return false;
+    }
     if (!fe->e->space->process.has_madvise_vector) {
         g_test_skip("this kernel has no process_madvise() that drops pages");
     }
@@ -314,6 +318,11 @@ static void test_userfaultfd(gconstpointer data)
     FxRam *ram = ram_new(GPOINTER_TO_INT(data));
     FxEngine *fe = fx_engine_new(NULL);
 
+    if (fx_freeze == DEDUP_FREEZE_MPROTECT) {
+        g_test_skip("there is no userfaultfd");
+        end(fe, ram);
+        return;
+    }
     fx_page(ram, PAGES - 1, 1);
     calls = 0;
     dedup_fail_hook = loses_userfaultfd;
@@ -390,22 +399,23 @@ static void test_zeroes(gconstpointer data)
 /* This kernel is none of these, and trying it out says so. */
 static void test_probe(void)
 {
-    int uffd = dedup_freeze_open(NULL);
     int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    DedupFreezer f;
     FxRam *ram = fx_ram_new(FX_ANON_THP, 512);
     FxView view;
 
+    g_assert_true(dedup_freezer_open(&f, DEDUP_FREEZE_USERFAULTFD, pagemap,
+                                     NULL));
     fx_page(ram, 0, 1);
     fx_view(ram, &view);
     if (!view.huge_pages) {
         g_test_skip("no huge page to be had");
-    } else if (!dedup_freeze_survives_split(uffd, pagemap)) {
-        g_assert_false(dedup_freeze_probe_split(uffd, pagemap));
     } else {
-        g_assert_true(dedup_freeze_probe_split(uffd, pagemap));
+        g_assert_cmpint(dedup_uffd_probe_split(f.uffd, pagemap), ==,
+                        f.zero_anon);
     }
     close(pagemap);
-    close(uffd);
+    dedup_freezer_close(&f);
     fx_ram_free(ram);
 }
 

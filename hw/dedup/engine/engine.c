@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "engine-internal.h"
+#include "host/freeze.h"
 #include "host/mutant.h"
 
 /* How often to try again for what could not be had. */
@@ -144,7 +145,8 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     e->group = dedup_group_new(config->group_dir, error);
     dedup_pace_init(&e->pace, e->group, e->hostmem);
     if (e->group) {
-        e->space = dedup_space_new(e, estimates(&config->params), error);
+        e->space = dedup_space_new(e, estimates(&config->params),
+                                   config->freeze, error);
     }
     if (e->space) {
         e->scan = dedup_scan_new(e->space, e->group, &e->control, &e->room,
@@ -406,6 +408,16 @@ char *dedup_engine_group_error(DedupEngine *e)
     text = g_strdup(e->group_error);
     g_mutex_unlock(&e->control.lock);
     return text;
+}
+
+const unsigned *dedup_engine_windows(void)
+{
+    return dedup_freeze_windows();
+}
+
+void dedup_engine_wait_window(const void *host, size_t size)
+{
+    dedup_freeze_wait(host, size);
 }
 
 bool dedup_engine_lost_userfaultfd(DedupEngine *e)

@@ -61,6 +61,7 @@ typedef struct DedupCallbacks {
  *     only.  The directory is opened at once, joined when the thread runs
  *     (the user id may change in between).
  * @params: initial parameters
+ * @freeze: how pages are kept from changing while they are replaced
  * @callbacks: copied
  * @opaque: for the callbacks
  */
@@ -68,6 +69,7 @@ typedef struct DedupConfig {
     size_t page_size;
     const char *group_dir;
     DedupParams params;
+    DedupFreezeHow freeze;
     DedupCallbacks callbacks;
     void *opaque;
 } DedupConfig;
@@ -75,15 +77,17 @@ typedef struct DedupConfig {
 /**
  * dedup_engine_new() - make an engine and open what it needs
  *
- * Opens userfaultfd (/dev/userfaultfd, else the system call; but not to
- * estimate), the process's pagemap, and the group's directory, and starts no
- * thread.
+ * Opens userfaultfd (/dev/userfaultfd, else the system call) or has SIGSEGV
+ * handled, for the life of the process (but not to estimate), opens the
+ * process's pagemap and the group's directory, and starts no thread.
  *
  * A directory that exists but may not be read or belongs to somebody else
  * is no error here: the engine is blocked, see dedup_engine_group_error().
  *
- * Returns: the engine; or NULL and @error: DEDUP_ERROR_USERFAULTFD, or
- * DEDUP_ERROR_GROUP when the directory does not exist or is none.
+ * Returns: the engine; or NULL and @error: DEDUP_ERROR_USERFAULTFD, if the host
+ * grants none; DEDUP_ERROR_SYSTEM, if SIGSEGV cannot be handled, or as the
+ * kernel is too old for that; or DEDUP_ERROR_GROUP when the directory does
+ * not exist or is none.
  */
 DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error);
 
@@ -117,6 +121,28 @@ void dedup_engine_free(DedupEngine *engine);
  * it was joined, or was not tried yet.
  */
 char *dedup_engine_group_error(DedupEngine *engine);
+
+/**
+ * dedup_engine_windows() - how many windows are open that a system call which
+ * writes to guest memory must not meet
+ *
+ * With DEDUP_FREEZE_MPROTECT such a call fails instead of waiting.  So whoever
+ * has the kernel write raises a pin counter (DedupRegionInfo.pins), passes a
+ * full barrier, reads this, and calls dedup_engine_wait_window() if it is not
+ * 0; then no window opens there until the counter is lowered.
+ *
+ * Returns: a counter to read atomically; valid for ever, of all engines of the
+ * process.
+ */
+const unsigned *dedup_engine_windows(void);
+
+/**
+ * dedup_engine_wait_window() - wait until no window is open over a range
+ *
+ * Any thread; not between dedup_engine_discard_begin() and its end.  Takes no
+ * lock, and waits for a part of a millisecond as a rule.
+ */
+void dedup_engine_wait_window(const void *host, size_t size);
 
 /**
  * dedup_engine_lost_userfaultfd() - was the userfaultfd lost, and could no

@@ -8,7 +8,7 @@
  * needs a userfaultfd (postcopy, background snapshots).
  *
  * No event is ever read.  A writer that meets a protected page queues itself
- * in the kernel and sleeps; dedup_freeze_end() lifts the protection and
+ * in the kernel and sleeps; the end of the window lifts the protection and
  * wakes the range.  KVM, vhost-net and system calls wait in the same queue,
  * because the descriptor covers faults of the kernel.
  *
@@ -28,7 +28,7 @@
  * become writable when it was migrated.  Linux 6.12 to 6.17 may lose the
  * protection of a page of zeros when the large folio that it is part of is
  * split (mended in the stable releases of October 2025), which
- * dedup_freeze_survives_split() looks for.
+ * uffd_survives_split() looks for.
  */
 
 #include <errno.h>
@@ -44,7 +44,7 @@
 #include <unistd.h>
 
 #include "host/error.h"
-#include "host/freeze.h"
+#include "host/freeze-ops.h"
 #include "host/mutant.h"
 #include "host/page.h"
 #include "host/pagemap.h"
@@ -127,7 +127,7 @@ static char *call_error(int error)
     }
 }
 
-static int uffd_open(GError **error)
+static int new_uffd(GError **error)
 {
     g_autofree char *device = NULL, *call = NULL;
     int dev = open(DEVICE, O_RDWR | O_CLOEXEC);
@@ -153,7 +153,7 @@ static int uffd_open(GError **error)
     return fd;
 }
 
-int dedup_freeze_open(GError **error)
+static bool uffd_open(DedupFreezer *f, GError **error)
 {
     struct uffdio_api api = {
         .api = UFFD_API,
@@ -167,20 +167,29 @@ int dedup_freeze_open(GError **error)
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
                     "Linux 6.1 or newer is needed to write-protect shared "
                     "memory");
-        return -1;
+        return false;
     }
-    fd = uffd_open(error);
+    fd = new_uffd(error);
     if (fd < 0) {
-        return -1;
+        return false;
     }
     if (ioctl(fd, UFFDIO_API, &api) < 0) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
                     "userfaultfd cannot write-protect shared memory: %s",
                     g_strerror(errno));
         close(fd);
-        return -1;
+        return false;
     }
-    return fd;
+    f->uffd = fd;
+    return true;
+}
+
+static void uffd_close(DedupFreezer *f)
+{
+    if (f->uffd >= 0) {
+        close(f->uffd);
+        f->uffd = -1;
+    }
 }
 
 static bool uffd_writeprotect(int uffd, void *addr, size_t len, bool on)
@@ -223,86 +232,80 @@ static bool uffd_register(int uffd, void *addr, size_t len, uint64_t mode)
     return ioctl(uffd, UFFDIO_REGISTER, &reg) == 0;
 }
 
-bool dedup_freeze_begin(int *uffd, void *addr, size_t len, bool missing)
+static void uffd_end(DedupFrozen *z)
 {
-    int saved;
+    DedupFreezer *f = z->freezer;
+    struct uffdio_range range = { .start = (uintptr_t)z->addr,
+                                  .len = z->len };
 
-    if (DEDUP_MUTANT(NO_FREEZE)) {
-        return true;
-    }
-    if (!uffd_register(*uffd, addr, len,
-                       missing ? UFFDIO_REGISTER_MODE_MISSING : 0)) {
-        saved = errno;
-        if (saved == ENOMEM) {
-            /* some of its mappings may be registered already */
-            dedup_freeze_end(uffd, addr, len);
-        }
-        errno = saved;
-        return false;
-    }
-    if (uffd_writeprotect(*uffd, addr, len, true) ||
-        (errno == ENOENT && uffd_protect_each(*uffd, addr, len))) {
-        return true;
-    }
-    saved = errno;
-    dedup_freeze_end(uffd, addr, len);
-    errno = saved;
-    return false;
-}
-
-bool dedup_freeze_readers(int uffd, void *addr, size_t len, bool shared)
-{
-    return DEDUP_MUTANT(NO_FREEZE) ||
-           uffd_register(uffd, addr, len,
-                         shared ? UFFDIO_REGISTER_MODE_MINOR
-                                : UFFDIO_REGISTER_MODE_MISSING);
-}
-
-bool dedup_freeze_is_waited_for(int uffd)
-{
-    /* as nobody reads events, each who waits is one */
-    struct pollfd pfd = { .fd = uffd, .events = POLLIN };
-
-    return poll(&pfd, 1, 0) == 1 && (pfd.revents & POLLIN);
-}
-
-void dedup_freeze_unprotect(int uffd, void *addr, size_t len)
-{
-    if (!DEDUP_MUTANT(NO_FREEZE)) {
-        /* what it leaves protected, dedup_freeze_end() does not */
-        uffd_writeprotect(uffd, addr, DEDUP_FAIL(UNPROTECT) ? DEDUP_PAGE_SIZE
-                                                            : len, false);
-    }
-}
-
-void dedup_freeze_end(int *uffd, void *addr, size_t len)
-{
-    struct uffdio_range range = { .start = (uintptr_t)addr, .len = len };
-
-    if (DEDUP_MUTANT(NO_FREEZE)) {
-        return;
-    }
     if (DEDUP_FAIL(UNREGISTER) ||
-        ioctl(*uffd, UFFDIO_UNREGISTER, &range) < 0) {
+        ioctl(f->uffd, UFFDIO_UNREGISTER, &range) < 0) {
         /*
          * Out of kernel memory while VMAs are joined.  Closing needs none,
          * thaws all and wakes all; there are no windows until the engine has
          * got another one.  By hand as well, in case a child has it, too.
          */
-        for (size_t off = 0; off < len; off += DEDUP_PAGE_SIZE) {
+        for (size_t off = 0; off < z->len; off += DEDUP_PAGE_SIZE) {
             /* ENOENT: something else is mapped there now */
-            uffd_writeprotect(*uffd, (uint8_t *)addr + off, DEDUP_PAGE_SIZE,
+            uffd_writeprotect(f->uffd, z->addr + off, DEDUP_PAGE_SIZE,
                               false);
         }
-        ioctl(*uffd, UFFDIO_WAKE, &range);
-        close(*uffd);
-        __atomic_store_n(uffd, -1, __ATOMIC_RELAXED);
+        ioctl(f->uffd, UFFDIO_WAKE, &range);
+        uffd_close(f);
+        __atomic_store_n(&f->lost, true, __ATOMIC_RELAXED);
         return;
     }
     if (!DEDUP_MUTANT(NO_WAKE)) {
         /* cannot fail on a range that was registered */
-        ioctl(*uffd, UFFDIO_WAKE, &range);
+        ioctl(f->uffd, UFFDIO_WAKE, &range);
     }
+}
+
+static bool uffd_begin(DedupFrozen *z, bool missing)
+{
+    int uffd = z->freezer->uffd;
+    int saved;
+
+    if (!uffd_register(uffd, z->addr, z->len,
+                       missing ? UFFDIO_REGISTER_MODE_MISSING : 0)) {
+        saved = errno;
+        if (saved == ENOMEM) {
+            /* some of its mappings may be registered already */
+            uffd_end(z);
+        }
+        errno = saved;
+        return false;
+    }
+    if (uffd_writeprotect(uffd, z->addr, z->len, true) ||
+        (errno == ENOENT && uffd_protect_each(uffd, z->addr, z->len))) {
+        return true;
+    }
+    saved = errno;
+    uffd_end(z);
+    errno = saved;
+    return false;
+}
+
+static bool uffd_readers(DedupFrozen *z, bool shared)
+{
+    return uffd_register(z->freezer->uffd, z->addr, z->len,
+                         shared ? UFFDIO_REGISTER_MODE_MINOR
+                                : UFFDIO_REGISTER_MODE_MISSING);
+}
+
+static bool uffd_is_waited_for(const DedupFrozen *z)
+{
+    /* as nobody reads events, each who waits is one */
+    struct pollfd pfd = { .fd = z->freezer->uffd, .events = POLLIN };
+
+    return poll(&pfd, 1, 0) == 1 && (pfd.revents & POLLIN);
+}
+
+static void uffd_unprotect(DedupFrozen *z, void *addr, size_t len)
+{
+    /* what it leaves protected, the end does not */
+    uffd_writeprotect(z->freezer->uffd, addr,
+                      DEDUP_FAIL(UNPROTECT) ? DEDUP_PAGE_SIZE : len, false);
 }
 
 /* True: contents are there, those or others.  Does not try for ever. */
@@ -350,9 +353,11 @@ static void uffd_poison(int uffd, void *addr)
     uffd_fill(uffd, DEDUP_UFFDIO_POISON, &poison);
 }
 
-bool dedup_freeze_refill(int uffd, void *addr, const void *content,
-                         void *spare)
+static bool uffd_refill(DedupFrozen *z, void *addr, const void *content,
+                        void *spare)
 {
+    int uffd = z->freezer->uffd;
+
     if (uffd_copy(uffd, addr, content)) {
         return true;
     }
@@ -406,7 +411,7 @@ static bool survives_split(int uffd, int pagemap_fd, uint8_t *huge)
            is_zeropage(pagemap_fd, zero) && is_protected(pagemap_fd, zero);
 }
 
-bool dedup_freeze_probe_split(int uffd, int pagemap_fd)
+bool dedup_uffd_probe_split(int uffd, int pagemap_fd)
 {
     struct uffdio_range range;
     uint8_t *map, *huge;
@@ -427,11 +432,24 @@ bool dedup_freeze_probe_split(int uffd, int pagemap_fd)
     return survives;
 }
 
-bool dedup_freeze_survives_split(int uffd, int pagemap_fd)
+static bool uffd_survives_split(DedupFreezer *f, int pagemap_fd)
 {
     if (DEDUP_FAIL(SURVIVE)) {
         return false;
     }
     return kernel_is_older(6, 12) || !kernel_is_older(6, 18) ||
-           dedup_freeze_probe_split(uffd, pagemap_fd);
+           dedup_uffd_probe_split(f->uffd, pagemap_fd);
 }
+
+const DedupFreezeOps dedup_freeze_uffd = {
+    .drops = true,
+    .open = uffd_open,
+    .close = uffd_close,
+    .survives_split = uffd_survives_split,
+    .begin = uffd_begin,
+    .readers = uffd_readers,
+    .is_waited_for = uffd_is_waited_for,
+    .unprotect = uffd_unprotect,
+    .end = uffd_end,
+    .refill = uffd_refill,
+};

@@ -36,6 +36,9 @@ enum {
     DEDUP_MUTANT_RESTORE_KSM = 17,    /* KSM's pages in between, too */
     DEDUP_MUTANT_SUM_OFF = 18,        /* a sum of the ledger is off by one */
     DEDUP_MUTANT_UNPROTECT_ALL = 19,  /* also what is not flushed yet */
+    DEDUP_MUTANT_NO_WAIT = 20,        /* mprotect: the handler does not wait */
+    DEDUP_MUTANT_DMA_NO_WAIT = 21,    /* nor who has raised a pin counter */
+    DEDUP_MUTANT_FREEZE_PINNED = 22,  /* pinned pages are frozen */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS

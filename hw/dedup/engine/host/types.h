@@ -156,6 +156,18 @@ typedef enum DedupAdvisor {
 } DedupAdvisor;
 
 /**
+ * enum DedupFreezeHow - how pages are kept from changing while they are
+ * replaced; host/freeze.h has what each means for others
+ * @DEDUP_FREEZE_USERFAULTFD: whoever stores waits in the kernel
+ * @DEDUP_FREEZE_MPROTECT: threads of this process wait in a handler of SIGSEGV;
+ *     who has the kernel write to memory must wait before
+ */
+typedef enum DedupFreezeHow {
+    DEDUP_FREEZE_USERFAULTFD,
+    DEDUP_FREEZE_MPROTECT,
+} DedupFreezeHow;
+
+/**
  * DEDUP_PLENTY_FACTOR: how much longer a pass may take than @target_scan_s
  * while there is plenty of memory.
  */

@@ -163,10 +163,7 @@ static void choose_flushed(DedupWindow *w)
                      (shared || !run->holding || run->n <= DEDUP_SPARE_PAGES);
         w->nflush += run->flush;
     }
-    if (w->nflush && !dedup_freeze_readers(r->space->freezer.uffd,
-                                           dedup_region_addr(r, w->first),
-                                           (size_t)w->span <<
-                                           DEDUP_PAGE_SHIFT, shared)) {
+    if (w->nflush && !dedup_freeze_readers(&w->frozen, shared)) {
         w->nflush = 0;
     }
     if (!w->nflush) {
@@ -210,8 +207,7 @@ static void unprotect(DedupWindow *w, unsigned from, unsigned to)
     if (DEDUP_MUTANT(UNPROTECT_ALL)) {
         end = w->first + w->span;
     }
-    dedup_freeze_unprotect(w->r->space->freezer.uffd,
-                           dedup_region_addr(w->r, first),
+    dedup_freeze_unprotect(&w->frozen, dedup_region_addr(w->r, first),
                            (size_t)(end - first) << DEDUP_PAGE_SHIFT);
 }
 
@@ -353,7 +349,7 @@ static void put_back(DedupWindow *w, DedupRun *run, Flushed flushed)
         return;
     }
     for (uint32_t i = 0; i < run->n; i++) {
-        dedup_freeze_refill(space->freezer.uffd,
+        dedup_freeze_refill(&w->frozen,
                             dedup_region_addr(w->r, run->page + i),
                             content + ((size_t)i << DEDUP_PAGE_SHIFT),
                             dedup_spare_take(&space->spare, w->nspared++));
@@ -488,8 +484,6 @@ void dedup_window_run(DedupWindow *w, unsigned *limits)
 {
     DedupRegion *r = w->r;
     DedupSpace *space = r->space;
-    uint8_t *addr = dedup_region_addr(r, w->first);
-    size_t len = (size_t)w->span << DEDUP_PAGE_SHIFT;
     int64_t start, end;
     bool met;
 
@@ -499,12 +493,13 @@ void dedup_window_run(DedupWindow *w, unsigned *limits)
     DEDUP_MUTANT_HOOK(ADMITTED);
     w->nflush = w->nspared = 0;
     w->may_drop = r->info.memory != DEDUP_MEMORY_PRIVATE_FILE &&
+                  dedup_freezer_drops(&space->freezer) &&
                   space->process.has_madvise_vector &&
                   (r->info.memory == DEDUP_MEMORY_SHARED ||
                    dedup_spare_ready(&space->spare));
     start = dedup_now_ns();
-    if (!dedup_freeze_begin(&space->freezer.uffd, addr, len, false)) {
-        /* ENOMEM: no map left to split off; EBUSY: somebody else's */
+    if (!dedup_region_freeze(r, w->first, w->span, false, &w->frozen)) {
+        /* ENOMEM: no map left to split off; EBUSY: somebody else's, pinned */
         *limits |= errno == ENOMEM ? DEDUP_LIMIT_MAPS : 0;
         return;
     }
@@ -512,8 +507,8 @@ void dedup_window_run(DedupWindow *w, unsigned *limits)
     if (w->nruns) {
         replace(w, limits);
     }
-    met = dedup_freeze_is_waited_for(space->freezer.uffd);
-    dedup_freeze_end(&space->freezer.uffd, addr, len);
+    met = dedup_freeze_is_waited_for(&w->frozen);
+    dedup_freeze_end(&w->frozen);
     end = dedup_now_ns();
     note_duration(space, end - start);
     dedup_bound_note(&space->bound, count_replaced(w), start, end, met);

@@ -310,7 +310,8 @@ bool dedup_ksm_kept_out(DedupRegion *r, uint32_t first, uint32_t n,
     bool kept_out = true;
 
     if (space->ksm.absent || DEDUP_MUTANT(KSM_LEFT) ||
-        DEDUP_MUTANT(NO_FREEZE)) {
+        DEDUP_MUTANT(NO_FREEZE) ||
+        dedup_freezer_keeps_ksm_out(&space->freezer)) {
         return true;
     }
     if (pread(space->process.pagemap_fd, entries, n * sizeof(entries[0]), at) !=

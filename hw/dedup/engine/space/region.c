@@ -9,6 +9,7 @@
  * of its pages is the scanner's own.
  */
 
+#include <errno.h>
 #include <sys/mman.h>
 
 #include "host/mutant.h"
@@ -116,6 +117,39 @@ bool dedup_region_held(const DedupRegion *r, uint32_t page)
     return is_raised(r->info.pins, page) ||
            (r->info.memory == DEDUP_MEMORY_SHARED &&
             is_raised(r->info.readers, page));
+}
+
+uint32_t dedup_region_freezable(const DedupRegion *r, uint32_t first,
+                                uint32_t n)
+{
+    const uint32_t step = 1 << (DEDUP_PIN_SHIFT - DEDUP_PAGE_SHIFT);
+    uint32_t end = first + n;
+
+    if (!dedup_freezer_fails_in_kernel(&r->space->freezer) ||
+        DEDUP_MUTANT(FREEZE_PINNED)) {
+        return n;
+    }
+    for (uint32_t i = first; i < end; i = (i / step + 1) * step) {
+        if (dedup_region_pinned(r, i)) {
+            return i - first;
+        }
+    }
+    return n;
+}
+
+bool dedup_region_freeze(DedupRegion *r, uint32_t first, uint32_t n,
+                         bool missing, DedupFrozen *z)
+{
+    DedupFreezer *f = &r->space->freezer;
+
+    dedup_freeze_announce(z, f, dedup_region_addr(r, first),
+                          (size_t)n << DEDUP_PAGE_SHIFT);
+    if (dedup_region_freezable(r, first, n) < n) {
+        dedup_freeze_withdraw(z);
+        errno = EBUSY;
+        return false;
+    }
+    return dedup_freeze_begin(z, missing);
 }
 
 DedupRegion *dedup_region_next(DedupSpace *space, uint32_t at)

@@ -161,19 +161,27 @@ static uint64_t file_pages(const DedupRegion *r)
            (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT : 0;
 }
 
+/* It could not be frozen: errno says why. */
+static void note_unfrozen(DedupRegion *r)
+{
+    bool pinned = errno == EBUSY &&
+                  dedup_freezer_fails_in_kernel(&r->space->freezer);
+
+    r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS :
+                pinned ? DEDUP_LACK_UNPINNED : DEDUP_LACK_FREEZE;
+}
+
 static void restore_shared(Span *s)
 {
     DedupRegion *r = s->r;
-    DedupSpace *space = r->space;
-    uint8_t *addr = dedup_region_addr(r, s->first);
-    size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
     uint64_t before = file_pages(r);
     uint64_t written = 0;
+    DedupFrozen frozen;
 
     take_from_ksm(s, false);
     DEDUP_MUTANT_HOOK(CHOSEN);
-    if (!dedup_freeze_begin(&space->freezer.uffd, addr, len, false)) {
-        r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
+    if (!dedup_region_freeze(r, s->first, s->n, false, &frozen)) {
+        note_unfrozen(r);
         return;
     }
     choose_again(s);
@@ -194,7 +202,7 @@ static void restore_shared(Span *s)
             s->take[k] = ok;
         }
     }
-    dedup_freeze_end(&space->freezer.uffd, addr, len);
+    dedup_freeze_end(&frozen);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         enter_own(s, i, n);
         written += n;
@@ -261,11 +269,11 @@ static void drop_staging(const Span *s, uint8_t *staging)
 static void restore_private(Span *s)
 {
     DedupRegion *r = s->r;
-    DedupSpace *space = r->space;
     uint8_t *addr = dedup_region_addr(r, s->first);
     size_t len = (size_t)s->n << DEDUP_PAGE_SHIFT;
     uint8_t *staging = dedup_own_staging(r, s->first, len);
     bool move[DEDUP_RESTORE_PAGES];
+    DedupFrozen frozen;
     bool whole;
 
     if (!staging) {
@@ -282,9 +290,9 @@ static void restore_private(Span *s)
     }
     DEDUP_MUTANT_HOOK(CHOSEN);
     /* "missing": an absent own page must not come to be while we look away */
-    if (!dedup_freeze_begin(&space->freezer.uffd, addr, len,
-                            r->info.memory == DEDUP_MEMORY_ANON)) {
-        r->lacks |= errno == ENOMEM ? DEDUP_LACK_MAPS : DEDUP_LACK_FREEZE;
+    if (!dedup_region_freeze(r, s->first, s->n,
+                             r->info.memory == DEDUP_MEMORY_ANON, &frozen)) {
+        note_unfrozen(r);
         munmap(staging, len);
         return;
     }
@@ -313,7 +321,7 @@ static void restore_private(Span *s)
             s->take[k] = ok;
         }
     }
-    dedup_freeze_end(&space->freezer.uffd, addr, len);
+    dedup_freeze_end(&frozen);
     drop_staging(s, staging);
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         enter_own(s, i, n);
@@ -338,17 +346,13 @@ static void populate(Span *s)
     }
 }
 
-unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
+/* A part of a restore's range; returns how many pages of it are left. */
+static unsigned restore_part(DedupRegion *r, uint32_t first, unsigned n)
 {
     DedupSpace *space = r->space;
     Span s = { .r = r, .first = first, .n = n };
     unsigned left = 0;
 
-    g_assert(n <= DEDUP_RESTORE_PAGES);
-    dedup_space_assert_locked(space);
-    if (r->dead) {
-        return 0;
-    }
     for (uint32_t i = first; i < first + n; i++) {
         if (dedup_entry_at(r, i) == DEDUP_ZERO) {
             dedup_ledger_absent(r, i);
@@ -357,7 +361,7 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
     if (!trim(&s)) {
         return 0;
     }
-    if (space->sealed || space->freezer.uffd < 0) {
+    if (space->sealed || dedup_freezer_is_lost(&space->freezer)) {
         r->lacks |= DEDUP_LACK_FREEZE;
     } else if (choose(&s)) {
         for (uint32_t i = 0; i < s.n; i++) {
@@ -379,6 +383,20 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
     }
     if (left && r->info.memory != DEDUP_MEMORY_SHARED && !space->sealed) {
         populate(&s);
+    }
+    return left;
+}
+
+unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
+{
+    unsigned left = 0;
+
+    g_assert(n <= DEDUP_RESTORE_PAGES);
+    dedup_space_assert_locked(r->space);
+    /* what cannot be frozen is left, page by page: a part of its own */
+    for (uint32_t i = 0, part; !r->dead && i < n; i += part) {
+        part = MAX(dedup_region_freezable(r, first + i, n - i), 1);
+        left += restore_part(r, first + i, part);
     }
     return left;
 }

@@ -126,7 +126,7 @@ typedef struct DedupMapBudget {
 struct DedupSpace {
     void *owner;
     bool reads_only;          /* nothing is ever changed */
-    DedupFreezer freezer;     /* remap lock; the descriptor is atomic */
+    DedupFreezer freezer;     /* remap lock, but "lost" */
     DedupProcess process;
     DedupSpaceLock lock;
     bool closed;              /* nothing is merged */
@@ -189,6 +189,20 @@ bool dedup_region_pinned(const DedupRegion *r, uint32_t page);
 
 /* As pinned, for taking the page out of its file: readers count there too. */
 bool dedup_region_held(const DedupRegion *r, uint32_t page);
+
+/*
+ * How many pages from the first on can be frozen: none that is pinned, where a
+ * write of the kernel's to a frozen page would fail.
+ */
+uint32_t dedup_region_freezable(const DedupRegion *r, uint32_t first,
+                                uint32_t n);
+
+/*
+ * Freeze pages of a region: see dedup_freeze_begin().  EBUSY where one is
+ * pinned, and a write to a frozen page would fail.
+ */
+bool dedup_region_freeze(DedupRegion *r, uint32_t first, uint32_t n,
+                         bool missing, DedupFrozen *z);
 
 /* As dedup_space_next(), under the lock. */
 DedupRegion *dedup_region_next(DedupSpace *space, uint32_t at);

@@ -25,24 +25,24 @@
 
 /* ---- life ---- */
 
-DedupSpace *dedup_space_new(void *owner, bool reads_only, GError **error)
+DedupSpace *dedup_space_new(void *owner, bool reads_only, DedupFreezeHow how,
+                            GError **error)
 {
-    DedupSpace *space;
-    int uffd = reads_only ? -1 : dedup_freeze_open(error);
+    DedupSpace *space = g_new0(DedupSpace, 1);
 
-    if (uffd < 0 && !reads_only) {
-        return NULL;
-    }
-    space = g_new0(DedupSpace, 1);
     space->owner = owner;
     space->reads_only = reads_only;
+    dedup_process_open(&space->process);
+    if (!reads_only &&
+        !dedup_freezer_open(&space->freezer, how, space->process.pagemap_fd,
+                            error)) {
+        dedup_process_close(&space->process);
+        g_free(space);
+        return NULL;
+    }
     g_mutex_init(&space->lock.turn);
     g_mutex_init(&space->lock.mutex);
-    dedup_process_open(&space->process);
-    space->freezer.uffd = uffd;
     if (!reads_only) {
-        space->freezer.zero_anon =
-            dedup_freeze_survives_split(uffd, space->process.pagemap_fd);
         dedup_ksm_open(space);
         dedup_quota_init(&space->quota, "/proc");
     }
@@ -93,9 +93,7 @@ void dedup_space_free(DedupSpace *space)
         dedup_ksm_close(space);
     }
     dedup_process_close(&space->process);
-    if (space->freezer.uffd >= 0) {
-        close(space->freezer.uffd);
-    }
+    dedup_freezer_close(&space->freezer);
     g_mutex_clear(&space->lock.mutex);
     g_mutex_clear(&space->lock.turn);
     g_free(space);
@@ -139,8 +137,7 @@ bool dedup_space_is_closed(DedupSpace *space, bool *sealed)
     bool closed;
 
     dedup_space_lock(space);
-    closed = space->closed ||
-             (space->freezer.uffd < 0 && !space->reads_only);
+    closed = space->closed || dedup_freezer_is_lost(&space->freezer);
     *sealed = space->sealed;
     dedup_space_unlock(space);
     return closed;
@@ -149,17 +146,13 @@ bool dedup_space_is_closed(DedupSpace *space, bool *sealed)
 void dedup_space_reopen(DedupSpace *space)
 {
     dedup_space_lock(space);
-    if (space->freezer.uffd < 0 && !space->reads_only) {
-        __atomic_store_n(&space->freezer.uffd, dedup_freeze_open(NULL),
-                         __ATOMIC_RELAXED);
-    }
+    dedup_freezer_reopen(&space->freezer);
     dedup_space_unlock(space);
 }
 
 bool dedup_space_lost_freezer(DedupSpace *space)
 {
-    return !space->reads_only &&
-           __atomic_load_n(&space->freezer.uffd, __ATOMIC_RELAXED) < 0;
+    return dedup_freezer_is_lost(&space->freezer);
 }
 
 bool dedup_space_has_pagemap(const DedupSpace *space)

@@ -49,10 +49,11 @@ typedef enum DedupLack {
 /* ---- life ---- */
 
 /*
- * NULL and DEDUP_ERROR_USERFAULTFD if no freezer can be had.  @reads_only: it
- * needs none, and changes nothing, whatever it is asked.
+ * NULL and @error if no freezer of that kind can be had (host/freeze.h).
+ * @reads_only: it needs none, and changes nothing, whatever it is asked.
  */
-DedupSpace *dedup_space_new(void *owner, bool reads_only, GError **error);
+DedupSpace *dedup_space_new(void *owner, bool reads_only, DedupFreezeHow how,
+                            GError **error);
 /* Who made the space that the region is in. */
 void *dedup_region_owner(const DedupRegion *r);
 /* Mappings stay as they are. */

@@ -114,7 +114,8 @@ static void choose_range(DedupWindow *w, Plan *p)
 
 /*
  * How many of the actions the next window is to do: what lies within one huge
- * page, whether it is huge or not, and takes no longer than it may.
+ * page, whether it is huge or not, takes no longer than it may, and has nothing
+ * in between that cannot be frozen.
  */
 static unsigned choose_actions(const DedupRegion *r,
                                const DedupAction *actions, unsigned n)
@@ -124,6 +125,9 @@ static unsigned choose_actions(const DedupRegion *r,
     unsigned i = 1;
 
     dedup_huge_range(r, actions[0].page, &first, &last);
+    last = MIN(last, actions[0].page - 1 +
+               MAX(dedup_region_freezable(r, actions[0].page,
+                                          last + 1 - actions[0].page), 1));
     while (i < most && actions[i].page <= last) {
         i++;
     }
@@ -201,7 +205,7 @@ unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
         if (!r->dead && !dedup_file_has_room(r)) {
             *limits |= DEDUP_LIMIT_FILE;
         } else if (!r->dead && !r->closing && !space->closed &&
-                   space->freezer.uffd >= 0) {
+                   !dedup_freezer_is_lost(&space->freezer)) {
             space->is_tidy = false;
             do_window(r, actions + i, j - i, limits);
         }

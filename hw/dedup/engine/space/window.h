@@ -34,6 +34,7 @@ typedef struct DedupWindow {
     unsigned nflush;          /* runs that are dropped first */
     unsigned nspared;         /* spare pages that were used */
     bool may_drop;            /* pages: there is memory to put them back */
+    DedupFrozen frozen;       /* from the freeze on */
 } DedupWindow;
 
 static inline bool dedup_window_is_broken(const DedupRegion *r, uint32_t page)

@@ -93,6 +93,22 @@ static bool host_is_supported(void)
 #endif
 }
 
+/*
+ * The kernel writes to a guest's RAM by itself: a thread of vhost, or KVM for a
+ * vCPU that runs.  With mprotect() that would fail, or end the vCPU; with a
+ * userfaultfd it waits.
+ */
+static bool needs_userfaultfd(DedupScanner *ds)
+{
+    g_autofree char *writers = NULL;
+
+    if (ds->freeze != DEDUP_FREEZE_MPROTECT) {
+        return false;
+    }
+    writers = ram_guard_kernel_writers();
+    return writers || (kvm_enabled() && runstate_is_running());
+}
+
 /* Why, and until when: migration.c. */
 static bool migration_blocks(DedupScanner *ds)
 {
@@ -121,8 +137,8 @@ uint32_t dedup_blockers(DedupScanner *ds)
     if (!host_is_supported()) {
         r |= BIT(DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE);
     }
-    if (ds->userfaultfd_error ||
-        (ds->engine && dedup_engine_lost_userfaultfd(ds->engine))) {
+    if (!ds->engine || dedup_engine_lost_userfaultfd(ds->engine) ||
+        needs_userfaultfd(ds)) {
         r |= BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
     }
     if (!current_machine->mem_merge) {
@@ -190,6 +206,31 @@ static char *group_detail(DedupScanner *ds)
                            "security module may deny it, too" : "");
 }
 
+static char *userfaultfd_detail(DedupScanner *ds)
+{
+    const char *grant = ds->userfaultfd_error ? ds->userfaultfd_error :
+        "give QEMU access to /dev/userfaultfd or CAP_SYS_PTRACE, or set the "
+        "sysctl vm.unprivileged_userfaultfd to 1";
+    g_autofree char *writers = ram_guard_kernel_writers();
+
+    if (ds->engine && ds->freeze == DEDUP_FREEZE_USERFAULTFD) {
+        return g_strdup_printf("the userfaultfd was lost, and no other is "
+                               "granted: %s", grant);
+    }
+    if (ds->engine && !ds->userfaultfd_error) {
+        return g_strdup_printf("write-protect=mprotect cannot serve %s: use "
+                               "write-protect=auto, and %s",
+                               writers ? writers : "a KVM guest that runs",
+                               grant);
+    }
+    if (ds->engine) {
+        return g_strdup_printf("without one nothing is merged beside %s. %s",
+                               writers ? writers : "a KVM guest that runs",
+                               grant);
+    }
+    return g_strdup(grant);
+}
+
 /* What to change.  To be freed. */
 static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
 {
@@ -197,11 +238,7 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
 
     switch (reason) {
     case DEDUP_BLOCKED_REASON_USERFAULTFD:
-        return g_strdup(ds->userfaultfd_error ? ds->userfaultfd_error :
-                        "the userfaultfd was lost, and no other is granted: "
-                        "give QEMU access to /dev/userfaultfd or "
-                        "CAP_SYS_PTRACE, or set the sysctl "
-                        "vm.unprivileged_userfaultfd to 1");
+        return userfaultfd_detail(ds);
     case DEDUP_BLOCKED_REASON_GROUP:
         return group_detail(ds);
     case DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE:

@@ -169,7 +169,8 @@ struct DedupScanner {
     bool completed;
     char *group_dir;
     DedupEngine *engine;        /* NULL: the host has not what it takes */
-    char *userfaultfd_error;
+    DedupFreezeHow freeze;      /* of the engine */
+    char *userfaultfd_error;    /* NULL: there is one, or none was wanted */
     int overcommit_fd;
     int coredump_fd;
     bool coredump_set;          /* the bit was not set before */

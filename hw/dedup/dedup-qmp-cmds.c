@@ -72,6 +72,16 @@ static DedupEstimateInfo *estimate_info(const DedupEstimate *estimate)
     return info;
 }
 
+/* "auto": nothing is, as none can be had, or nothing is changed. */
+static DedupWriteProtect info_write_protect(DedupScanner *ds)
+{
+    if (!ds->engine || dedup_scanner_estimates(ds)) {
+        return DEDUP_WRITE_PROTECT_AUTO;
+    }
+    return ds->freeze == DEDUP_FREEZE_MPROTECT ? DEDUP_WRITE_PROTECT_MPROTECT
+                                               : DEDUP_WRITE_PROTECT_USERFAULTFD;
+}
+
 DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
 {
     DedupInfo *info = g_new0(DedupInfo, 1);
@@ -84,9 +94,7 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
     info->id = g_strdup(object_get_canonical_path_component(OBJECT(ds)));
     info->state = dedup_events_state(ds, &stats);
     info->blocked_reasons = dedup_blockers_list(ds, &stats);
-    info->write_protect = ds->engine && !dedup_scanner_estimates(ds)
-                          ? DEDUP_WRITE_PROTECT_USERFAULTFD
-                          : DEDUP_WRITE_PROTECT_AUTO;
+    info->write_protect = info_write_protect(ds);
     info->estimate = dedup_scanner_estimates(ds)
                      ? estimate_info(&stats.estimate) : NULL;
     info->thread_id = qatomic_read(&ds->thread_id);

@@ -16,8 +16,8 @@
  *   finalized   the thread is stopped.  object-del is refused while a page
  *               is merged.  When QEMU exits pages are left as they are.
  *
- * Without a userfaultfd (write-protect=auto only) there is no engine, and the
- * object is complete but never started.
+ * Where pages cannot be kept from changing in either way (write-protect=auto
+ * only) there is no engine, and the object is complete but never started.
  *
  * Everything here runs with the BQL held, but for scanner_run() and the
  * engine's callbacks, which run on the scanner's thread.
@@ -166,13 +166,14 @@ static bool find_group(DedupScanner *ds, Error **errp)
     return true;
 }
 
-static bool make_engine(DedupScanner *ds, Error **errp)
+static DedupEngine *try_engine(DedupScanner *ds, DedupFreezeHow freeze,
+                               GError **gerr)
 {
-    g_autoptr(GError) gerr = NULL;
     DedupConfig config = {
         .page_size = qemu_real_host_page_size(),
         .group_dir = ds->group_dir,
         .params = ds->params,
+        .freeze = freeze,
         .callbacks = {
             .state_changed = scanner_state_changed,
             .restored = dedup_events_restored,
@@ -180,26 +181,47 @@ static bool make_engine(DedupScanner *ds, Error **errp)
         .opaque = ds,
     };
 
-    ds->engine = dedup_engine_new(&config, &gerr);
+    ds->freeze = freeze;
+    return dedup_engine_new(&config, gerr);
+}
+
+static bool lacks_userfaultfd(const GError *gerr)
+{
+    return g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD);
+}
+
+/*
+ * A userfaultfd, if the host grants one: then everybody waits, and nothing is
+ * excluded.  Else mprotect(); what stands in its way: blockers.c.
+ */
+static bool make_engine(DedupScanner *ds, Error **errp)
+{
+    bool is_auto = ds->write_protect == DEDUP_WRITE_PROTECT_AUTO;
+    g_autoptr(GError) gerr = NULL, other = NULL;
+
+    ds->engine = try_engine(ds, ds->write_protect ==
+                            DEDUP_WRITE_PROTECT_MPROTECT ?
+                            DEDUP_FREEZE_MPROTECT :
+                            DEDUP_FREEZE_USERFAULTFD, &gerr);
+    if (!ds->engine && is_auto && lacks_userfaultfd(gerr)) {
+        ds->userfaultfd_error = g_strdup(gerr->message);
+        ds->engine = try_engine(ds, DEDUP_FREEZE_MPROTECT, &other);
+    }
     if (ds->engine) {
         /* Until everything was looked at that may forbid it */
         dedup_engine_block(ds->engine, true, false);
         ds->blocked = true;
         return true;
     }
-    if (g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD)) {
-        if (ds->write_protect == DEDUP_WRITE_PROTECT_AUTO) {
-            ds->userfaultfd_error = g_strdup(gerr->message);
-            /* There will be nothing to start. */
-            ds->reasons = BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
-            dedup_blockers_warn(ds);
-            return true;
-        }
-        error_setg(errp, "write-protect=userfaultfd is not possible: %s",
-                   gerr->message);
-        return false;
+    if (other) {
+        /* There will be nothing to start. */
+        ds->reasons = BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
+        dedup_blockers_warn(ds);
+        return true;
     }
-    error_setg(errp, "%s", gerr->message);
+    error_setg(errp, "%s%s", lacks_userfaultfd(gerr) ?
+               "write-protect=userfaultfd is not possible: " : "",
+               gerr->message);
     return false;
 }
 
@@ -212,12 +234,6 @@ static void dedup_scanner_complete(UserCreatable *uc, Error **errp)
         error_setg(errp, "only one dedup-scanner is possible per virtual "
                    "machine, and '%s' exists",
                    object_get_canonical_path_component(OBJECT(other)));
-        return;
-    }
-    if (ds->write_protect == DEDUP_WRITE_PROTECT_MPROTECT) {
-        error_setg(errp, "write-protect=mprotect is not supported by this "
-                   "version");
-        error_append_hint(errp, "Use write-protect=auto or userfaultfd.\n");
         return;
     }
     if (!dedup_scanner_check_mode(&ds->params, errp) ||

@@ -88,16 +88,33 @@ static bool guard_needs_discards(void *opaque)
     return qatomic_read(&ds->discard_required);
 }
 
-static const RamGuardOps guard_ops = {
+/* On any thread. */
+static void guard_wait_window(void *opaque, void *host, size_t length)
+{
+    dedup_engine_wait_window(host, length);
+}
+
+static void guard_kernel_writers_changed(void *opaque)
+{
+    DedupScanner *ds = opaque;
+
+    /* when this returns no window is open that one could meet */
+    dedup_scanner_recheck(ds);
+}
+
+static RamGuardOps guard_ops = {
     .discard_begin = guard_discard_begin,
     .discard_end = guard_discard_end,
     .whole_begin = guard_whole_begin,
     .whole_end = guard_whole_end,
     .prepare_remove = guard_prepare_remove,
     .needs_discards = guard_needs_discards,
+    .wait_window = guard_wait_window,
+    .kernel_writers_changed = guard_kernel_writers_changed,
 };
 
 bool dedup_guard_register(DedupScanner *ds)
 {
+    guard_ops.windows = dedup_engine_windows();
     return ram_guard_register(&guard_ops, ds);
 }

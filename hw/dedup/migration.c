@@ -104,9 +104,8 @@ static void vm_state_changed(void *opaque, bool running, RunState state)
         m->whole = m->whole && migration_is_running();
     } else if (state == RUN_STATE_FINISH_MIGRATE) {
         m->left = true;
-    } else {
-        return;
     }
+    /* and KVM may begin to write, or has stopped: blockers.c */
     dedup_scanner_recheck(ds);
 }
 

@@ -17,9 +17,10 @@
  * comes from address_space_map() and goes to address_space_unmap(), so these
  * two count, per chunk of each block.  What does not need counting:
  *
- * - MemoryRegionCache, address_space_rw(), memory_region_get_ram_ptr(),
- *   read(2) into guest RAM: stores through page tables, which wait like a
- *   vCPU's;
+ * - MemoryRegionCache, address_space_rw(), memory_region_get_ram_ptr():
+ *   stores through page tables, which wait like a vCPU's;
+ * - read(2) into guest RAM by an incoming migration: nothing is replaced
+ *   before that has ended;
  * - mappings that last as long as a device runs and that are written in the
  *   same way: vhost's rings, by the kernel's copy_to_user(), and the lists of
  *   an AHCI port; ram_guard_dma_exempt() takes them back;
@@ -39,6 +40,13 @@
  * away, passes a full barrier, then reads.  Either it sees the counter
  * raised, or the pin is attempted after access was taken away and waits for
  * it like any other writer.
+ *
+ * Kernel writers.  Where write access is taken away in a way that makes a
+ * system call fail, and not wait, a mapper that writes waits himself, after he
+ * has raised his counter; the replacer, who has said before that he is about
+ * to, takes no access to what is counted.  Threads of the kernel that write by
+ * themselves, and go through page tables (vhost), cannot be made to wait so:
+ * they are on a list, and the replacer finds another way, or stops.
  *
  * Discards.  The registered one may have put foreign mappings over a block.
  * Discarding those would bring the foreign contents back instead of zeros,
@@ -71,6 +79,13 @@ typedef struct RamGuard {
 /* Written under the BQL, read under RCU or the BQL. */
 static RamGuard *guard;
 
+/* Of who is registered; atomic. */
+static const unsigned no_windows;
+static const unsigned *windows = &no_windows;
+
+/* Names, one for each get that was not put yet.  BQL. */
+static GQueue kernel_writers = G_QUEUE_INIT;
+
 /* One entry for each get that was not put yet.  BQL. */
 struct RamGuardUser {
     RAMBlock *rb;
@@ -97,6 +112,9 @@ bool ram_guard_register(const RamGuardOps *ops, void *opaque)
     new->opaque = opaque;
     qemu_event_init(&new->left, false);
     qatomic_rcu_set(&guard, new);
+    if (ops->windows) {
+        qatomic_set(&windows, ops->windows);
+    }
     return true;
 }
 
@@ -148,6 +166,7 @@ void ram_guard_unregister(void)
 
     assert(bql_locked());
     assert(old && !whole_busy);
+    qatomic_set(&windows, &no_windows);
     qatomic_rcu_set(&guard, NULL);
     /* Pairs with the barrier in guard_enter(). */
     smp_mb();
@@ -237,10 +256,27 @@ static void counters_change(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
     }
 }
 
+/*
+ * The kernel is about to write there, and there is a window somewhere: wait
+ * for the one that it would meet.  A window that begins later sees the counter.
+ */
+static void wait_window(void *host, ram_addr_t length)
+{
+    RamGuard *g = guard_enter();
+
+    if (g) {
+        g->ops->wait_window(g->opaque, host, length);
+        guard_leave(g);
+    }
+}
+
 void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
                        bool is_write)
 {
     counters_change(rb, start, length, is_write, counter_raise);
+    if (is_write && unlikely(qatomic_read(qatomic_read(&windows)))) {
+        wait_window(rb->host + start, length);
+    }
 }
 
 void ram_guard_dma_unmap(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
@@ -433,6 +469,48 @@ char *ram_guard_whole_users(const RAMBlock *rb)
         if (u->rb == rb) {
             g_string_append_printf(names, "%s%s", names->len ? ", " : "",
                                    u->name);
+        }
+    }
+    return names->len ? g_string_free(g_steal_pointer(&names), false) : NULL;
+}
+
+static void kernel_writers_changed(void)
+{
+    if (guard && guard->ops->kernel_writers_changed) {
+        guard->ops->kernel_writers_changed(guard->opaque);
+    }
+}
+
+void ram_guard_kernel_writer_get(const char *name)
+{
+    assert(bql_locked());
+    g_queue_push_tail(&kernel_writers, g_strdup(name));
+    kernel_writers_changed();
+}
+
+void ram_guard_kernel_writer_put(const char *name)
+{
+    GList *link;
+
+    assert(bql_locked());
+    link = g_queue_find_custom(&kernel_writers, name, (GCompareFunc)strcmp);
+    assert(link);
+    g_free(link->data);
+    g_queue_delete_link(&kernel_writers, link);
+    kernel_writers_changed();
+}
+
+char *ram_guard_kernel_writers(void)
+{
+    g_autoptr(GString) names = g_string_new(NULL);
+    GList *link;
+
+    assert(bql_locked());
+    for (link = kernel_writers.head; link; link = link->next) {
+        /* a device with several queues is there several times */
+        if (!strstr(names->str, link->data)) {
+            g_string_append_printf(names, "%s%s", names->len ? ", " : "",
+                                   (const char *)link->data);
         }
     }
     return names->len ? g_string_free(g_steal_pointer(&names), false) : NULL;

@@ -65,12 +65,13 @@ class VM:
     def __init__(self, name, ram=192, backing='memfd-shared', accel='tcg',
                  dedup=None, group=None, cgroup=None, disk=None, aio='threads',
                  balloon=False, hotplug=False, incoming=None, bios=None,
-                 qemu=host.QEMU, env=None, ram_path=None, extra=()):
+                 qemu=host.QEMU, env=None, ram_path=None, user=None,
+                 extra=()):
         """@ram in MiB.  @dedup: properties of the dedup-scanner object, None
         for no object.  @disk: a raw file, read only, cache=none.  @bios: boot
         this ROM instead of Linux; its serial port is .serial_port then.
         @env: added to the environment.  @ram_path: where the file of
-        file-shared and file-private is made."""
+        file-shared and file-private is made.  @user: run it as this one."""
         VM.serial += 1
         self.number = VM.serial
         self.name = name
@@ -130,6 +131,10 @@ class VM:
         if incoming:
             args += ['-incoming', incoming]
         self.args = [qemu] + args + list(extra)
+        if user is not None:
+            os.chown(self.dir, user, user)
+            self.args = ['setpriv', '--reuid=%d' % user, '--regid=%d' % user,
+                         '--clear-groups'] + self.args
         self.env = dict(os.environ, **(env or {}))
         self.cgroup = cgroup
 

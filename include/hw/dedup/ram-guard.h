@@ -68,6 +68,14 @@ typedef struct RamGuardDiscard {
  *   of a file that outlives @rb cannot be had.
  *
  * @needs_discards: is this why discards cannot be disabled now?  Any thread.
+ *
+ * @windows: how many parts of RAM the kernel must not write to now, because
+ *   a system call that does would fail; read atomically.  NULL: it can always
+ *   wait.
+ * @wait_window: wait until no such part is left of a host range.  Called only
+ *   if there was one, on any thread, with or without the BQL; must not take
+ *   the BQL.
+ * @kernel_writers_changed: see ram_guard_kernel_writer_get().  BQL held.
  */
 typedef struct RamGuardOps {
     bool (*discard_begin)(void *opaque, RAMBlock *rb, ram_addr_t start,
@@ -77,6 +85,9 @@ typedef struct RamGuardOps {
     void (*whole_end)(void *opaque, RAMBlock *rb);
     bool (*prepare_remove)(void *opaque, RAMBlock *rb, Error **errp);
     bool (*needs_discards)(void *opaque);
+    const unsigned *windows;
+    void (*wait_window)(void *opaque, void *host, size_t length);
+    void (*kernel_writers_changed)(void *opaque);
 } RamGuardOps;
 
 #ifdef CONFIG_LINUX
@@ -118,7 +129,9 @@ void ram_guard_block_free(RAMBlock *rb);
  * @is_write: the I/O writes to the memory
  *
  * Any thread.  A full barrier: what the caller does next is ordered after
- * it.  Raises the counter of each chunk that the bytes touch.
+ * it.  Raises the counter of each chunk that the bytes touch.  If @is_write,
+ * and a system call that writes there would fail now, waits until it would
+ * not: a part of a millisecond, as a rule.
  */
 void ram_guard_dma_map(RAMBlock *rb, ram_addr_t start, ram_addr_t length,
                        bool is_write);
@@ -218,6 +231,28 @@ const char *ram_guard_busy_hint(void);
  * @d: zeroed, or set by one of the above; nothing is done if that failed
  */
 void ram_guard_discard_end(RamGuardDiscard *d);
+
+/**
+ * ram_guard_kernel_writer_get - the kernel will write to RAM by itself
+ * @name: who has it do so, for people to read: "vhost-net"
+ *
+ * For threads of the kernel that reach guest RAM through page tables, without
+ * ram_guard_dma_map(), when no thread of QEMU could wait for them (vhost).
+ * Before they may begin: from then on RAM is replaced only in ways that make
+ * them wait.  BQL held.
+ */
+void ram_guard_kernel_writer_get(const char *name);
+
+/** ram_guard_kernel_writer_put - it has ended.  The same @name.  BQL held. */
+void ram_guard_kernel_writer_put(const char *name);
+
+/**
+ * ram_guard_kernel_writers - who has the kernel write to RAM
+ *
+ * BQL held.  Returns: their names, joined by ", "; NULL if there is none.  To
+ * be freed.
+ */
+char *ram_guard_kernel_writers(void);
 
 /**
  * ram_guard_whole_get - make RAM whole and keep it so
@@ -329,6 +364,14 @@ static inline void ram_guard_explain_busy(void)
 static inline const char *ram_guard_busy_hint(void)
 {
     return "";
+}
+
+static inline void ram_guard_kernel_writer_get(const char *name)
+{
+}
+
+static inline void ram_guard_kernel_writer_put(const char *name)
+{
 }
 
 static inline bool ram_guard_whole_get(RamGuardUser **user, RAMBlock *rb,

@@ -1,0 +1,198 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Merging without a userfaultfd: write-protect=mprotect, and auto where the
+host grants none.
+
+What is compared with a run that has a userfaultfd: what is saved.  What must
+hold besides: every byte, while the guest writes, while disk reads go into
+pages that are being merged (by each of QEMU's ways to read), while all is
+given back, and when it is saved to a file.
+"""
+
+# timeout: 1200
+
+import os
+
+import bareguest
+import dedup
+import host
+import tap
+import vm as vms
+from host import PAGE
+
+# Of what is saved with a userfaultfd, at least so much is.
+SHARE = 0.97
+SCANS = 4
+DISK = (8192, 9, 700)           # blocks, seed, distinct
+MPROTECT = {'write-protect': 'mprotect'}
+# Nobody who is not root is granted one, unless the sysctl says so.
+SYSCTL = '/proc/sys/vm/unprivileged_userfaultfd'
+
+
+def check_way(vm, way):
+    """The object says how it keeps pages from changing; and it is so."""
+    said = dedup.stats(vm)['write-protect']
+    tap.check(said == way, 'write-protect is ' + said)
+    base = '/proc/%d/fd' % vm.pid
+    uffd = [fd for fd in os.listdir(base)
+            if os.readlink('%s/%s' % (base, fd)) ==
+            'anon_inode:[userfaultfd]']
+    tap.check(bool(uffd) == (way == 'userfaultfd'), str(uffd))
+
+
+def saved_by(way, backing):
+    """Bytes that two guests save, as their cgroup sees it."""
+    cgroup = host.Cgroup()
+    group = vms.group_dir()
+    guests = [vms.VM('%s%d' % (way, i), ram=192, backing=backing, group=group,
+                     cgroup=cgroup,
+                     dedup=dict(dedup.FULL_SPEED, run='off',
+                                **{'write-protect': way}))
+              for i in range(2)]
+    for vm in guests:
+        vm.start()
+    for vm in guests:
+        vm.boot()
+        for ask in ('alloc s 12288 same 3', 'alloc u 4096 signed',
+                    'alloc z 4096 zero', 'drop z'):
+            vm.agent.ask(ask)
+        check_way(vm, way)
+    for vm in guests:
+        vm.stop()
+    want = host.count_pages([r for vm in guests for r in vm.count_ranges()])
+    before = cgroup.usage()
+    for vm in guests:
+        vm.cont()
+        vm.agent.ask('loop u start 32')
+        dedup.run(vm, True)
+    dedup.wait_scans(guests, SCANS)
+    saved = before - cgroup.usage()
+    for vm in guests:
+        vm.agent.ask('loop u stop')
+        vm.check_regions('su')
+        tap.note(dedup.summary(vm))
+        dedup.unmerge(vm)
+        vm.check_regions('su')
+        vm.quit()
+    return saved / (want['saveable'] * PAGE)
+
+
+def compare(backing):
+    """Both ways, on the same guests."""
+    shares = {way: saved_by(way, backing) for way in ('userfaultfd',
+                                                      'mprotect')}
+    tap.note('%s: saved %.1f %% of the count with a userfaultfd, %.1f %% '
+             'with mprotect' % (backing, 100 * shares['userfaultfd'],
+                                100 * shares['mprotect']))
+    tap.check(shares['mprotect'] >= SHARE * shares['userfaultfd'],
+              str(shares))
+
+
+@tap.case
+def test_anonymous():
+    """plain -m: as much as with a userfaultfd, with guests that write"""
+    compare('plain')
+
+
+@tap.case
+def test_memfd():
+    """memfd, share=on: the same"""
+    compare('memfd-shared')
+
+
+def disk_reads(aio):
+    """Disk reads into pages that are merged at that time."""
+    disk = os.path.join(vms.scratch(), 'disk')
+    host.make_disk(disk, *DISK)
+    vm = vms.VM('disk', ram=224, disk=disk, aio=aio, backing='memfd-shared',
+                dedup=dict(dedup.FULL_SPEED, **MPROTECT))
+    vm.start().boot()
+    vm.agent.ask('alloc d 12000 dup 4')
+    vm.agent.ask('dio-start /dev/vda %d %d %d 12 24 2' %
+                 (DISK[1], DISK[2], DISK[0]))
+    dedup.wait_merged(vm, 8000)
+    for _ in range(3):
+        dedup.unmerge(vm)
+        dedup.run(vm, True)
+        dedup.wait_merged(vm, 8000)
+    got = vm.agent.get('dio-stat')
+    tap.note('%s: %s; %s' % (aio, got, dedup.summary(vm)))
+    tap.check(got['errors'] == 0 and got['lost'] == 0 and got['reads'] > 0,
+              str(got))
+    vm.check_regions('d')
+    # The same VM, saved and loaded: what is merged is read by the kernel.
+    vm.qmp.command('migrate', {'uri': 'exec:cat > /dev/null'})
+    dedup.wait_until(lambda: vm.qmp.command('query-migrate').get('status') in
+                     ('completed', 'failed'), 'end of migration', 120)
+    tap.check(vm.qmp.command('query-migrate')['status'] == 'completed',
+              str(vm.qmp.command('query-migrate')))
+    vm.cont()
+    vm.check_regions('d')
+
+
+@tap.case
+def test_threads():
+    """disk reads by threads (preadv)"""
+    disk_reads('threads')
+
+
+@tap.case
+def test_native():
+    """disk reads by Linux's native AIO, O_DIRECT"""
+    disk_reads('native')
+
+
+@tap.case
+def test_io_uring():
+    """disk reads by io_uring"""
+    disk_reads('io_uring')
+
+
+@tap.case
+def test_auto():
+    """auto, as a user to whom the host grants no userfaultfd"""
+    if os.getuid() != 0:
+        tap.skip('not root: cannot run QEMU as another user')
+    with open(SYSCTL, encoding='ascii') as f:
+        if f.read().strip() != '0':
+            tap.skip('vm.unprivileged_userfaultfd is set')
+    vm = vms.VM('nobody', ram=192, backing='plain', user=65534,
+                dedup=dedup.FULL_SPEED)
+    vm.start().boot()
+    check_way(vm, 'mprotect')
+    tap.check(not dedup.stats(vm)['blocked-reasons'],
+              str(dedup.stats(vm)['blocked-reasons']))
+    vm.agent.ask('alloc s 8192 same 3')
+    vm.agent.ask('alloc u 4096 dup 4')
+    vm.agent.ask('loop u start 32')
+    dedup.wait_merged(vm, 8192 // 2)
+    vm.agent.ask('loop u stop')
+    vm.check_regions('su')
+    tap.note(dedup.summary(vm))
+
+
+@tap.case
+def test_kvm():
+    """KVM: nothing while the guest runs, and it says why; merges when paused"""
+    vm = bareguest.start('memfd-shared',
+                         dedup=dict(dedup.FULL_SPEED, **MPROTECT))
+    why = dedup.wait_state(vm, ['blocked'])['blocked-reasons']
+    tap.check([w['reason'] for w in why] == ['userfaultfd'] and
+              'a KVM guest that runs' in why[0]['detail'], str(why))
+    bareguest.command(vm, b'b')
+    for _ in range(3):
+        bareguest.wait_round(vm, 2)
+        vm.stop()
+        dedup.wait_merged(vm, 20)
+        merged = dedup.stats(vm)['pages-merged']
+        tap.note(dedup.summary(vm))
+        vm.cont()
+        tap.check(dedup.stats(vm)['state'] == 'blocked',
+                  'goes on while the guest runs, with %d merged' % merged)
+    bareguest.wait_round(vm, 2)
+    bareguest.wait_verified(vm)
+    vm.quit()
+
+
+host.prepare()
+tap.main()

@@ -94,19 +94,14 @@ static bool host_is_supported(void)
 }
 
 /*
- * The kernel writes to a guest's RAM by itself: a thread of vhost, or KVM for a
- * vCPU that runs.  With mprotect() that would fail, or end the vCPU; with a
- * userfaultfd it waits.
+ * Threads of vhost write to a guest's RAM by themselves.  With mprotect() that
+ * would fail; with a userfaultfd they wait.
  */
 static bool needs_userfaultfd(DedupScanner *ds)
 {
-    g_autofree char *writers = NULL;
+    g_autofree char *writers = ram_guard_kernel_writers();
 
-    if (ds->freeze != DEDUP_FREEZE_MPROTECT) {
-        return false;
-    }
-    writers = ram_guard_kernel_writers();
-    return writers || (kvm_enabled() && runstate_is_running());
+    return ds->freeze == DEDUP_FREEZE_MPROTECT && writers;
 }
 
 /* Why, and until when: migration.c. */
@@ -115,6 +110,7 @@ static bool migration_blocks(DedupScanner *ds)
     return ds->migration.left || ds->migration.uncounted ||
            migration_in_incoming_postcopy() ||
            runstate_check(RUN_STATE_INMIGRATE) ||
+           runstate_check(RUN_STATE_RESTORE_VM) ||
            runstate_check(RUN_STATE_FINISH_MIGRATE) ||
            runstate_check(RUN_STATE_POSTMIGRATE) ||
            runstate_check(RUN_STATE_COLO);
@@ -219,14 +215,11 @@ static char *userfaultfd_detail(DedupScanner *ds)
     }
     if (ds->engine && !ds->userfaultfd_error) {
         return g_strdup_printf("write-protect=mprotect cannot serve %s: use "
-                               "write-protect=auto, and %s",
-                               writers ? writers : "a KVM guest that runs",
-                               grant);
+                               "write-protect=auto, and %s", writers, grant);
     }
     if (ds->engine) {
         return g_strdup_printf("without one nothing is merged beside %s. %s",
-                               writers ? writers : "a KVM guest that runs",
-                               grant);
+                               writers, grant);
     }
     return g_strdup(grant);
 }

@@ -350,6 +350,9 @@ void dedup_scanner_recheck(DedupScanner *ds);
 /* guard.c: discards reach the engine from here on, until it is unregistered. */
 bool dedup_guard_register(DedupScanner *ds);
 
+/* exclusive.c: see DedupCallbacks.exclusive */
+DedupExclusion dedup_exclusive(void *opaque, DedupBodyFn *body, void *arg);
+
 /* migration.c */
 void dedup_migration_start(DedupScanner *ds);
 void dedup_migration_stop(DedupScanner *ds);

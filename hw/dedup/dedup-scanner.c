@@ -177,6 +177,8 @@ static DedupEngine *try_engine(DedupScanner *ds, DedupFreezeHow freeze,
         .callbacks = {
             .state_changed = scanner_state_changed,
             .restored = dedup_events_restored,
+            .exclusive = freeze == DEDUP_FREEZE_MPROTECT ? dedup_exclusive
+                                                         : NULL,
         },
         .opaque = ds,
     };

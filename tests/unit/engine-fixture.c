@@ -69,6 +69,7 @@ gint64 fx_hang_us(void)
 }
 
 DedupFreezeHow fx_freeze;
+DedupExclusiveFn *fx_exclusive;
 
 void fx_init(int *argc, char ***argv)
 {
@@ -327,7 +328,10 @@ FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode)
             .max_maps = 60,
         },
         .freeze = fx_freeze,
-        .callbacks = { .state_changed = on_state, .restored = on_restored },
+        .callbacks = {
+            .state_changed = on_state, .restored = on_restored,
+            .exclusive = fx_exclusive,
+        },
         .opaque = fe,
     };
     g_autoptr(GError) error = NULL;

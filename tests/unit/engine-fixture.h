@@ -67,6 +67,8 @@ void fx_init(int *argc, char ***argv);
 
 /* How engines of the tests freeze: $DEDUP_TEST_FREEZE, "mprotect" or none. */
 extern DedupFreezeHow fx_freeze;
+/* And what keeps vCPUs out of their windows: nothing. */
+extern DedupExclusiveFn *fx_exclusive;
 
 /* ---- RAM ---- */
 

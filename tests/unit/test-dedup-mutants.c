@@ -105,6 +105,8 @@ static const Case cases[] = {
       "/mprotect/pinned/memfd", "read failed", MPROTECT },
     { DEDUP_MUTANT_FREEZE_PINNED, "test-dedup-mprotect",
       "/mprotect/pinned/anon", "read failed", MPROTECT },
+    { DEDUP_MUTANT_LOCK_FIRST, "test-dedup-vcpus",
+      "/vcpus/discard", "vCPU hangs", MPROTECT },
 };
 
 static char *program_dir;

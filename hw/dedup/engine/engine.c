@@ -91,6 +91,13 @@ static bool pause_scanner(void *opaque, int64_t us)
     return goes_on;
 }
 
+static DedupExclusion exclusive(void *opaque, DedupBodyFn *body, void *arg)
+{
+    DedupEngine *e = opaque;
+
+    return e->callbacks.exclusive(e->opaque, body, arg);
+}
+
 /* For all of its life. */
 static bool estimates(const DedupParams *params)
 {
@@ -158,6 +165,9 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
     }
     connect_parts(e);
     dedup_figures_limit_maps(&e->figures, config->params.max_maps);
+    if (e->callbacks.exclusive) {
+        dedup_space_set_exclusive(e->space, exclusive);
+    }
     return e;
 }
 

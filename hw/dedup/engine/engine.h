@@ -41,17 +41,25 @@ G_BEGIN_DECLS
 typedef struct DedupEngine DedupEngine;
 
 /**
- * struct DedupCallbacks - the engine's only calls to the outside.  Called on
- * the scanner's thread with no lock held; they must not wait for a lock that
+ * struct DedupCallbacks - the engine's only calls to the outside.  But for
+ * @exclusive on the scanner's thread; with no lock held; they must not wait for a lock that
  * is held by a caller of this API.  Each may be NULL.
  * @state_changed: the state is another one now
  * @restored: what dedup_engine_restore() began has
  *     ended; @pages_left pages are still merged, @error says why (NULL when
  *     none is left)
+ * @exclusive: run @body once, while no vCPU is where a store to a page that
+ *     cannot be written would be an error instead of a wait (KVM_RUN, with
+ *     DEDUP_FREEZE_MPROTECT), on whatever thread.  Called on the scanner's
+ *     thread or that of whoever wants pages restored, without locks of the
+ *     engine.  May give up, then @body must not be run any more: so whoever
+ *     waits for the engine with a lock that vCPUs need waits for no longer
+ *     than that.
  */
 typedef struct DedupCallbacks {
     void (*state_changed)(void *opaque, DedupState state);
     void (*restored)(void *opaque, uint64_t pages_left, const GError *error);
+    DedupExclusiveFn *exclusive;
 } DedupCallbacks;
 
 /**
@@ -333,7 +341,8 @@ typedef struct DedupGroupStats {
  * @pass_pages: how many of @pages_total the pass that is under way has passed
  * @cpu_time_ns: of the scanner's thread and the peer thread
  * @last_pass_ms: duration of the last full pass
- * @window_max_ns: longest window since the last call with @reset_max
+ * @window_max_ns: longest window since the last call with @reset_max; with
+ *     vCPUs kept out, from asking for that to its end
  * @metadata_bytes: private metadata, and this member's share of the shared
  * @maps_used: mappings of the process, as of the last count
  * @maps_limit: the budget: max_maps percent of vm.max_map_count

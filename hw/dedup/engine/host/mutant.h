@@ -39,6 +39,7 @@ enum {
     DEDUP_MUTANT_NO_WAIT = 20,        /* mprotect: the handler does not wait */
     DEDUP_MUTANT_DMA_NO_WAIT = 21,    /* nor who has raised a pin counter */
     DEDUP_MUTANT_FREEZE_PINNED = 22,  /* pinned pages are frozen */
+    DEDUP_MUTANT_LOCK_FIRST = 23,     /* the lock, then vCPUs are kept out */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS

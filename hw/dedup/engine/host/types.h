@@ -168,6 +168,24 @@ typedef enum DedupFreezeHow {
 } DedupFreezeHow;
 
 /**
+ * enum DedupExclusion - what came of keeping vCPUs out of the guest
+ * @DEDUP_EXCLUSION_FAILED: they did not come out; nothing was run
+ * @DEDUP_EXCLUSION_FREE: none was in it, nobody has waited
+ * @DEDUP_EXCLUSION_HELD: they have waited for the end
+ */
+typedef enum DedupExclusion {
+    DEDUP_EXCLUSION_FAILED,
+    DEDUP_EXCLUSION_FREE,
+    DEDUP_EXCLUSION_HELD,
+} DedupExclusion;
+
+/* What is run meanwhile. */
+typedef void DedupBodyFn(void *arg);
+/* See DedupCallbacks.exclusive. */
+typedef DedupExclusion DedupExclusiveFn(void *opaque, DedupBodyFn *body,
+                                        void *arg);
+
+/**
  * DEDUP_PLENTY_FACTOR: how much longer a pass may take than @target_scan_s
  * while there is plenty of memory.
  */

@@ -458,18 +458,6 @@ static void mark_done(DedupWindow *w)
     }
 }
 
-static void note_duration(DedupSpace *space, int64_t ns)
-{
-    int64_t max = __atomic_load_n(&space->window_max_ns, __ATOMIC_RELAXED);
-
-    while (ns > max &&
-           !__atomic_compare_exchange_n(&space->window_max_ns, &max, ns, true,
-                                        __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED)) {
-        ;
-    }
-}
-
 static unsigned count_replaced(const DedupWindow *w)
 {
     unsigned n = 0;
@@ -510,7 +498,7 @@ void dedup_window_run(DedupWindow *w, unsigned *limits)
     met = dedup_freeze_is_waited_for(&w->frozen);
     dedup_freeze_end(&w->frozen);
     end = dedup_now_ns();
-    note_duration(space, end - start);
+    dedup_space_note_window(space, end - start);
     dedup_bound_note(&space->bound, count_replaced(w), start, end, met);
 
     enter(w);

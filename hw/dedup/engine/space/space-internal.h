@@ -16,6 +16,7 @@
 #include "host/quota.h"
 #include "space/answer.h"
 #include "space/bound.h"
+#include "space/exclusive.h"
 #include "space/space.h"
 #include "space/spare.h"
 
@@ -143,6 +144,7 @@ struct DedupSpace {
     DedupKsm ksm;             /* scanner's own, but "absent": remap lock */
     DedupSpare spare;         /* for windows of anonymous memory */
     DedupBound bound;         /* how much a window may do */
+    DedupExclusive exclusive; /* who keeps vCPUs out, and for how long */
     DedupQuota quota;         /* scanner's own: when one may begin */
     DedupSpacePause *pause;   /* scanner's own: its sleep; NULL: no scanner */
     bool is_tidy;             /* scanner's own: no window since that was done */
@@ -227,6 +229,9 @@ bool dedup_file_has_room(DedupRegion *r);
 DedupRegion *dedup_region_new(DedupSpace *space, const DedupRegionInfo *info,
                               void *memo, GDestroyNotify memo_free);
 void dedup_region_free(DedupRegion *r);
+
+/* A window was open, or vCPUs kept out for one, for so long. */
+void dedup_space_note_window(DedupSpace *space, int64_t ns);
 
 /* The part of it that lies in [host, end); false: there is none. */
 bool dedup_region_intersect(const DedupRegion *r, const uint8_t *host,

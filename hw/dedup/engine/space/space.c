@@ -123,6 +123,11 @@ void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause)
     dedup_space_unlock(space);
 }
 
+void dedup_space_set_exclusive(DedupSpace *space, DedupExclusiveFn *fn)
+{
+    space->exclusive.fn = fn;
+}
+
 void dedup_space_close(DedupSpace *space, bool closed, bool sealed)
 {
     /* taking the lock waits for the window that may be open */
@@ -383,6 +388,18 @@ uint64_t dedup_space_mapped(DedupSpace *space)
 uint64_t dedup_region_merged(const DedupRegion *r)
 {
     return live(&r->sums.merged);
+}
+
+void dedup_space_note_window(DedupSpace *space, int64_t ns)
+{
+    int64_t max = __atomic_load_n(&space->window_max_ns, __ATOMIC_RELAXED);
+
+    while (ns > max &&
+           !__atomic_compare_exchange_n(&space->window_max_ns, &max, ns, true,
+                                        __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {
+        ;
+    }
 }
 
 uint64_t dedup_space_window_max_ns(DedupSpace *space, bool reset)

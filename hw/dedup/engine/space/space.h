@@ -70,6 +70,12 @@ typedef bool DedupSpacePause(void *owner, int64_t us);
 void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause);
 
 /*
+ * Windows are run by @fn, which keeps vCPUs out meanwhile (host/types.h).  Before
+ * the space has regions.
+ */
+void dedup_space_set_exclusive(DedupSpace *space, DedupExclusiveFn *fn);
+
+/*
  * Close or open it.  The call waits for the window that may be open; none
  * begins while it is closed.  @sealed: nor does a restore.
  */

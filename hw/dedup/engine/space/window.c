@@ -168,23 +168,51 @@ static void do_window(DedupRegion *r, DedupAction *actions, unsigned n,
     }
 }
 
-/*
- * Wait until a window may begin: on a fresh slice, with some quota.  False:
- * the scanner is asked for something.
- */
-static bool take_turn(DedupSpace *space)
+bool dedup_window_turn(DedupSpace *space)
 {
-    int64_t wait_us;
+    int64_t wait_us, now;
 
-    while ((wait_us = dedup_quota_wait_us(&space->quota,
-                                          dedup_slice_renew()))) {
+    for (;;) {
+        now = dedup_slice_renew();
+        wait_us = MAX(dedup_quota_wait_us(&space->quota, now),
+                      dedup_exclusive_wait_us(&space->exclusive, now));
+        if (!wait_us) {
+            return true;
+        }
         if (!space->pause || !space->pause(space->owner, wait_us)) {
             return false;
         }
         /* what was known may have changed meanwhile */
         dedup_forget_looks(&space->looks);
     }
-    return true;
+}
+
+/* What is to be done, of which a window does the first part. */
+typedef struct Job {
+    DedupRegion *r;
+    DedupAction *actions;
+    unsigned n;
+    unsigned *limits;
+} Job;
+
+/* Sets @n to how many were tried.  Remap lock held. */
+static void next_window(void *opaque)
+{
+    Job *job = opaque;
+    DedupRegion *r = job->r;
+    DedupSpace *space = r->space;
+
+    job->n = choose_actions(r, job->actions, job->n);
+    for (unsigned k = 0; k < job->n; k++) {
+        job->actions[k].tried = true;
+    }
+    if (!r->dead && !dedup_file_has_room(r)) {
+        *job->limits |= DEDUP_LIMIT_FILE;
+    } else if (!r->dead && !r->closing && !space->closed &&
+               !dedup_freezer_is_lost(&space->freezer)) {
+        space->is_tidy = false;
+        do_window(r, job->actions, job->n, job->limits);
+    }
 }
 
 unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
@@ -196,20 +224,15 @@ unsigned dedup_space_windows(DedupRegion *r, DedupAction *actions, unsigned n,
     for (unsigned i = 0; i < n; i++) {
         actions[i].done = actions[i].differs = actions[i].tried = false;
     }
-    for (unsigned i = 0, j; i < n && take_turn(space); i = j) {
-        dedup_space_lock(space);
-        j = i + choose_actions(r, actions + i, n - i);
-        for (unsigned k = i; k < j; k++) {
-            actions[k].tried = true;
+    for (unsigned i = 0; i < n && dedup_window_turn(space); ) {
+        Job job = {
+            .r = r, .actions = actions + i, .n = n - i, .limits = limits,
+        };
+
+        if (!dedup_space_exclusively(space, next_window, &job)) {
+            break; /* what is left is tried another time */
         }
-        if (!r->dead && !dedup_file_has_room(r)) {
-            *limits |= DEDUP_LIMIT_FILE;
-        } else if (!r->dead && !r->closing && !space->closed &&
-                   !dedup_freezer_is_lost(&space->freezer)) {
-            space->is_tidy = false;
-            do_window(r, actions + i, j - i, limits);
-        }
-        dedup_space_unlock(space);
+        i += job.n;
     }
     for (unsigned i = 0; i < n; i++) {
         done += actions[i].done;

@@ -48,4 +48,11 @@ static inline bool dedup_window_is_broken(const DedupRegion *r, uint32_t page)
  */
 void dedup_window_run(DedupWindow *w, unsigned *limits);
 
+/*
+ * Wait until a window may begin: on a fresh slice, with some quota, and when
+ * vCPUs that were kept out have run for long enough.  No lock is held.  False:
+ * the scanner is asked for something.
+ */
+bool dedup_window_turn(DedupSpace *space);
+
 #endif /* DEDUP_WINDOW_H */

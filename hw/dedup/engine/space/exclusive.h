@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Windows that nobody may meet: where a vCPU that stores to a frozen page would
+ * fail, its owner keeps all of them out of the guest for a window's time.
+ *
+ * The order is: vCPUs out, then the remap lock.  The other way round, a vCPU
+ * that waits for the lock, in a discard, would never get out.
+ *
+ * Such a window costs all vCPUs its length, so merging takes no more than one
+ * part in a hundred of the time; what is restored for somebody, as much as it
+ * takes.
+ */
+
+#ifndef DEDUP_EXCLUSIVE_H
+#define DEDUP_EXCLUSIVE_H
+
+#include "space/space.h"
+
+/* All zero at first. */
+typedef struct DedupExclusive {
+    DedupExclusiveFn *fn;     /* the owner's; NULL: nobody need be kept out */
+    int64_t rests_ns;         /* scanner's: the next window may begin then */
+} DedupExclusive;
+
+/*
+ * Take the remap lock and run @body, with vCPUs kept out if they must be: maybe
+ * on another thread, while this one waits.  The remap lock is not held by the
+ * caller.  False: they did not come out, and @body was not run.
+ */
+bool dedup_space_exclusively(DedupSpace *space, DedupBodyFn *body, void *arg);
+
+/* It is @now_ns: in how many us may a merge window begin?  0: now. */
+int64_t dedup_exclusive_wait_us(const DedupExclusive *e, int64_t now_ns);
+
+#endif /* DEDUP_EXCLUSIVE_H */

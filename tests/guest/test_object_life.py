@@ -48,7 +48,7 @@ def come_and_go(vm, at_least):
         dedup.unmerge(vm)
         vm.qmp.command('object-del', {'id': 'ds0'}, ANSWER)
         if i % 5 == 1:
-            refuse(vm, 'mprotect', {'write-protect': 'mprotect'})
+            refuse(vm, 'write-protect', {'write-protect': 'none'})
             refuse(vm, 'group', {'group': 'no/such'})
         tap.check(vm.qmp.command('query-status', timeout=ANSWER)['running'],
                   'the guest does not run')

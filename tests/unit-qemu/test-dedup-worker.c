@@ -141,6 +141,17 @@ void dedup_engine_discard_end(DedupEngine *engine)
 {
 }
 
+const unsigned *dedup_engine_windows(void)
+{
+    static const unsigned none;
+
+    return &none;
+}
+
+void dedup_engine_wait_window(const void *host, size_t size)
+{
+}
+
 /* The rest of QEMU */
 
 RAMBlock *qemu_ram_block_from_host(void *ptr, bool round_offset,

@@ -11,6 +11,7 @@
  * that KSM may merge.
  */
 
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -104,9 +105,15 @@ static struct {
 
 #define TWINS 4
 
+/* Made by the scanner's thread, with all signals blocked; QEMU's are not. */
 FX_GUEST
 static gpointer writer_main(gpointer opaque)
 {
+    sigset_t segv;
+
+    sigemptyset(&segv);
+    sigaddset(&segv, SIGSEGV);
+    pthread_sigmask(SIG_UNBLOCK, &segv, NULL);
     *(FxByte *)(fx_addr(w.ram, STORED) + 100) = 0xee;
     __atomic_store_n(&w.done, 1, __ATOMIC_SEQ_CST);
     return NULL;

@@ -122,6 +122,11 @@ static void test_let_go(gconstpointer data)
     g_autoptr(GError) error = NULL;
 
     merge_and_stop(fe, ram);
+    if (fx_freeze == DEDUP_FREEZE_MPROTECT) {
+        g_test_skip("what is pinned is a part of its own");
+        end(fe, ram);
+        return;
+    }
     fx_page(ram, 81, 77);
     pin(ram, 5, 1);
     let_go = ram;
@@ -154,6 +159,11 @@ static void test_leaked(gconstpointer data)
     FxView view;
 
     merge_and_stop(fe, ram);
+    if (fx_freeze == DEDUP_FREEZE_MPROTECT) {
+        g_test_skip("what is pinned is never frozen");
+        end(fe, ram);
+        return;
+    }
     for (uint32_t chunk = 4; chunk < 12; chunk++) {
         pin(ram, chunk, 1);
     }

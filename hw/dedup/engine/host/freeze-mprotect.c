@@ -7,6 +7,10 @@
  * the window's end, and returns: the store is tried again.  Any other SIGSEGV
  * goes on to whoever had it before.
  *
+ * A thread that has SIGSEGV blocked would be killed: those of QEMU have not
+ * (qemu_thread_create()), and those of libraries write to guest RAM only where
+ * that is counted as DMA.
+ *
  * The handler takes no lock and no memory.  A window's entry is its freezer's
  * own slot: two words for the range, and a generation that is odd while the
  * window is open, on which the futex is.

@@ -17,6 +17,7 @@
 #include "hw/boards.h"
 #include "hw/core/cpu.h"
 #include "hw/dedup/ram-guard.h"
+#include "hw/xen/xen.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "system/kvm.h"
@@ -94,12 +95,19 @@ static bool host_is_supported(void)
 }
 
 /*
- * Threads of vhost write to a guest's RAM by themselves.  With mprotect() that
- * would fail; with a userfaultfd they wait.
+ * Threads of vhost write to a guest's RAM by themselves, and so does KVM for a
+ * guest of Xen.  With mprotect() that would fail; with a userfaultfd they wait.
+ * Who, to be freed, or NULL.
  */
+static char *kernel_writers(void)
+{
+    return xen_mode == XEN_EMULATE ? g_strdup("a Xen guest")
+                                   : ram_guard_kernel_writers();
+}
+
 static bool needs_userfaultfd(DedupScanner *ds)
 {
-    g_autofree char *writers = ram_guard_kernel_writers();
+    g_autofree char *writers = kernel_writers();
 
     return ds->freeze == DEDUP_FREEZE_MPROTECT && writers;
 }
@@ -181,9 +189,11 @@ bool dedup_blockers_hard(DedupScanner *ds)
     /*
      * Others have registered a userfaultfd with the RAM: a new mapping
      * would lose the write protection of a snapshot, or the pages that
-     * postcopy still waits for.
+     * postcopy still waits for.  Or a thread of the kernel would fail to
+     * write to what is frozen, be it to merge or to restore.
      */
-    return ds->migration.snapshot || migration_in_incoming_postcopy();
+    return ds->migration.snapshot || migration_in_incoming_postcopy() ||
+           needs_userfaultfd(ds);
 }
 
 /* The engine says what to do, unless it was the host that said no. */
@@ -207,7 +217,7 @@ static char *userfaultfd_detail(DedupScanner *ds)
     const char *grant = ds->userfaultfd_error ? ds->userfaultfd_error :
         "give QEMU access to /dev/userfaultfd or CAP_SYS_PTRACE, or set the "
         "sysctl vm.unprivileged_userfaultfd to 1";
-    g_autofree char *writers = ram_guard_kernel_writers();
+    g_autofree char *writers = kernel_writers();
 
     if (ds->engine && ds->freeze == DEDUP_FREEZE_USERFAULTFD) {
         return g_strdup_printf("the userfaultfd was lost, and no other is "

@@ -352,6 +352,12 @@ bool dedup_guard_register(DedupScanner *ds);
 
 /* exclusive.c: see DedupCallbacks.exclusive */
 DedupExclusion dedup_exclusive(void *opaque, DedupBodyFn *body, void *arg);
+/*
+ * Who has the BQL, and keeps it while he waits for the worker: vCPUs are
+ * stopped, if windows must not meet them.  May release the BQL and take it.
+ */
+void dedup_exclusive_begin(const DedupScanner *ds);
+void dedup_exclusive_end(void);
 
 /* migration.c */
 void dedup_migration_start(DedupScanner *ds);

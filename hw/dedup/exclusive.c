@@ -9,7 +9,11 @@
  *
  * That thread takes the BQL before it comes to the item.  Whoever has the BQL
  * and waits for us, to join a thread or for the end of a restore, would wait
- * for ever: so we give up soon.  The item then does nothing when its time comes.
+ * for ever: so we give up soon.  The item then does nothing when its time comes,
+ * and there is no other one before that.
+ *
+ * Who keeps the BQL all the time that he waits for pages (whole.c) stops the
+ * vCPUs himself: dedup_exclusive_begin().
  *
  * TCG needs none of this: its vCPUs are threads that wait in a signal handler.
  */
@@ -18,8 +22,10 @@
 #include "exec/cpu-common.h"
 #include "hw/core/cpu.h"
 #include "qemu/main-loop.h"
+#include "qemu/lockable.h"
 #include "qemu/thread.h"
 #include "qemu/timer.h"
+#include "system/cpus.h"
 #include "system/kvm.h"
 #include "system/runstate.h"
 #include "dedup-internal.h"
@@ -38,10 +44,22 @@ typedef enum SectionState {
 typedef struct Section {
     int users;                /* atomic */
     int state;                /* atomic: a SectionState */
-    QemuSemaphore done;
+    QemuSemaphore done;       /* the item has gone */
     DedupBodyFn *body;
     void *arg;
 } Section;
+
+/* One at a time. */
+static QemuMutex turn;
+/* The item that was given up and has not gone yet; turn. */
+static Section *given_up;
+/* Atomic: vCPUs are stopped, and stay so until dedup_exclusive_end(). */
+static bool vcpus_stopped;
+
+static void __attribute__((constructor)) turn_init(void)
+{
+    qemu_mutex_init(&turn);
+}
 
 static void section_put(Section *s)
 {
@@ -59,24 +77,31 @@ static void section_run(CPUState *cpu, run_on_cpu_data data)
     if (qatomic_cmpxchg(&s->state, SECTION_WAITS, SECTION_RUNS) ==
         SECTION_WAITS) {
         s->body(s->arg);
-        qemu_sem_post(&s->done);
     }
+    qemu_sem_post(&s->done);
     section_put(s);
 }
 
-DedupExclusion dedup_exclusive(void *opaque, DedupBodyFn *body, void *arg)
+/* False: the last one has not gone yet.  Turn held. */
+static bool wait_given_up(void)
 {
-    bool running = runstate_is_running();
-    int64_t start = get_clock();
+    if (given_up) {
+        if (qemu_sem_timedwait(&given_up->done, EXCLUSIVE_MS) < 0) {
+            return false;
+        }
+        section_put(given_up);
+        given_up = NULL;
+    }
+    return true;
+}
+
+/* False: vCPUs did not come out.  Turn held. */
+static bool run_exclusive(DedupBodyFn *body, void *arg)
+{
     Section *s;
 
-    /*
-     * Whoever has the BQL removes a block that no vCPU can reach any more
-     * (ram.c): the others wait without it.
-     */
-    if (!kvm_enabled() || !first_cpu || bql_locked()) {
-        body(arg);
-        return DEDUP_EXCLUSION_FREE;
+    if (!wait_given_up()) {
+        return false;
     }
     s = g_new0(Section, 1);
     s->users = 2;
@@ -87,13 +112,55 @@ DedupExclusion dedup_exclusive(void *opaque, DedupBodyFn *body, void *arg)
     if (qemu_sem_timedwait(&s->done, EXCLUSIVE_MS) < 0) {
         if (qatomic_cmpxchg(&s->state, SECTION_WAITS, SECTION_GIVEN_UP) ==
             SECTION_WAITS) {
-            trace_dedup_exclusive_given_up();
-            section_put(s);
-            return DEDUP_EXCLUSION_FAILED;
+            given_up = s;
+            return false;
         }
         qemu_sem_wait(&s->done);
     }
     section_put(s);
+    return true;
+}
+
+DedupExclusion dedup_exclusive(void *opaque, DedupBodyFn *body, void *arg)
+{
+    bool running = runstate_is_running();
+    int64_t start = get_clock();
+    bool done;
+
+    /*
+     * Whoever has the BQL removes a block that no vCPU can reach any more
+     * (ram.c): the others wait without it.
+     */
+    if (!kvm_enabled() || !first_cpu || bql_locked() ||
+        qatomic_read(&vcpus_stopped)) {
+        body(arg);
+        return DEDUP_EXCLUSION_FREE;
+    }
+    WITH_QEMU_LOCK_GUARD(&turn) {
+        done = run_exclusive(body, arg);
+    }
+    if (!done) {
+        trace_dedup_exclusive_given_up();
+        return DEDUP_EXCLUSION_FAILED;
+    }
     trace_dedup_exclusive(get_clock() - start, running);
     return running ? DEDUP_EXCLUSION_HELD : DEDUP_EXCLUSION_FREE;
+}
+
+void dedup_exclusive_begin(const DedupScanner *ds)
+{
+    assert(bql_locked());
+    if (kvm_enabled() && ds->freeze == DEDUP_FREEZE_MPROTECT) {
+        pause_all_vcpus();
+        qatomic_set(&vcpus_stopped, true);
+    }
+}
+
+void dedup_exclusive_end(void)
+{
+    assert(bql_locked());
+    if (qatomic_read(&vcpus_stopped)) {
+        qatomic_set(&vcpus_stopped, false);
+        resume_all_vcpus();
+    }
 }

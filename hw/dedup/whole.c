@@ -50,6 +50,7 @@ static void retry_drained(DedupScanner *ds)
     ram->draining = true;
     qemu_mutex_unlock(&ram->lock);
     idle = dedup_drain_begin(DEDUP_DRAIN_MS);
+    dedup_exclusive_begin(ds);
     qemu_mutex_lock(&ram->lock);
     /* The main loop was polled: it may have been changed, or ended. */
     ram->draining = is_pinned(ram);
@@ -59,6 +60,7 @@ static void retry_drained(DedupScanner *ds)
     }
     trace_dedup_ram_drained(idle);
     qemu_mutex_unlock(&ram->lock);
+    dedup_exclusive_end();
     dedup_drain_end();
     dedup_worker_kick(ds);
     qemu_mutex_lock(&ram->lock);

@@ -44,8 +44,8 @@ MEMORY = {
 
 def expected_write_protect(granted):
     """How the memory of a domain as libvirt-qemu is kept from changing.
-    @granted: was it given a userfaultfd?  None: it is blocked."""
-    return 'userfaultfd' if granted else None
+    @granted: was it given a userfaultfd?"""
+    return 'userfaultfd' if granted else 'mprotect'
 
 
 def package_file(*names):

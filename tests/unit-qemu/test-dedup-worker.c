@@ -141,6 +141,14 @@ void dedup_engine_discard_end(DedupEngine *engine)
 {
 }
 
+void dedup_exclusive_begin(const DedupScanner *s)
+{
+}
+
+void dedup_exclusive_end(void)
+{
+}
+
 const unsigned *dedup_engine_windows(void)
 {
     static const unsigned none;

@@ -281,6 +281,15 @@ static void die_of_own_window(void)
     store_to(page);
 }
 
+/* Somebody has sent it. */
+static void die_of_kill(void)
+{
+    no_handler();
+    use_freezer();
+    kill(getpid(), SIGSEGV);
+    pause();
+}
+
 static sigjmp_buf back;
 static void *seen;
 
@@ -344,6 +353,7 @@ static void test_not_ours(void)
 {
     void (*const deaths[])(void) = {
         die_of_null, die_of_read_only, die_of_load, die_of_own_window,
+        die_of_kill,
     };
 
     for (unsigned i = 0; i < G_N_ELEMENTS(deaths); i++) {

@@ -31,8 +31,8 @@ void dedup_restore_error(uint64_t left, unsigned lacks, GError **error)
                            "(vm.max_map_count)" },
         { DEDUP_LACK_UNPINNED, "a device writes to them" },
         { DEDUP_LACK_FREEZE, "a background snapshot or an incoming "
-                             "migration works on the RAM, or no userfaultfd "
-                             "can be had" },
+                             "migration works on the RAM, or vhost without a "
+                             "userfaultfd, or vCPUs cannot be held" },
     };
     g_autoptr(GString) text = g_string_new(NULL);
 
@@ -87,7 +87,7 @@ static void take_over(DedupUnmerge *u)
     if (u->fresh) {
         u->fresh = false;
         u->round = (DedupRestore) { .end = EVERYTHING };
-        u->last = 0;
+        u->last = UINT64_MAX;
         u->moved_us = g_get_monotonic_time();
     }
     g_mutex_unlock(&u->control->lock);

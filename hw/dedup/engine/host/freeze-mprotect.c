@@ -167,6 +167,14 @@ void dedup_freeze_wait(const void *addr, size_t len)
 
 /* ---- the handler ---- */
 
+/* Is nothing mapped there?  The failure of a replacement may leave a hole. */
+static bool is_hole(void *page)
+{
+    unsigned char vec;
+
+    return mincore(page, DEDUP_PAGE_SIZE, &vec) < 0 && errno == ENOMEM;
+}
+
 /* Was it a store?  Only x86 says so in this way. */
 static bool is_store(const void *context)
 {
@@ -177,6 +185,17 @@ static bool is_store(const void *context)
 #else
     return false;
 #endif
+}
+
+/*
+ * Would a store pass, if it were tried again?  Where memory is short the store
+ * itself may wait for some, and this does not: it says EINVAL if the mapping is
+ * read-only, and ENOMEM also if there is none.
+ */
+static bool would_pass(void *page)
+{
+    return madvise(page, DEDUP_PAGE_SIZE, MADV_POPULATE_WRITE) == 0 ||
+           ((errno == ENOMEM || errno == EAGAIN) && !is_hole(page));
 }
 
 /* Was it one of ours?  Then whoever did it may try again. */
@@ -199,8 +218,7 @@ static bool is_ours(const siginfo_t *info, const void *context)
         case FOUND_NONE:
             break;
         }
-        if (generations && is_store(context) &&
-            madvise(page, DEDUP_PAGE_SIZE, MADV_POPULATE_WRITE) == 0) {
+        if (generations && is_store(context) && would_pass(page)) {
             return true; /* its window has ended */
         }
     } while (count_generations() != generations);
@@ -224,6 +242,9 @@ static void handle(int number, siginfo_t *info, void *context)
         /* it comes again, and ends the process as if we were not there */
         sigaction(number, &(struct sigaction) { .sa_handler = SIG_DFL },
                   NULL);
+        if (info->si_code <= 0) {
+            raise(number); /* somebody has sent it: it does not */
+        }
     }
 }
 
@@ -334,14 +355,6 @@ static void mprotect_withdraw(DedupFrozen *z)
         !DEDUP_MUTANT(NO_WAKE)) {
         futex_wake(&s->generation);
     }
-}
-
-/* Is nothing mapped there?  The failure of a replacement may leave a hole. */
-static bool is_hole(void *page)
-{
-    unsigned char vec;
-
-    return mincore(page, DEDUP_PAGE_SIZE, &vec) < 0 && errno == ENOMEM;
 }
 
 /*

@@ -11,52 +11,84 @@
 /* vCPUs may run so many times longer than they were kept out. */
 #define SHARE 99
 
+/* When vCPUs did not come out, or the lock was taken: the next try. */
+#define PAUSE_NS (200 * INT64_C(1000000))
+
 typedef struct Section {
     DedupSpace *space;
     DedupBodyFn *body;
     void *arg;
+    bool for_scanner;
+    bool done;
 } Section;
 
-static void locked(void *opaque)
+/*
+ * vCPUs wait: so nobody is waited for who has the lock, be it for a discard of
+ * much memory.
+ */
+static void run_section(void *opaque)
 {
     Section *s = opaque;
 
     if (DEDUP_MUTANT(LOCK_FIRST)) {
         s->body(s->arg);
+        s->done = true;
         return;
     }
-    dedup_space_lock(s->space);
+    if (!dedup_space_trylock_to_read(s->space)) {
+        return;
+    }
+    s->space->lock.strangers += !s->for_scanner;
     s->body(s->arg);
     dedup_space_unlock(s->space);
+    s->done = true;
+}
+
+static void note(Section *s, DedupExclusion how, int64_t start)
+{
+    DedupExclusive *e = &s->space->exclusive;
+    int64_t now = dedup_now_ns();
+
+    __atomic_store_n(&e->held, how == DEDUP_EXCLUSION_HELD, __ATOMIC_RELAXED);
+    if (how == DEDUP_EXCLUSION_HELD) {
+        dedup_space_note_window(s->space, now - start);
+    }
+    if (!s->for_scanner) {
+        return;
+    }
+    if (!s->done) {
+        e->rests_ns = now + PAUSE_NS;
+    } else if (how == DEDUP_EXCLUSION_HELD) {
+        e->rests_ns = now + SHARE * (now - start);
+    }
 }
 
 bool dedup_space_exclusively(DedupSpace *space, DedupBodyFn *body, void *arg)
 {
     DedupExclusive *e = &space->exclusive;
-    Section s = { .space = space, .body = body, .arg = arg };
+    Section s = {
+        .space = space, .body = body, .arg = arg,
+        .for_scanner = g_thread_self() == space->lock.scanner,
+    };
     DedupExclusion how;
-    int64_t start, now;
+    int64_t start;
 
     if (!e->fn) {
-        locked(&s);
+        dedup_space_lock(space);
+        body(arg);
+        dedup_space_unlock(space);
         return true;
     }
     start = dedup_now_ns();
     if (DEDUP_MUTANT(LOCK_FIRST)) {
         dedup_space_lock(space);
     }
-    how = e->fn(space->owner, locked, &s);
+    how = e->fn(space->owner, run_section, &s);
     if (DEDUP_MUTANT(LOCK_FIRST)) {
         dedup_space_unlock(space);
     }
-    if (how == DEDUP_EXCLUSION_HELD) {
-        now = dedup_now_ns();
-        dedup_space_note_window(space, now - start);
-        if (g_thread_self() == space->lock.scanner) {
-            e->rests_ns = now + SHARE * (now - start);
-        }
-    }
-    return how != DEDUP_EXCLUSION_FAILED;
+    note(&s, how, start);
+    return s.done;
 }
 
 int64_t dedup_exclusive_wait_us(const DedupExclusive *e, int64_t now_ns)

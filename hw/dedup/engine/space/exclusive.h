@@ -20,12 +20,14 @@
 typedef struct DedupExclusive {
     DedupExclusiveFn *fn;     /* the owner's; NULL: nobody need be kept out */
     int64_t rests_ns;         /* scanner's: the next window may begin then */
+    bool held;                /* atomic: vCPUs waited for the last one */
 } DedupExclusive;
 
 /*
  * Take the remap lock and run @body, with vCPUs kept out if they must be: maybe
  * on another thread, while this one waits.  The remap lock is not held by the
- * caller.  False: they did not come out, and @body was not run.
+ * caller.  False: they did not come out, or somebody had the lock then, for
+ * whom they would have had to wait; @body was not run.
  */
 bool dedup_space_exclusively(DedupSpace *space, DedupBodyFn *body, void *arg);
 

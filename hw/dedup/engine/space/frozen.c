@@ -495,7 +495,8 @@ void dedup_window_run(DedupWindow *w, unsigned *limits)
     if (w->nruns) {
         replace(w, limits);
     }
-    met = dedup_freeze_is_waited_for(&w->frozen);
+    met = dedup_freeze_is_waited_for(&w->frozen) ||
+          __atomic_load_n(&space->exclusive.held, __ATOMIC_RELAXED);
     dedup_freeze_end(&w->frozen);
     end = dedup_now_ns();
     dedup_space_note_window(space, end - start);

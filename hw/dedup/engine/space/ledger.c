@@ -216,6 +216,8 @@ void dedup_ledger_absent(DedupRegion *r, uint32_t page)
     dedup_space_assert_locked(r->space);
     add_own(r, page / DEDUP_CHUNK_PAGES, -dedup_entry_is_private(old));
     change(r, page, DEDUP_OWN, old);
+    /* what is known of it, from when it was there, counts no more */
+    r->space->lock.strangers++;
 }
 
 uint32_t dedup_ledger_next(const DedupRegion *r, uint32_t page, uint32_t end)

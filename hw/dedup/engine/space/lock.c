@@ -17,6 +17,22 @@ void dedup_space_lock_to_read(DedupSpace *space)
     __atomic_store_n(&l->holder, g_thread_self(), __ATOMIC_RELAXED);
 }
 
+bool dedup_space_trylock_to_read(DedupSpace *space)
+{
+    DedupSpaceLock *l = &space->lock;
+    bool ok;
+
+    if (!g_mutex_trylock(&l->turn)) {
+        return false;
+    }
+    ok = g_mutex_trylock(&l->mutex);
+    g_mutex_unlock(&l->turn);
+    if (ok) {
+        __atomic_store_n(&l->holder, g_thread_self(), __ATOMIC_RELAXED);
+    }
+    return ok;
+}
+
 void dedup_space_lock(DedupSpace *space)
 {
     dedup_space_lock_to_read(space);

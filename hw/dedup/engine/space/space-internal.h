@@ -156,6 +156,8 @@ struct DedupSpace {
 void dedup_space_lock(DedupSpace *space);
 /* The same for who changes no mapping, nor throws pages away. */
 void dedup_space_lock_to_read(DedupSpace *space);
+/* False: somebody has it, or waits for it. */
+bool dedup_space_trylock_to_read(DedupSpace *space);
 void dedup_space_unlock(DedupSpace *space);
 /* Fails if the calling thread does not hold it. */
 void dedup_space_assert_locked(const DedupSpace *space);

@@ -3,6 +3,7 @@
  *
  * QEMU's side of memory deduplication: what its files share
  *
+ *   exclusive.c       windows that no vCPU of KVM may meet
  *   coredump.c        guest RAM in core dumps of QEMU
  *   drain.c           an end to the transfers of block devices
  *   leases.c          who else opens a RAM file; the worker thread
@@ -221,6 +222,15 @@ static inline void dedup_scanner_get_params(DedupScanner *ds,
 #define DEDUP_DEFAULT_MAX_CPU 70
 #define DEDUP_DEFAULT_MAX_PAGES 30000
 
+/* exclusive.c: see DedupCallbacks.exclusive */
+DedupExclusion dedup_exclusive(void *opaque, DedupBodyFn *body, void *arg);
+/*
+ * Who has the BQL, and keeps it while he waits for the worker: vCPUs are
+ * stopped, if windows must not meet them.  May release the BQL and take it.
+ */
+void dedup_exclusive_begin(const DedupScanner *ds);
+void dedup_exclusive_end(void);
+
 /* coredump.c */
 void dedup_coredump_init(DedupScanner *ds);
 void dedup_coredump_start(DedupScanner *ds);
@@ -349,15 +359,6 @@ void dedup_scanner_recheck(DedupScanner *ds);
 
 /* guard.c: discards reach the engine from here on, until it is unregistered. */
 bool dedup_guard_register(DedupScanner *ds);
-
-/* exclusive.c: see DedupCallbacks.exclusive */
-DedupExclusion dedup_exclusive(void *opaque, DedupBodyFn *body, void *arg);
-/*
- * Who has the BQL, and keeps it while he waits for the worker: vCPUs are
- * stopped, if windows must not meet them.  May release the BQL and take it.
- */
-void dedup_exclusive_begin(const DedupScanner *ds);
-void dedup_exclusive_end(void);
 
 /* migration.c */
 void dedup_migration_start(DedupScanner *ds);

@@ -78,8 +78,10 @@ static DedupWriteProtect info_write_protect(DedupScanner *ds)
     if (!ds->engine || dedup_scanner_estimates(ds)) {
         return DEDUP_WRITE_PROTECT_AUTO;
     }
-    return ds->freeze == DEDUP_FREEZE_MPROTECT ? DEDUP_WRITE_PROTECT_MPROTECT
-                                               : DEDUP_WRITE_PROTECT_USERFAULTFD;
+    if (ds->freeze == DEDUP_FREEZE_MPROTECT) {
+        return DEDUP_WRITE_PROTECT_MPROTECT;
+    }
+    return DEDUP_WRITE_PROTECT_USERFAULTFD;
 }
 
 DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)

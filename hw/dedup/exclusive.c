@@ -3,14 +3,14 @@
  *
  * Memory deduplication: windows that no vCPU of KVM may meet
  *
- * With write-protect=mprotect a vCPU that stores to a frozen page leaves KVM_RUN
- * with an error, and the VM stops.  So a window is a work item for which all
- * vCPUs are kept out of KVM_RUN.  It runs on the first one's thread.
+ * With write-protect=mprotect a vCPU that stores to a frozen page leaves
+ * KVM_RUN with an error, and the VM stops.  So a window is a work item for
+ * which all vCPUs are kept out of KVM_RUN.  It runs on the first one's thread.
  *
  * That thread takes the BQL before it comes to the item.  Whoever has the BQL
  * and waits for us, to join a thread or for the end of a restore, would wait
- * for ever: so we give up soon.  The item then does nothing when its time comes,
- * and there is no other one before that.
+ * for ever: so we give up soon.  The item then does nothing when its time
+ * comes, and there is no other one before that.
  *
  * Who keeps the BQL all the time that he waits for pages (whole.c) stops the
  * vCPUs himself: dedup_exclusive_begin().

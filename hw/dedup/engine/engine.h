@@ -42,8 +42,8 @@ typedef struct DedupEngine DedupEngine;
 
 /**
  * struct DedupCallbacks - the engine's only calls to the outside.  But for
- * @exclusive on the scanner's thread; with no lock held; they must not wait for a lock that
- * is held by a caller of this API.  Each may be NULL.
+ * @exclusive on the scanner's thread; with no lock held; they must not wait
+ * for a lock that is held by a caller of this API.  Each may be NULL.
  * @state_changed: the state is another one now
  * @restored: what dedup_engine_restore() began has
  *     ended; @pages_left pages are still merged, @error says why (NULL when

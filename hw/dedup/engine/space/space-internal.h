@@ -116,6 +116,7 @@ typedef struct DedupSpaceLock {
     GMutex mutex;
     GThread *holder;          /* atomic; NULL: nobody */
     GThread *scanner;         /* who scans; NULL: nobody yet */
+    DedupSpacePause *pause;   /* scanner's own: its sleep, without the lock */
     uint64_t strangers;       /* times that others had it */
 } DedupSpaceLock;
 
@@ -146,7 +147,6 @@ struct DedupSpace {
     DedupBound bound;         /* how much a window may do */
     DedupExclusive exclusive; /* who keeps vCPUs out, and for how long */
     DedupQuota quota;         /* scanner's own: when one may begin */
-    DedupSpacePause *pause;   /* scanner's own: its sleep; NULL: no scanner */
     bool is_tidy;             /* scanner's own: no window since that was done */
     int64_t window_max_ns;    /* atomic */
     uint64_t unchecked;       /* times since check.c last looked */

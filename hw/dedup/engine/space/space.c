@@ -118,7 +118,7 @@ void dedup_space_tidy(DedupSpace *space)
 void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause)
 {
     dedup_space_lock(space);
-    space->pause = pause;
+    space->lock.pause = pause;
     space->lock.scanner = g_thread_self();
     dedup_space_unlock(space);
 }

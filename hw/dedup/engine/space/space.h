@@ -70,8 +70,8 @@ typedef bool DedupSpacePause(void *owner, int64_t us);
 void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause);
 
 /*
- * Windows are run by @fn, which keeps vCPUs out meanwhile (host/types.h).  Before
- * the space has regions.
+ * Windows are run by @fn, which keeps vCPUs out meanwhile (host/types.h).
+ * Before the space has regions.
  */
 void dedup_space_set_exclusive(DedupSpace *space, DedupExclusiveFn *fn);
 

@@ -179,7 +179,7 @@ bool dedup_window_turn(DedupSpace *space)
         if (!wait_us) {
             return true;
         }
-        if (!space->pause || !space->pause(space->owner, wait_us)) {
+        if (!space->lock.pause || !space->lock.pause(space->owner, wait_us)) {
             return false;
         }
         /* what was known may have changed meanwhile */

@@ -112,6 +112,19 @@ static bool needs_userfaultfd(DedupScanner *ds)
     return ds->freeze == DEDUP_FREEZE_MPROTECT && writers;
 }
 
+/*
+ * vCPUs of KVM are kept out of the guest while a page is replaced.  Where the
+ * host takes long for that, nothing is merged while they run, unless the user
+ * has chosen it.
+ */
+static bool holds_vcpus_long(DedupScanner *ds)
+{
+    return ds->freeze == DEDUP_FREEZE_MPROTECT &&
+           ds->write_protect == DEDUP_WRITE_PROTECT_AUTO && ds->engine &&
+           dedup_engine_holds_long(ds->engine) && kvm_enabled() &&
+           runstate_is_running();
+}
+
 /* Why, and until when: migration.c. */
 static bool migration_blocks(DedupScanner *ds)
 {
@@ -142,7 +155,7 @@ uint32_t dedup_blockers(DedupScanner *ds)
         r |= BIT(DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE);
     }
     if (!ds->engine || dedup_engine_lost_userfaultfd(ds->engine) ||
-        needs_userfaultfd(ds)) {
+        needs_userfaultfd(ds) || holds_vcpus_long(ds)) {
         r |= BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
     }
     if (!current_machine->mem_merge) {
@@ -227,9 +240,15 @@ static char *userfaultfd_detail(DedupScanner *ds)
         return g_strdup_printf("write-protect=mprotect cannot serve %s: use "
                                "write-protect=auto, and %s", writers, grant);
     }
-    if (ds->engine) {
+    if (ds->engine && writers) {
         return g_strdup_printf("without one nothing is merged beside %s. %s",
                                writers, grant);
+    }
+    if (ds->engine) {
+        return g_strdup_printf("without one vCPUs are stopped to merge pages, "
+                               "which takes longer than 200 us on this host: "
+                               "set write-protect=mprotect if they may be, or "
+                               "pause the VM. %s", grant);
     }
     return g_strdup(grant);
 }

@@ -11,7 +11,9 @@
 #include <sys/mman.h>
 
 #include "engine-fixture.h"
+#include "engine-internal.h"
 #include "host/mutant.h"
+#include "space/space-internal.h"
 
 /* ---- threads that play vCPUs, and a KVM that keeps them out ---- */
 
@@ -29,6 +31,7 @@ static struct {
     bool pending;             /* somebody wants them out; lock */
     int stop;                 /* atomic */
     bool refuses;             /* they never come out */
+    unsigned inside_us;       /* they stay inside for so much longer */
     int64_t held_us;          /* for how long they were out */
     unsigned windows;
     FxEngine *fe;
@@ -116,7 +119,7 @@ static gpointer vcpu_main(gpointer opaque)
         page = first + seed % (VCPU_PAGES / EQUAL) * EQUAL + 3;
         enter_guest();
         /* the guest does something else, most of the time */
-        g_usleep(200);
+        g_usleep(200 + kvm.inside_us);
         if (v->discards) {
             /* as a balloon in the guest has it done */
             g_assert_true(dedup_engine_discard_begin(kvm.fe->e,
@@ -212,6 +215,26 @@ static void test_vcpus(gconstpointer data)
     kvm_end(vcpu, thread);
 }
 
+static bool is_known(void *opaque)
+{
+    return kvm.fe->e->space->exclusive.stops >= 64;
+}
+
+/* How long it takes is counted: here a vCPU stays inside for longer. */
+static void test_long(void)
+{
+    Vcpu vcpu[VCPUS];
+    GThread *thread[VCPUS];
+
+    kvm.inside_us = 1000;
+    kvm_start(vcpu, thread, false);
+    g_assert_false(dedup_engine_holds_long(kvm.fe->e));
+    fx_wait_until(is_known, NULL, "no windows");
+    g_assert_true(dedup_engine_holds_long(kvm.fe->e));
+    kvm_end(vcpu, thread);
+    kvm.inside_us = 0;
+}
+
 /* They never come out: nothing is merged, nobody waits for ever. */
 static void test_refused(void)
 {
@@ -246,5 +269,6 @@ int main(int argc, char **argv)
     g_test_add_data_func("/vcpus/store", GINT_TO_POINTER(false), test_vcpus);
     g_test_add_data_func("/vcpus/discard", GINT_TO_POINTER(true), test_vcpus);
     g_test_add_func("/vcpus/refused", test_refused);
+    g_test_add_func("/vcpus/long", test_long);
     return g_test_run();
 }

@@ -430,6 +430,11 @@ void dedup_engine_wait_window(const void *host, size_t size)
     dedup_freeze_wait(host, size);
 }
 
+bool dedup_engine_holds_long(DedupEngine *e)
+{
+    return dedup_space_holds_long(e->space);
+}
+
 bool dedup_engine_lost_userfaultfd(DedupEngine *e)
 {
     /* no lock: the caller may be one that nobody should wait for */

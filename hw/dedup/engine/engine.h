@@ -153,6 +153,13 @@ const unsigned *dedup_engine_windows(void);
 void dedup_engine_wait_window(const void *host, size_t size);
 
 /**
+ * dedup_engine_holds_long() - are vCPUs kept out (DedupCallbacks.exclusive) for
+ * longer than 200 us, more often than once in a hundred times?  Known after
+ * some tens of windows.  It is the owner's to say what follows.
+ */
+bool dedup_engine_holds_long(DedupEngine *engine);
+
+/**
  * dedup_engine_lost_userfaultfd() - was the userfaultfd lost, and could no
  * other be opened?  Nothing is merged then; the engine tries again.
  */

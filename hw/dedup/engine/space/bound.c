@@ -49,3 +49,15 @@ void dedup_bound_note(DedupBound *b, unsigned pages, int64_t start_ns,
                              MOST_NS);
     }
 }
+
+void dedup_bound_took(DedupBound *b, int64_t ns)
+{
+    int64_t max = __atomic_load_n(&b->longest_ns, __ATOMIC_RELAXED);
+
+    while (ns > max &&
+           !__atomic_compare_exchange_n(&b->longest_ns, &max, ns, true,
+                                        __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {
+        ;
+    }
+}

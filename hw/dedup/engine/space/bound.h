@@ -23,6 +23,7 @@ typedef struct DedupBound {
     int64_t page_ns;          /* what a page took lately, all included */
     int64_t may_take_ns;      /* a window */
     int64_t met_ns;           /* when a writer was met last; 0: never */
+    int64_t longest_ns;       /* atomic: since somebody has asked */
 } DedupBound;
 
 /* How many pages the next window may replace. */
@@ -34,5 +35,8 @@ unsigned dedup_bound_pages(const DedupBound *b);
  */
 void dedup_bound_note(DedupBound *b, unsigned pages, int64_t start_ns,
                       int64_t now_ns, bool met);
+
+/* One was open, or vCPUs were kept out for it, for so long.  Any thread. */
+void dedup_bound_took(DedupBound *b, int64_t ns);
 
 #endif /* DEDUP_BOUND_H */

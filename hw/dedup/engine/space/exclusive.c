@@ -14,6 +14,11 @@
 /* When vCPUs did not come out, or the lock was taken: the next try. */
 #define PAUSE_NS (200 * INT64_C(1000000))
 
+/* What is known after so many stops counts, and so many may be long. */
+#define STOPS_LEAST 64
+#define LONG_LEAST 4
+#define LONG_SHARE 100
+
 typedef struct Section {
     DedupSpace *space;
     DedupBodyFn *body;
@@ -51,7 +56,10 @@ static void note(Section *s, DedupExclusion how, int64_t start)
 
     __atomic_store_n(&e->held, how == DEDUP_EXCLUSION_HELD, __ATOMIC_RELAXED);
     if (how == DEDUP_EXCLUSION_HELD) {
-        dedup_space_note_window(s->space, now - start);
+        dedup_bound_took(&s->space->bound, now - start);
+        __atomic_fetch_add(&e->long_stops, now - start > DEDUP_BOUND_NS,
+                           __ATOMIC_RELAXED);
+        __atomic_fetch_add(&e->stops, 1, __ATOMIC_RELAXED);
     }
     if (!s->for_scanner) {
         return;
@@ -89,6 +97,14 @@ bool dedup_space_exclusively(DedupSpace *space, DedupBodyFn *body, void *arg)
     }
     note(&s, how, start);
     return s.done;
+}
+
+bool dedup_exclusive_is_long(const DedupExclusive *e)
+{
+    unsigned stops = __atomic_load_n(&e->stops, __ATOMIC_RELAXED);
+    unsigned n = __atomic_load_n(&e->long_stops, __ATOMIC_RELAXED);
+
+    return stops >= STOPS_LEAST && n >= LONG_LEAST && n > stops / LONG_SHARE;
 }
 
 int64_t dedup_exclusive_wait_us(const DedupExclusive *e, int64_t now_ns)

@@ -499,7 +499,7 @@ void dedup_window_run(DedupWindow *w, unsigned *limits)
           __atomic_load_n(&space->exclusive.held, __ATOMIC_RELAXED);
     dedup_freeze_end(&w->frozen);
     end = dedup_now_ns();
-    dedup_space_note_window(space, end - start);
+    dedup_bound_took(&space->bound, end - start);
     dedup_bound_note(&space->bound, count_replaced(w), start, end, met);
 
     enter(w);

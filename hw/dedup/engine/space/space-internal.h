@@ -148,7 +148,6 @@ struct DedupSpace {
     DedupExclusive exclusive; /* who keeps vCPUs out, and for how long */
     DedupQuota quota;         /* scanner's own: when one may begin */
     bool is_tidy;             /* scanner's own: no window since that was done */
-    int64_t window_max_ns;    /* atomic */
     uint64_t unchecked;       /* times since check.c last looked */
 };
 
@@ -231,9 +230,6 @@ bool dedup_file_has_room(DedupRegion *r);
 DedupRegion *dedup_region_new(DedupSpace *space, const DedupRegionInfo *info,
                               void *memo, GDestroyNotify memo_free);
 void dedup_region_free(DedupRegion *r);
-
-/* A window was open, or vCPUs kept out for one, for so long. */
-void dedup_space_note_window(DedupSpace *space, int64_t ns);
 
 /* The part of it that lies in [host, end); false: there is none. */
 bool dedup_region_intersect(const DedupRegion *r, const uint8_t *host,

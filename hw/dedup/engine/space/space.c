@@ -128,6 +128,11 @@ void dedup_space_set_exclusive(DedupSpace *space, DedupExclusiveFn *fn)
     space->exclusive.fn = fn;
 }
 
+bool dedup_space_holds_long(const DedupSpace *space)
+{
+    return dedup_exclusive_is_long(&space->exclusive);
+}
+
 void dedup_space_close(DedupSpace *space, bool closed, bool sealed)
 {
     /* taking the lock waits for the window that may be open */
@@ -390,23 +395,11 @@ uint64_t dedup_region_merged(const DedupRegion *r)
     return live(&r->sums.merged);
 }
 
-void dedup_space_note_window(DedupSpace *space, int64_t ns)
-{
-    int64_t max = __atomic_load_n(&space->window_max_ns, __ATOMIC_RELAXED);
-
-    while (ns > max &&
-           !__atomic_compare_exchange_n(&space->window_max_ns, &max, ns, true,
-                                        __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED)) {
-        ;
-    }
-}
-
 uint64_t dedup_space_window_max_ns(DedupSpace *space, bool reset)
 {
-    return reset ? __atomic_exchange_n(&space->window_max_ns, 0,
+    return reset ? __atomic_exchange_n(&space->bound.longest_ns, 0,
                                        __ATOMIC_RELAXED)
-                 : __atomic_load_n(&space->window_max_ns, __ATOMIC_RELAXED);
+                 : __atomic_load_n(&space->bound.longest_ns, __ATOMIC_RELAXED);
 }
 
 uint64_t dedup_space_bytes(DedupSpace *space)

@@ -75,6 +75,9 @@ void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause);
  */
 void dedup_space_set_exclusive(DedupSpace *space, DedupExclusiveFn *fn);
 
+/* Any thread, no lock: dedup_exclusive_is_long(). */
+bool dedup_space_holds_long(const DedupSpace *space);
+
 /*
  * Close or open it.  The call waits for the window that may be open; none
  * begins while it is closed.  @sealed: nor does a restore.

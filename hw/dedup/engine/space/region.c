@@ -125,7 +125,8 @@ uint32_t dedup_region_freezable(const DedupRegion *r, uint32_t first,
     const uint32_t step = 1 << (DEDUP_PIN_SHIFT - DEDUP_PAGE_SHIFT);
     uint32_t end = first + n;
 
-    if (!dedup_freezer_fails_in_kernel(&r->space->freezer) ||
+    /* of a dead one the counters are gone, and nothing is frozen */
+    if (!dedup_freezer_fails_in_kernel(&r->space->freezer) || r->dead ||
         DEDUP_MUTANT(FREEZE_PINNED)) {
         return n;
     }

@@ -217,7 +217,8 @@ static void test_vcpus(gconstpointer data)
 
 static bool is_known(void *opaque)
 {
-    return kvm.fe->e->space->exclusive.stops >= 64;
+    return __atomic_load_n(&kvm.fe->e->space->exclusive.stops,
+                           __ATOMIC_RELAXED) >= 64;
 }
 
 /* How long it takes is counted: here a vCPU stays inside for longer. */

@@ -103,12 +103,12 @@ static Found wait_for_slot(Slot *s, uintptr_t start, uintptr_t end)
     Found found = FOUND_NONE;
 
     while (generation & 1) {
-        uintptr_t from = __atomic_load_n(&s->start, __ATOMIC_RELAXED);
-        uintptr_t to = __atomic_load_n(&s->end, __ATOMIC_RELAXED);
-        pid_t owner = __atomic_load_n(&s->owner, __ATOMIC_RELAXED);
+        /* each before the generation is looked at again */
+        uintptr_t from = __atomic_load_n(&s->start, __ATOMIC_ACQUIRE);
+        uintptr_t to = __atomic_load_n(&s->end, __ATOMIC_ACQUIRE);
+        pid_t owner = __atomic_load_n(&s->owner, __ATOMIC_ACQUIRE);
         uint32_t again;
 
-        __atomic_thread_fence(__ATOMIC_ACQUIRE);
         again = __atomic_load_n(&s->generation, __ATOMIC_SEQ_CST);
         if (again != generation) {
             generation = again;

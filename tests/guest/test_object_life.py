@@ -88,5 +88,21 @@ def test_kvm():
     vm.quit()
 
 
+@tap.case
+def test_late_boot():
+    """with the defaults, of a VM that is started paused as libvirt does"""
+    vm = vms.VM('late', ram=384, backing='plain', dedup={}, extra=('-S',))
+    vm.start()
+    dedup.wait_until(lambda: dedup.stats(vm)['full-scans'] >= 3,
+                     'passes over an empty guest')
+    vm.cont()
+    vm.boot()
+    vm.agent.ask('alloc d 40000 dup 4')
+    # At the pace of a pass over nothing it would take minutes.
+    dedup.wait_merged(vm, 20000, timeout=40)
+    tap.note(dedup.summary(vm))
+    vm.check_regions('d')
+
+
 host.prepare()
 tap.main()

@@ -102,6 +102,35 @@ static void test_large(void)
     end(&alone);
 }
 
+/* The guest has booted since the last pass, which saw next to nothing. */
+static void test_grown(void)
+{
+    Alone alone;
+    DedupPace *p = begin(&alone);
+    int64_t us;
+
+    for (unsigned i = 0; i < 5; i++) {
+        pass(p, 20, 0);
+    }
+    us = p->wish_us;
+    g_assert_cmpint(p->scan_us, ==, us);
+    dedup_pace_grown(p, DEDUP_CHUNK_PAGES);
+    g_assert_cmpint(p->scan_us, ==, us);
+    dedup_pace_grown(p, DEDUP_CHUNK_PAGES + 60);
+    g_assert_cmpint(p->scan_us, ==, 0);
+    dedup_pace_batch(p, &scan_time);
+    g_assert_cmpint(dedup_pace_rest(p, &scan_time), ==, 0);
+    g_assert_cmpuint(dedup_pace_wants(p), ==, CORE);
+    /* for this pass only */
+    pass(p, 100000, 0);
+    g_assert_cmpint(p->wish_us, ==, 2 * us);
+    g_assert_cmpint(p->scan_us, ==, 2 * us);
+    /* no more than twice as much: that is said by the next pass */
+    dedup_pace_grown(p, 200000);
+    g_assert_cmpint(p->scan_us, ==, 2 * us);
+    end(&alone);
+}
+
 /* It was long since the last batch, or there was none: nothing is owed. */
 static void test_long_ago(void)
 {
@@ -263,6 +292,7 @@ int main(int argc, char **argv)
     fx_init(&argc, &argv);
     g_test_add_func("/pace/scan-time", test_scan_time);
     g_test_add_func("/pace/large", test_large);
+    g_test_add_func("/pace/grown", test_grown);
     g_test_add_func("/pace/long-ago", test_long_ago);
     g_test_add_func("/pace/limits", test_limits);
     g_test_add_func("/pace/max-cpu", test_max_cpu);

@@ -315,6 +315,8 @@ static void scan(DedupEngine *e, const DedupParams *params)
         if (dedup_figures_pass(&e->figures, &tally)) {
             dedup_scan_upkeep(e->scan);
         }
+    } else {
+        dedup_pace_grown(&e->pace, dedup_scan_work(e->scan));
     }
     dedup_figures_batch(&e->figures, false);
     if (has_regions(e)) {

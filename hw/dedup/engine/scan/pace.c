@@ -12,6 +12,8 @@
 #define YIELD_SHARE 64
 /* Then the next one is so many times as fast; else half as fast. */
 #define HURRY 4
+/* A pass with so many times the work of the one before was not paced by it. */
+#define GROWN 2
 /* But for the first, a pass takes a second: sooner little can be new. */
 #define LEAST_US G_TIME_SPAN_SECOND
 #define FULL_SPEED 2
@@ -153,6 +155,14 @@ void dedup_pace_pass(DedupPace *p, const DedupParams *params,
                  p->wish_us / HURRY : 2 * p->wish_us;
     p->wish_us = MIN(MAX(p->wish_us, LEAST_US), target);
     choose(p);
+}
+
+void dedup_pace_grown(DedupPace *p, uint64_t work)
+{
+    if (p->scan_us && work > GROWN * p->pass_work + BATCH_LEAST) {
+        p->scan_us = 0;
+        __atomic_store_n(&p->wants, CORE, __ATOMIC_RELAXED);
+    }
 }
 
 /* Memory may run short long before a slow pass ends. */

@@ -405,6 +405,11 @@ bool dedup_scan_batch(DedupScan *scan, const DedupParams *params,
     return ended;
 }
 
+uint64_t dedup_scan_work(const DedupScan *scan)
+{
+    return scan->sums.work / LOOK_SHARE;
+}
+
 void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
 {
     int64_t now = g_get_monotonic_time();
@@ -416,7 +421,7 @@ void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally)
         .estimate = scan->sums.estimate,
         .us = now - scan->start_us,
         .hashed = scan->pages - scan->sums.pages_before,
-        .work = scan->sums.work / LOOK_SHARE,
+        .work = dedup_scan_work(scan),
     };
     while ((r = dedup_space_next(scan->space, at))) {
         DedupMemo *memo = dedup_region_memo(r);

@@ -53,6 +53,8 @@ typedef struct DedupTally {
     int64_t us;               /* how long it took */
 } DedupTally;
 
+/* What the pass that is under way has had, in pages hashed. */
+uint64_t dedup_scan_work(const DedupScan *scan);
 /* The pass is over, and another one begins. */
 void dedup_scan_end_pass(DedupScan *scan, DedupTally *tally);
 

@@ -92,9 +92,13 @@ def test_apparmor():
     base = os.path.join(unpack('apparmor'), 'etc', 'apparmor.d')
     with open(path_of('apparmor', 'libvirt-qemu'), encoding='utf-8') as f:
         rules = f.read()
+    with open(path_of('apparmor', 'usr.sbin.libvirtd'), encoding='utf-8') as f:
+        daemon = f.read()
     command = [parser, '-Q', '-K', '--config-file', '/dev/null', '--base',
                base]
     directory = scratch()
+    good(*command, profile(directory, daemon))
+    tap.check('/usr/local/bin/qemu-system-x86_64 PUx,' in daemon, daemon)
     good(*command, profile(directory, rules))
     broken = rules.replace('rwk,', 'rwk')
     out = run(*command, profile(directory, broken))

@@ -55,6 +55,7 @@ def test_nothing_set():
     host = virsh.prepared_host(granted=False)
     vm = virsh.Domain(host, 'plain', group='web').start().boot()
     check_confined(vm, virthost.UID)
+    vm.qmp.listen()
     vm.agent.ask('alloc d 4000 dup 4')
     dedup.wait_merged(vm, 3000)
     expected = virsh.expected_write_protect(host.version() >= GIVES_NODE)

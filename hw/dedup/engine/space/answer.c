@@ -12,15 +12,24 @@
 /* For 512 MiB; if there are more, one takes another's place. */
 #define KNOWN_CHUNKS 256
 #define KNOWN_BYTES (KNOWN_CHUNKS * sizeof(DedupKnownChunk))
-/* What is known may be so old: pages may have been swapped out since. */
+/*
+ * That a page is there may have been found out so long ago: it may have been
+ * swapped out since; and that it is not, as the guest may have touched it.
+ */
 #define KNOWN_US G_TIME_SPAN_SECOND
+#define ABSENT_US (20 * G_TIME_SPAN_MILLISECOND)
 
 static bool is_known(const DedupKnownChunk *known, const DedupRegion *r,
-                     uint32_t chunk, int64_t now)
+                     uint32_t chunk, int64_t most_us, int64_t now)
 {
     return known->region == r && known->chunk == chunk &&
            known->strangers == r->space->lock.strangers &&
-           now - known->since_us < KNOWN_US;
+           now - known->since_us < most_us;
+}
+
+static bool has(const DedupKnownChunk *known, uint32_t i)
+{
+    return known->present[i / 64] >> i % 64 & 1;
 }
 
 static bool look(DedupKnownChunk *known, DedupRegion *r, uint32_t chunk,
@@ -56,8 +65,11 @@ static bool is_present(DedupAnswers *a, DedupRegion *r, uint32_t page)
         return false;
     }
     known = &a->known[(r->base / DEDUP_CHUNK_PAGES + chunk) % KNOWN_CHUNKS];
-    return (is_known(known, r, chunk, now) || look(known, r, chunk, now)) &&
-           (known->present[i / 64] >> i % 64 & 1);
+    if (is_known(known, r, chunk, KNOWN_US, now) && has(known, i)) {
+        return true;
+    }
+    return (is_known(known, r, chunk, ABSENT_US, now) ||
+            look(known, r, chunk, now)) && has(known, i);
 }
 
 /* The page with that number, if it is there.  Remap lock held. */

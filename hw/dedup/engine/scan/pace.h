@@ -52,9 +52,9 @@ uint32_t dedup_pace_batch(DedupPace *p, const DedupParams *params);
 /* A batch is done: how long to sleep, in us. */
 int64_t dedup_pace_rest(DedupPace *p, const DedupParams *params);
 /*
- * The pass that is under way has had @work, in pages hashed.  If that is far more
- * than all of the last one, as the guest has booted meanwhile, its pace was
- * wrong: it goes on as fast as may be.
+ * The pass that is under way has had @work, in pages hashed.  If that is far
+ * more than all of the last one, as the guest has booted meanwhile, its pace
+ * was wrong: it goes on as fast as may be.
  */
 void dedup_pace_grown(DedupPace *p, uint64_t work);
 /* A pass is done. */

@@ -390,7 +390,6 @@ static bool mprotect_begin(DedupFrozen *z, bool missing)
 {
     int saved;
 
-    /* no call for nothing: of a huge page it is one entry that changes */
     if (mprotect(z->addr, z->len, PROT_READ) == 0) {
         return true;
     }

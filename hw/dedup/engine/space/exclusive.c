@@ -76,7 +76,8 @@ bool dedup_space_exclusively(DedupSpace *space, DedupBodyFn *body, void *arg)
     DedupExclusive *e = &space->exclusive;
     Section s = {
         .space = space, .body = body, .arg = arg,
-        .for_scanner = g_thread_self() == space->lock.scanner,
+        .for_scanner = g_thread_self() ==
+                       __atomic_load_n(&space->lock.scanner, __ATOMIC_RELAXED),
     };
     DedupExclusion how;
     int64_t start;

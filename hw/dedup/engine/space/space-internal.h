@@ -115,7 +115,7 @@ typedef struct DedupSpaceLock {
     GMutex turn;
     GMutex mutex;
     GThread *holder;          /* atomic; NULL: nobody */
-    GThread *scanner;         /* who scans; NULL: nobody yet */
+    GThread *scanner;         /* atomic: who scans; NULL: nobody yet */
     DedupSpacePause *pause;   /* scanner's own: its sleep, without the lock */
     uint64_t strangers;       /* times that others had it */
 } DedupSpaceLock;

@@ -119,7 +119,7 @@ void dedup_space_set_scanner(DedupSpace *space, DedupSpacePause *pause)
 {
     dedup_space_lock(space);
     space->lock.pause = pause;
-    space->lock.scanner = g_thread_self();
+    __atomic_store_n(&space->lock.scanner, g_thread_self(), __ATOMIC_RELAXED);
     dedup_space_unlock(space);
 }
 

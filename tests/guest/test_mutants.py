@@ -17,14 +17,14 @@ DISK = (4096, 9, 700)           # blocks, seed, distinct
 GUARDED_SECONDS = 20
 
 
-def guest(mutant):
+def guest(mutant, way='userfaultfd'):
     """A guest that reads with O_DIRECT into pages that are being merged, and
     rewrites others."""
     disk = os.path.join(vms.scratch(), 'disk')
     host.make_disk(disk, *DISK)
     vm = vms.VM('mutant%d' % mutant, ram=128, qemu=QEMU, disk=disk,
                 aio='threads', env={'DEDUP_MUTANT': str(mutant)},
-                dedup=dedup.FULL_SPEED)
+                dedup=dict(dedup.FULL_SPEED, **{'write-protect': way}))
     vm.start().boot()
     # Copies of what the buffers hold while they wait (agent-dio.c).
     vm.agent.ask('dio-start /dev/vda %d %d %d 8 24 2' %
@@ -61,6 +61,25 @@ def test_m1():
     vm = guest(1)
     got = wait_errors(vm, 20)
     tap.check(got['lost'] > 0, 'no read was lost: %s' % got)
+
+
+@tap.case
+def test_mprotect_guarded():
+    """no mutant, mprotect: every read arrives"""
+    vm = guest(0, 'mprotect')
+    got = wait_errors(vm, 1)
+    tap.check(got['errors'] == 0 and got['rounds'] > 0, str(got))
+    tap.check(dedup.stats(vm)['cow-breaks'] > 100, 'nothing was merged')
+    vm.agent.ask('dio-stop')
+    vm.quit()
+
+
+@tap.case
+def test_m21():
+    """M21, a map for DMA does not wait for a window: a read fails"""
+    vm = guest(21, 'mprotect')
+    got = wait_errors(vm, 20)
+    tap.check(got['errors'] > 0, 'no read failed: %s' % got)
 
 
 host.prepare()

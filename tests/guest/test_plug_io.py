@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 
+import bareguest
 import dedup
 import host
 import tap
@@ -61,30 +62,54 @@ class Peer(threading.Thread):
         self.listener.close()
 
 
+def plug(vm, number):
+    """Plug a device that needs the memory whole; its back end hangs up."""
+    path = vm.path('vhost%d' % number)
+    name = 'c%d' % number
+    peer = Peer(path)
+    vm.qmp.command('chardev-add', {'id': name, 'backend': {
+        'type': 'socket', 'data': {'server': False, 'addr': {
+            'type': 'unix', 'data': {'path': path}}}}})
+    try:
+        vm.qmp.command('device_add', {
+            'driver': 'vhost-user-fs-pci', 'id': 'fs%d' % number,
+            'tag': 't', 'chardev': name})
+    except QMPError as e:
+        tap.check('not merged' not in str(e), str(e))
+    peer.join(30)
+    tap.check(peer.heard, 'the back end was never asked')
+    vm.qmp.command('chardev-remove', {'id': name})
+
+
 @tap.case
 def test_plug():
     """device_add of vhost-user-fs under disk reads"""
     for aio in 'threads', 'io_uring':
         vm = busy_guest(aio)
         for i in range(ROUNDS):
-            path = vm.path('vhost%d' % i)
-            peer = Peer(path)
-            vm.qmp.command('chardev-add', {'id': 'c%d' % i, 'backend': {
-                'type': 'socket', 'data': {'server': False, 'addr': {
-                    'type': 'unix', 'data': {'path': path}}}}})
-            try:
-                vm.qmp.command('device_add', {
-                    'driver': 'vhost-user-fs-pci', 'id': 'fs%d' % i,
-                    'tag': 't', 'chardev': 'c%d' % i})
-            except QMPError as e:
-                tap.check('not merged' not in str(e), str(e))
-            peer.join(30)
-            tap.check(peer.heard, 'the back end was never asked')
-            vm.qmp.command('chardev-remove', {'id': 'c%d' % i})
+            plug(vm, i)
             dedup.wait_merged(vm, 6000)
         check(vm)
         vm.agent.ask('dio-stop')
         vm.quit()
+
+
+@tap.case
+def test_plug_kvm():
+    """the same beside a KVM guest that runs and writes, without userfaultfd"""
+    vm = bareguest.start('memfd-shared',
+                         dedup=dict(dedup.FULL_SPEED,
+                                    **{'write-protect': 'mprotect'}))
+    for i in range(ROUNDS):
+        bareguest.command(vm, b'b' if i % 2 else b'w')
+        bareguest.wait_round(vm, 1)
+        dedup.wait_merged(vm, 20)
+        plug(vm, i)
+        bareguest.wait_round(vm, 1)
+    bareguest.command(vm, b'q')
+    bareguest.wait_round(vm, 1)
+    bareguest.wait_verified(vm)
+    vm.quit()
 
 
 @tap.case

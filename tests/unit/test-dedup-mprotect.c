@@ -4,7 +4,8 @@
  * mprotect(): it waits, for no longer than it must; and what is not ours goes
  * on to whoever had it before.
  *
- * What ends a process is tried in a child.
+ * What ends a process is tried in a program of its own, this one with an
+ * argument: there nobody has installed the handler yet.
  */
 
 #include <errno.h>
@@ -28,6 +29,9 @@
 /* Windows of the race at their ends. */
 #define ROUNDS 20000
 #define WRITERS 2
+/* Runs a case that may end the process. */
+#define CHILD "--child"
+#define CHILD_S 20
 
 static void open_freezer(DedupFreezer *f)
 {
@@ -181,26 +185,6 @@ static void test_late(gconstpointer data)
 
 /* ---- what is not ours ---- */
 
-/* Runs @what in a child; its status. */
-static int in_child(void (*what)(void))
-{
-    const struct rlimit none = { 0, 0 };
-    int status;
-    pid_t pid;
-
-    fflush(NULL);
-    pid = fork();
-    g_assert_cmpint(pid, >=, 0);
-    if (!pid) {
-        setrlimit(RLIMIT_CORE, &none);
-        alarm(60); /* it hangs: SIGALRM is not what is wanted */
-        what();
-        _exit(0);
-    }
-    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
-    return status;
-}
-
 /* So much has been frozen, that the handler looks at everything. */
 static void use_freezer(void)
 {
@@ -262,6 +246,19 @@ static void die_of_load(void)
     no_handler();
     use_freezer();
     _exit(*(FxByte *)page ? 4 : 5);
+}
+
+/* Nor does who jumps to data: a store would pass there, and help nobody. */
+static void die_of_jump(void)
+{
+    void *page = mmap(NULL, FX_PAGE, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void (*jump)(void);
+
+    no_handler();
+    use_freezer();
+    memcpy(&jump, &page, sizeof(jump));
+    jump();
 }
 
 /* Who has frozen it must not wait for himself. */
@@ -349,21 +346,56 @@ static void with_plain(void)
     go_on_after(install_plain);
 }
 
-static void test_not_ours(void)
+static const struct {
+    const char *name;
+    void (*what)(void);
+    int status;               /* the signal; or 42, its own */
+} deaths[] = {
+    { "null", die_of_null, SIGSEGV },
+    { "read-only", die_of_read_only, SIGSEGV },
+    { "load", die_of_load, SIGSEGV },
+    { "jump", die_of_jump, SIGSEGV },
+    { "own-window", die_of_own_window, SIGSEGV },
+    { "kill", die_of_kill, SIGSEGV },
+    { "other-handler", with_other, 42 },
+    { "plain-handler", with_plain, 42 },
+};
+
+/* This program, with the argument. */
+static int run_child(const char *name)
 {
-    void (*const deaths[])(void) = {
-        die_of_null, die_of_read_only, die_of_load, die_of_own_window,
-        die_of_kill,
-    };
+    const struct rlimit none = { 0, 0 };
 
+    setrlimit(RLIMIT_CORE, &none);
+    alarm(CHILD_S); /* it hangs: SIGALRM is not what is wanted */
     for (unsigned i = 0; i < G_N_ELEMENTS(deaths); i++) {
-        int status = in_child(deaths[i]);
-
-        g_assert_true(WIFSIGNALED(status));
-        g_assert_cmpint(WTERMSIG(status), ==, SIGSEGV);
+        if (strcmp(deaths[i].name, name) == 0) {
+            deaths[i].what();
+        }
     }
-    g_assert_cmpint(WEXITSTATUS(in_child(with_other)), ==, 42);
-    g_assert_cmpint(WEXITSTATUS(in_child(with_plain)), ==, 42);
+    return 0;
+}
+
+static void test_not_ours(gconstpointer data)
+{
+    unsigned i = GPOINTER_TO_UINT(data);
+    int status;
+    pid_t pid = fork();
+
+    g_assert_cmpint(pid, >=, 0);
+    if (!pid) {
+        execl("/proc/self/exe", "test-dedup-mprotect", CHILD, deaths[i].name,
+              NULL);
+        _exit(6);
+    }
+    g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
+    if (deaths[i].status == 42) {
+        g_assert_true(WIFEXITED(status));
+        g_assert_cmpint(WEXITSTATUS(status), ==, 42);
+    } else {
+        g_assert_true(WIFSIGNALED(status));
+        g_assert_cmpint(WTERMSIG(status), ==, deaths[i].status);
+    }
 }
 
 /* ---- who has the kernel write ---- */
@@ -478,6 +510,9 @@ static void test_pinned(gconstpointer data)
 
 int main(int argc, char **argv)
 {
+    if (argc == 3 && strcmp(argv[1], CHILD) == 0) {
+        return run_child(argv[2]);
+    }
     g_setenv("DEDUP_TEST_FREEZE", "mprotect", TRUE);
     fx_init(&argc, &argv);
     dedup_mutants_init();
@@ -486,7 +521,12 @@ int main(int argc, char **argv)
                          test_late);
     g_test_add_data_func("/mprotect/late/memfd", GINT_TO_POINTER(FX_MEMFD),
                          test_late);
-    g_test_add_func("/mprotect/not-ours", test_not_ours);
+    for (unsigned i = 0; i < G_N_ELEMENTS(deaths); i++) {
+        g_autofree char *path = g_strdup_printf("/mprotect/not-ours/%s",
+                                                deaths[i].name);
+
+        g_test_add_data_func(path, GUINT_TO_POINTER(i), test_not_ours);
+    }
     g_test_add_func("/mprotect/kernel-writer", test_kernel_writer);
     g_test_add_data_func("/mprotect/pinned/memfd", GINT_TO_POINTER(FX_MEMFD),
                          test_pinned);

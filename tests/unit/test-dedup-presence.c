@@ -10,6 +10,7 @@
 
 #include "engine-fixture.h"
 #include "engine-internal.h"
+#include "space/ledger.h"
 #include "space/presence.h"
 
 #define PAGES 4096
@@ -323,6 +324,21 @@ static void assert_answers(FxRam *ram, const uint32_t *pages, unsigned n,
     }
 }
 
+/* As a window drops a page that is zero, and a restore takes note of it. */
+static void drop(FxRam *ram, uint32_t page)
+{
+    DedupSpace *space = ram->region->space;
+
+    dedup_space_lock(space);
+    g_assert_cmpint(madvise(fx_addr(ram, page), FX_PAGE, ram->fd < 0 ||
+                            ram->kind == FX_PRIVATE ? MADV_DONTNEED
+                                                    : MADV_REMOVE), ==, 0);
+    dedup_ledger_set(ram->region, page, DEDUP_ZERO);
+    dedup_ledger_absent(ram->region, page);
+    dedup_space_unlock(space);
+    fx_shadow_page(ram, page, 0);
+}
+
 /*
  * Others ask for pages of all chunks in turn.  What is known of a chunk is
  * kept, but not if somebody may have discarded something, nor for ever.
@@ -369,6 +385,11 @@ static void test_answered(gconstpointer data)
         assert_answers(ram, there, 1, false);
     }
     assert_answers(ram, there + 1, 3, true);
+
+    /* the scanner dropped it, and its ledger forgets that */
+    drop(ram, there[3]);
+    assert_answers(ram, there + 3, 1, false);
+    assert_answers(ram, there + 1, 2, true);
     fx_engine_free(fe);
     fx_assert_bytes(ram);
     ram->region = NULL;

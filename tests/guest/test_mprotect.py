@@ -12,6 +12,7 @@ given back, and when it is saved to a file.
 # timeout: 1200
 
 import os
+import re
 
 import bareguest
 import dedup
@@ -24,6 +25,13 @@ from host import PAGE
 SHARE = 0.97
 SCANS = 4
 DISK = (8192, 9, 700)           # blocks, seed, distinct
+# As root, and yet without one: no node, and not the capability.
+NO_UFFD = ('unshare', '-m', 'sh', '-c', 'mount --bind /dev/null '
+           '/dev/userfaultfd && exec setpriv --bounding-set=-sys_ptrace "$@"',
+           'sh')
+# Stops after which it is known whether they are long (space/exclusive.c).
+KNOWN = 64
+LONG_NS = 200000
 MPROTECT = {'write-protect': 'mprotect'}
 # Nobody who is not root is granted one, unless the sysctl says so.
 SYSCTL = '/proc/sys/vm/unprivileged_userfaultfd'
@@ -171,6 +179,25 @@ def test_auto():
     tap.note(dedup.summary(vm))
 
 
+def stops(vm):
+    """How long vCPUs were held up each time, in ns, as QEMU's trace says."""
+    with open(vm.path('stderr'), encoding='ascii', errors='replace') as f:
+        return [int(n) for n in re.findall(
+            r'dedup_exclusive (\d+) ns, vCPUs held up: 1', f.read())]
+
+
+def give_back(vm):
+    """Unmerge; a VM that is blocked stays so."""
+    vm.qmp.command('dedup-unmerge', {'id': 'ds0'})
+    event = vm.qmp.wait_event('DEDUP_UNMERGE_COMPLETED', 60)
+    tap.check(event['data']['pages-left'] == 0, str(event))
+
+
+def is_blocked(vm):
+    """Is it, by what is known of stops?"""
+    return dedup.stats(vm)['state'] == 'blocked'
+
+
 def kvm_guest(backing):
     """A vCPU of KVM writes while pages are merged and given back."""
     vm = bareguest.start(backing, dedup=dict(dedup.FULL_SPEED, **MPROTECT))
@@ -193,6 +220,48 @@ def kvm_guest(backing):
     tap.check(vm.qmp.command('query-status')['status'] == 'running',
               'the vCPU met a window')
     tap.check(dedup.stats(vm)['cow-breaks'] > 0, 'no page was ever written')
+    vm.quit()
+
+
+@tap.case
+def test_kvm_auto():
+    """KVM, auto: goes on while vCPUs are held for short; else only paused"""
+    if os.getuid() != 0:
+        tap.skip('not root: cannot hide /dev/userfaultfd')
+    vm = bareguest.start('plain', dedup=dedup.FULL_SPEED, prefix=NO_UFFD,
+                         extra=('-trace', 'dedup_exclusive*'))
+    check_way(vm, 'mprotect')
+    # Each time all is merged and given back vCPUs are stopped.
+    bareguest.command(vm, b'q')
+    while len(stops(vm)) < 2 * KNOWN and not is_blocked(vm):
+        dedup.wait_until(lambda: is_blocked(vm) or
+                         dedup.stats(vm)['pages-merged'] >= 20, 'merging')
+        give_back(vm)
+        dedup.run(vm, True)
+    s = dedup.stats(vm)
+    times = stops(vm)
+    long = sum(n > LONG_NS for n in times)
+    tap.note('%d stops, %d long, state %s' % (len(times), long, s['state']))
+    # A few more than may be: the engine's own clock says a little more.
+    tap.check(s['state'] == 'blocked' or long <= 4 + len(times) // 50,
+              'goes on')
+    tap.check(s['state'] != 'blocked' or long > 0, 'blocked for nothing')
+    if s['state'] == 'blocked':
+        why, = s['blocked-reasons']
+        tap.check(why['reason'] == 'userfaultfd' and
+                  'longer than 200 us' in why['detail'] and
+                  'write-protect=mprotect' in why['detail'], str(why))
+        before = s['pages-merged']
+        vm.stop()
+        dedup.wait_merged(vm, max(before, 1))
+        dedup.wait_state(vm, ['scanning', 'idle'])
+        vm.cont()
+        tap.check(dedup.stats(vm)['state'] == 'blocked', 'not while it runs')
+    # What is merged can be given back all the same.
+    give_back(vm)
+    bareguest.command(vm, b'q')
+    bareguest.wait_round(vm, 2)
+    bareguest.wait_verified(vm)
     vm.quit()
 
 

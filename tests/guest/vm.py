@@ -66,12 +66,13 @@ class VM:
                  dedup=None, group=None, cgroup=None, disk=None, aio='threads',
                  balloon=False, hotplug=False, incoming=None, bios=None,
                  qemu=host.QEMU, env=None, ram_path=None, user=None,
-                 extra=()):
+                 prefix=(), extra=()):
         """@ram in MiB.  @dedup: properties of the dedup-scanner object, None
         for no object.  @disk: a raw file, read only, cache=none.  @bios: boot
         this ROM instead of Linux; its serial port is .serial_port then.
         @env: added to the environment.  @ram_path: where the file of
-        file-shared and file-private is made.  @user: run it as this one."""
+        file-shared and file-private is made.  @user: run it as this one.
+        @prefix: words of a command that runs it."""
         VM.serial += 1
         self.number = VM.serial
         self.name = name
@@ -131,6 +132,7 @@ class VM:
         if incoming:
             args += ['-incoming', incoming]
         self.args = [qemu] + args + list(extra)
+        self.args = list(prefix) + self.args
         if user is not None:
             os.chown(self.dir, user, user)
             self.args = ['setpriv', '--reuid=%d' % user, '--regid=%d' % user,

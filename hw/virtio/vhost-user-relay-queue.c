@@ -1,0 +1,526 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * One virtqueue that is relayed to a vhost-user back end: see
+ * vhost-user-relay-queue.h
+ */
+
+#include "qemu/osdep.h"
+#include <poll.h>
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "qemu/rcu.h"
+#include "qapi/error.h"
+#include "block/aio.h"
+#include "exec/memory.h"
+#include "standard-headers/linux/virtio_ids.h"
+#include "standard-headers/linux/virtio_ring.h"
+#include "vhost-user-relay-queue.h"
+#include "trace.h"
+
+typedef enum Placed {
+    PLACED,
+    PLACE_LATER,              /* the queue's own requests must end first */
+    PLACE_WAITS,              /* there are no pages */
+    PLACE_FAILS,              /* the queue is broken now */
+} Placed;
+
+void vhost_user_relay_pool_init(VhostUserRelayPool *pool)
+{
+    QTAILQ_INIT(&pool->waiters);
+    stat64_init(&pool->requests, 0);
+    stat64_init(&pool->bytes_out, 0);
+    stat64_init(&pool->bytes_in, 0);
+    stat64_init(&pool->waits, 0);
+    stat64_init(&pool->unpopped, 0);
+}
+
+typedef struct Failure {
+    VirtIODevice *vdev;
+    char *message;
+} Failure;
+
+static void fail_bh(void *opaque)
+{
+    Failure *f = opaque;
+
+    virtio_error(f->vdev, "%s", f->message);
+    object_unref(OBJECT(f->vdev));
+    g_free(f->message);
+    g_free(f);
+}
+
+/* The device needs a reset.  Said in the main loop: it interrupts the guest. */
+static void fail(VhostUserRelayQueue *q, const char *what)
+{
+    Failure *f;
+
+    if (q->broken) {
+        return;
+    }
+    q->broken = true;
+    trace_vhost_user_relay_broken(q->vdev, q->index, what);
+    f = g_new0(Failure, 1);
+    f->vdev = VIRTIO_DEVICE(object_ref(OBJECT(q->vdev)));
+    f->message = g_strdup_printf("%s: queue %d: %s", q->vdev->name, q->index,
+                                 what);
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), fail_bh, f);
+}
+
+static Placed too_large(VhostUserRelayQueue *q)
+{
+    fail(q, "a request does not fit into the relay's memory, make relay-size "
+         "larger");
+    return PLACE_FAILS;
+}
+
+static Placed take_pages(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
+                         unsigned pages)
+{
+    VhostUserRelayPool *pool = q->pool;
+
+    if (vhost_user_relay_request_is_filler(r) && q->filler_pages &&
+        q->filler_pages + pages > VHOST_USER_RELAY_FILLER_PAGES) {
+        return PLACE_LATER;
+    }
+    /* Who waits for many must not wait for ever. */
+    if (!QTAILQ_EMPTY(&pool->waiters) && QTAILQ_FIRST(&pool->waiters) != q) {
+        return PLACE_WAITS;
+    }
+    if (!vhost_user_relay_area_alloc(pool->area, pages, &r->page)) {
+        /* Fillers end when it pleases others. */
+        return pool->in_flight ? PLACE_WAITS : too_large(q);
+    }
+    r->pages = pages;
+    return PLACED;
+}
+
+static void give_pages_back(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
+{
+    vhost_user_relay_area_release(q->pool->area, r->page, r->pages);
+    r->pages = 0;
+}
+
+static void offer(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
+                  const VhostUserRelayDesc *descs, unsigned n)
+{
+    uint16_t head;
+    bool ok;
+
+    ok = vhost_user_relay_ring_add(&q->ring, descs, n, &head);
+    assert(ok);
+    q->by_head[head] = r;
+    QTAILQ_INSERT_TAIL(&q->requests, r, next);
+    if (vhost_user_relay_request_is_filler(r)) {
+        q->filler_pages += r->pages;
+    } else {
+        q->pool->in_flight++;
+    }
+    stat64_add(&q->pool->bytes_out, r->out_bytes);
+    trace_vhost_user_relay_offer(q->vdev, q->index, r->elem.index, head,
+                                 r->out_bytes, r->in_bytes, n);
+}
+
+/* Give a popped request its place, and show it to the back end. */
+static Placed place(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
+{
+    VhostUserRelayLayout layout;
+    uint64_t pages = vhost_user_relay_request_lay_out(r, &layout, q->indirect);
+    unsigned n = q->indirect ? 1 : layout.n;
+    Placed placed;
+
+    if (n > q->ring.num ||
+        pages > vhost_user_relay_area_size(q->pool->area) /
+                VHOST_USER_RELAY_PAGE) {
+        return too_large(q);
+    }
+    if (n > q->ring.n_free) {
+        return PLACE_LATER;
+    }
+    placed = take_pages(q, r, pages);
+    if (placed != PLACED) {
+        return placed;
+    }
+    if (!vhost_user_relay_request_fill(r, q->pool->area, q->vdev->dma_as,
+                                       &layout, q->indirect, q->prefill)) {
+        give_pages_back(q, r);
+        fail(q, "a request's buffers cannot be read");
+        return PLACE_FAILS;
+    }
+    offer(q, r, layout.descs, layout.n);
+    return PLACED;
+}
+
+static void stop_waiting(VhostUserRelayQueue *q)
+{
+    if (q->waits) {
+        QTAILQ_REMOVE(&q->pool->waiters, q, next_waiter);
+        q->waits = false;
+    }
+}
+
+/* Place the held request.  False if it has to be held on. */
+static bool place_held(VhostUserRelayQueue *q)
+{
+    Placed placed = place(q, q->held);
+
+    if (placed == PLACE_WAITS) {
+        if (!q->waits) {
+            q->waits = true;
+            QTAILQ_INSERT_TAIL(&q->pool->waiters, q, next_waiter);
+            stat64_add(&q->pool->waits, 1);
+            trace_vhost_user_relay_wait(q->vdev, q->index);
+        }
+        return false;
+    }
+    stop_waiting(q);
+    if (placed == PLACED) {
+        q->held = NULL;
+    }
+    return placed == PLACED;
+}
+
+static VhostUserRelayRequest *pop(VhostUserRelayQueue *q)
+{
+    return vhost_user_relay_request_pop(q->vq, q->vdev->dma_as);
+}
+
+static void kick(VhostUserRelayQueue *q)
+{
+    if (vhost_user_relay_ring_kick(&q->ring)) {
+        event_notifier_set(&q->kick);
+    }
+}
+
+bool vhost_user_relay_queue_can_pop(VhostUserRelayQueue *q)
+{
+    return q->enabled && !q->broken && !q->held && !virtio_queue_empty(q->vq);
+}
+
+void vhost_user_relay_queue_pop(VhostUserRelayQueue *q)
+{
+    unsigned budget = q->ring.num;
+
+    if (!q->enabled || q->broken) {
+        return;
+    }
+    RCU_READ_LOCK_GUARD();
+    do {
+        if (q->held && !place_held(q)) {
+            break;
+        }
+        virtio_queue_set_notification(q->vq, 0);
+        while (budget && (q->held = pop(q)) && place_held(q)) {
+            budget--;
+        }
+        if (q->held) {
+            break;
+        }
+        virtio_queue_set_notification(q->vq, 1);
+    } while (budget && !virtio_queue_empty(q->vq));
+    kick(q);
+    if (!budget) {
+        /* Others have a right to the thread, too. */
+        event_notifier_set(virtio_queue_get_host_notifier(q->vq));
+    }
+}
+
+/* Pages have become free: those who wait for some come first. */
+static void serve_waiters(VhostUserRelayPool *pool)
+{
+    VhostUserRelayQueue *q;
+
+    while ((q = QTAILQ_FIRST(&pool->waiters)) && place_held(q)) {
+        vhost_user_relay_queue_pop(q);
+    }
+}
+
+static void notify_guest(VhostUserRelayQueue *q)
+{
+    int fd = qatomic_read(&q->guest_call);
+    uint64_t one = 1;
+    ssize_t n;
+
+    if (fd == event_notifier_get_wfd(virtio_queue_get_guest_notifier(q->vq))) {
+        virtio_notify_irqfd(q->vdev, q->vq);
+    } else if (fd >= 0) {
+        /* Masked: whoever unmasks it looks there.  Full means set. */
+        n = write(fd, &one, sizeof(one));
+        assert(n == sizeof(one) || errno == EAGAIN);
+    }
+}
+
+/* It is not in flight any more, and its pages are free. */
+static void forget(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
+{
+    QTAILQ_REMOVE(&q->requests, r, next);
+    if (vhost_user_relay_request_is_filler(r)) {
+        q->filler_pages -= r->pages;
+    } else {
+        q->pool->in_flight--;
+    }
+}
+
+static void push_one(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
+                     unsigned n)
+{
+    uint64_t bytes = q->prefill ? r->in_bytes : r->len;
+
+    vhost_user_relay_request_copy_back(r, q->vdev->dma_as, bytes);
+    stat64_add(&q->pool->requests, 1);
+    stat64_add(&q->pool->bytes_in, bytes);
+    trace_vhost_user_relay_push(q->vdev, q->index, r->elem.index, r->len);
+    virtqueue_fill(q->vq, &r->elem, r->len, n);
+    forget(q, r);
+    give_pages_back(q, r);
+    g_free(r);
+}
+
+static uint32_t clamp_len(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
+                          uint32_t len)
+{
+    if (len <= r->in_bytes) {
+        return len;
+    }
+    if (!q->pool->clamped) {
+        q->pool->clamped = true;
+        warn_report("%s: queue %d: the vhost-user back end says that it wrote "
+                    "%" PRIu32 " bytes where there is room for %" PRIu64
+                    "; lengths are cut", q->vdev->name, q->index, len,
+                    r->in_bytes);
+    }
+    return r->in_bytes;
+}
+
+/* Fill in what is done; how many. */
+static unsigned push_some(VhostUserRelayQueue *q)
+{
+    VhostUserRelayRequest *r;
+    VhostUserRelayTaken taken;
+    const char *error = NULL;
+    unsigned n = 0;
+    uint16_t head;
+    uint32_t len;
+
+    while ((taken = vhost_user_relay_ring_take(&q->ring, &head, &len,
+                                               &error)) ==
+           VHOST_USER_RELAY_TAKEN) {
+        r = q->by_head[head];
+        r->len = clamp_len(q, r, len);
+        r->done = true;
+        if (!q->ordered) {
+            push_one(q, r, n++);
+            continue;
+        }
+        while ((r = QTAILQ_FIRST(&q->requests)) && r->done) {
+            push_one(q, r, n++);
+        }
+    }
+    if (taken == VHOST_USER_RELAY_BAD) {
+        g_autofree char *what =
+            g_strdup_printf("the vhost-user back end %s", error);
+
+        fail(q, what);
+    }
+    return n;
+}
+
+bool vhost_user_relay_queue_can_push(VhostUserRelayQueue *q)
+{
+    return !q->broken && vhost_user_relay_ring_pending(&q->ring);
+}
+
+/* All that is used by now.  True if there was something. */
+static bool push(VhostUserRelayQueue *q)
+{
+    unsigned n;
+    bool any = false;
+
+    RCU_READ_LOCK_GUARD();
+    vhost_user_relay_ring_set_call(&q->ring, false);
+    do {
+        n = push_some(q);
+        if (n) {
+            virtqueue_flush(q->vq, n);
+            any = true;
+        }
+        vhost_user_relay_ring_set_call(&q->ring, true);
+    } while (vhost_user_relay_queue_can_push(q));
+    if (any) {
+        notify_guest(q);
+    }
+    return any;
+}
+
+void vhost_user_relay_queue_push(VhostUserRelayQueue *q)
+{
+    if (q->broken || !push(q)) {
+        return;
+    }
+    serve_waiters(q->pool);
+    if (q->held && !q->waits) {
+        vhost_user_relay_queue_pop(q);
+    }
+}
+
+void vhost_user_relay_queue_set_call(VhostUserRelayQueue *q, int fd)
+{
+    qatomic_set(&q->guest_call, fd);
+}
+
+/* Back ends that may tell less than they have written: those of disks. */
+static bool needs_prefill(VirtIODevice *vdev)
+{
+    return vdev->device_id == VIRTIO_ID_BLOCK ||
+           vdev->device_id == VIRTIO_ID_SCSI;
+}
+
+bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
+                                  uint64_t features, Error **errp)
+{
+    q->ring_pages = DIV_ROUND_UP(vhost_user_relay_ring_bytes(num),
+                                 VHOST_USER_RELAY_PAGE);
+    if (!vhost_user_relay_area_alloc(q->pool->area, q->ring_pages,
+                                     &q->ring_page)) {
+        error_setg(errp, "%s: queue %d: no room for its ring: make relay-size "
+                   "larger", q->vdev->name, q->index);
+        return false;
+    }
+    vhost_user_relay_ring_init(&q->ring,
+                               vhost_user_relay_area_ptr(q->pool->area,
+                                                         q->ring_page),
+                               num, virtio_has_feature(features,
+                                                   VIRTIO_RING_F_EVENT_IDX));
+    q->indirect = virtio_has_feature(features, VIRTIO_RING_F_INDIRECT_DESC);
+    q->prefill = needs_prefill(q->vdev);
+    q->ordered = virtio_vdev_has_feature(q->vdev, VIRTIO_F_RING_PACKED) ||
+                 virtio_vdev_has_feature(q->vdev, VIRTIO_F_IN_ORDER);
+    q->enabled = q->broken = q->waits = false;
+    q->held = NULL;
+    q->filler_pages = 0;
+    QTAILQ_INIT(&q->requests);
+    q->by_head = g_new0(VhostUserRelayRequest *, num);
+    trace_vhost_user_relay_start(q->vdev, q->index, num, features);
+    return true;
+}
+
+/*
+ * Some back ends say that they have stopped when they have not (Debian 12's
+ * storage daemon).  How many they have begun with they do say.
+ */
+static void wait_late(VhostUserRelayQueue *q, uint16_t taken)
+{
+    int64_t deadline = g_get_monotonic_time() +
+                       VHOST_USER_RELAY_LATE_MS * 1000;
+    struct pollfd p = {
+        .fd = event_notifier_get_fd(&q->call),
+        .events = POLLIN,
+    };
+    int64_t left;
+
+    while (!q->broken && (int16_t)(taken - q->ring.used_idx) > 0 &&
+           !QTAILQ_EMPTY(&q->requests) &&
+           !vhost_user_relay_request_is_filler(QTAILQ_FIRST(&q->requests))) {
+        left = (deadline - g_get_monotonic_time()) / 1000;
+        if (left <= 0) {
+            trace_vhost_user_relay_late(q->vdev, q->index);
+            break;
+        }
+        if (poll(&p, 1, left) > 0) {
+            event_notifier_test_and_clear(&q->call);
+        }
+        push(q);
+    }
+}
+
+/*
+ * The guest's ring as if these had not been popped.  Those that came after
+ * them may be done, so their heads are written in a row again, where the
+ * guest put the last ones that were popped: it does not look there, and does
+ * not come there before they are done.
+ */
+static void unpop(VhostUserRelayQueue *q)
+{
+    AddressSpace *as = q->vdev->dma_as;
+    unsigned num = virtio_queue_get_num(q->vdev, q->index);
+    hwaddr ring = virtio_queue_get_avail_addr(q->vdev, q->index) +
+                  offsetof(struct vring_avail, ring);
+    VhostUserRelayRequest *r;
+    unsigned n = 0;
+    uint16_t idx;
+
+    QTAILQ_FOREACH(r, &q->requests, next) {
+        n += r->elem.ndescs;
+    }
+    if (!n || !virtqueue_rewind(q->vq, n)) {
+        return;
+    }
+    stat64_add(&q->pool->unpopped, n);
+    if (q->ordered) {
+        /* None that came after was pushed. */
+        return;
+    }
+    idx = virtio_queue_get_last_avail_idx(q->vdev, q->index);
+    QTAILQ_FOREACH(r, &q->requests, next) {
+        hwaddr slot = ring + (idx++ % num) * sizeof(uint16_t);
+        MemTxResult res;
+
+        if (address_space_lduw_le(as, slot, MEMTXATTRS_UNSPECIFIED, NULL) !=
+            r->elem.index) {
+            address_space_stw_le(as, slot, r->elem.index,
+                                 MEMTXATTRS_UNSPECIFIED, &res);
+            if (res != MEMTX_OK) {
+                fail(q, "requests in flight cannot be put back");
+                return;
+            }
+        }
+    }
+}
+
+void vhost_user_relay_queue_stop(VhostUserRelayQueue *q, int taken)
+{
+    VhostUserRelayRequest *r;
+    bool late = false;
+
+    q->enabled = false;
+    if (!q->broken) {
+        push(q);
+        if (taken >= 0) {
+            wait_late(q, taken);
+        }
+    }
+    stop_waiting(q);
+    if (q->held) {
+        /* The last one that was popped; it has no pages. */
+        QTAILQ_INSERT_TAIL(&q->requests, q->held, next);
+    }
+    unpop(q);
+    trace_vhost_user_relay_stop(q->vdev, q->index, taken, q->ring.used_idx);
+    while ((r = QTAILQ_FIRST(&q->requests))) {
+        if (r == q->held) {
+            QTAILQ_REMOVE(&q->requests, r, next);
+            q->held = NULL;
+            g_free(r);
+            continue;
+        }
+        forget(q, r);
+        if (taken < 0 || (int16_t)(taken - q->ring.used_idx) > 0 ||
+            q->broken) {
+            /* It may still be written to.  Nobody can tell which they are. */
+            q->pool->quarantined += r->pages;
+            late = true;
+        } else {
+            give_pages_back(q, r);
+        }
+        g_free(r);
+    }
+    if (late) {
+        q->pool->quarantined += q->ring_pages;
+    } else {
+        vhost_user_relay_area_release(q->pool->area, q->ring_page,
+                                      q->ring_pages);
+    }
+    vhost_user_relay_ring_destroy(&q->ring);
+    g_clear_pointer(&q->by_head, g_free);
+    serve_waiters(q->pool);
+}

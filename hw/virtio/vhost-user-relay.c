@@ -1,0 +1,589 @@
+/*
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * vhost-user without shared memory: a connection's area, queues and thread;
+ * see hw/virtio/vhost-user-relay.h
+ *
+ * Who owns what: the relay has the area and the queues; a queue
+ * (vhost-user-relay-queue.h) is run by the thread of the relay's AioContext
+ * from attach() to detach(), and nobody else touches it meanwhile.  The BQL is
+ * held by whoever calls in here, and not needed by that thread.
+ *
+ *   started   the back end has the ring, its kick and call
+ *   wanted    SET_VRING_ENABLE says so; comes before or after the start
+ *   running   both: requests are taken from the guest
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qapi/qapi-commands-vhost-user-relay.h"
+#include "block/aio-wait.h"
+#include "qemu/host-utils.h"
+#include "qemu/main-loop.h"
+#include "qemu/timer.h"
+#include "qemu/units.h"
+#include "hw/virtio/vhost.h"
+#include "hw/virtio/vhost-user.h"
+#include "hw/virtio/vhost-user-relay.h"
+#include "standard-headers/linux/vhost_types.h"
+#include "vhost-user-relay-queue.h"
+#include "trace.h"
+
+/* Memory that is reserved by address only, until it is used. */
+#define DEFAULT_SIZE (64 * MiB)
+
+#define SHRINK_MS 1000
+
+/* Between the guest and us alone. */
+#define NOT_FOR_BACKEND \
+    (1ULL << VIRTIO_F_RING_PACKED | 1ULL << VIRTIO_F_IOMMU_PLATFORM | \
+     1ULL << VIRTIO_F_IN_ORDER | 1ULL << VIRTIO_F_NOTIFICATION_DATA | \
+     1ULL << VIRTIO_F_NOTIFY_ON_EMPTY | 1ULL << VHOST_F_LOG_ALL)
+
+/* Our virtqueues have it, whatever the back end has. */
+#define FOR_GUEST \
+    (1ULL << VIRTIO_F_RING_PACKED | 1ULL << VIRTIO_F_IOMMU_PLATFORM | \
+     1ULL << VIRTIO_F_IN_ORDER | 1ULL << VIRTIO_RING_F_EVENT_IDX | \
+     1ULL << VHOST_F_LOG_ALL)
+
+/* What speaks of guest RAM, or of rings in it. */
+#define NOT_IN_PROTOCOL \
+    (1ULL << VHOST_USER_PROTOCOL_F_LOG_SHMFD | \
+     1ULL << VHOST_USER_PROTOCOL_F_PAGEFAULT | \
+     1ULL << VHOST_USER_PROTOCOL_F_HOST_NOTIFIER | \
+     1ULL << VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD | \
+     1ULL << VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+
+typedef struct RelayQueue {
+    VhostUserRelayQueue q;
+    VhostUserRelay *relay;
+    unsigned num;
+    bool started;
+    bool wanted;
+    bool call_sent;
+} RelayQueue;
+
+struct VhostUserRelay {
+    char *chardev;
+    IOThread *iothread;
+    AioContext *ctx;
+    uint64_t size;
+    VhostUserRelayPool pool;
+    uint64_t features;        /* as the back end offers them */
+    struct vhost_dev *owner;  /* whose connection it is; NULL: there is none */
+    bool table_sent;
+    unsigned n_started;
+    GPtrArray *queues;        /* of RelayQueue, by index; NULL: not seen yet */
+    QEMUTimer *timer;         /* of the relay's thread; shrinks the area */
+    QLIST_ENTRY(VhostUserRelay) next;
+};
+
+static QLIST_HEAD(, VhostUserRelay) relays = QLIST_HEAD_INITIALIZER(relays);
+
+static bool is_wanted(const VhostUserRelayConf *conf)
+{
+    bool ambiguous = false;
+
+    if (conf->mode != ON_OFF_AUTO_AUTO) {
+        return conf->mode == ON_OFF_AUTO_ON;
+    }
+    return object_resolve_path_type("", "dedup-scanner", &ambiguous) ||
+           ambiguous;
+}
+
+bool vhost_user_relay_new(VhostUserRelay **relay,
+                          const VhostUserRelayConf *conf, const char *chardev,
+                          Error **errp)
+{
+    size_t page = MAX(qemu_real_host_page_size(), VHOST_USER_RELAY_PAGE);
+    VhostUserRelay *new;
+
+    *relay = NULL;
+    if (conf->mode == ON_OFF_AUTO_OFF &&
+        (conf->iothread || conf->size)) {
+        error_setg(errp, "%s needs relay=on",
+                   conf->iothread ? "iothread" : "relay-size");
+        return false;
+    }
+    if (!is_wanted(conf)) {
+        return true;
+    }
+    if (conf->size && (conf->size < VHOST_USER_RELAY_SIZE_MIN ||
+                       conf->size > VHOST_USER_RELAY_SIZE_MAX ||
+                       conf->size % page)) {
+        error_setg(errp, "relay-size must be a multiple of %zu from %llu to "
+                   "%llu bytes", page, VHOST_USER_RELAY_SIZE_MIN,
+                   VHOST_USER_RELAY_SIZE_MAX);
+        return false;
+    }
+    new = g_new0(VhostUserRelay, 1);
+    new->chardev = g_strdup(chardev);
+    new->size = conf->size ?: DEFAULT_SIZE;
+    new->iothread = conf->iothread;
+    if (new->iothread) {
+        object_ref(OBJECT(new->iothread));
+        new->ctx = iothread_get_aio_context(new->iothread);
+    } else {
+        /* Not within drains: what else touches guest RAM then is over. */
+        new->ctx = iohandler_get_aio_context();
+    }
+    new->queues = g_ptr_array_new();
+    vhost_user_relay_pool_init(&new->pool);
+    QLIST_INSERT_HEAD(&relays, new, next);
+    *relay = new;
+    return true;
+}
+
+/* Have the relay's thread do it, and wait. */
+static void in_thread(VhostUserRelay *relay, QEMUBHFunc *fn, void *opaque)
+{
+    assert(bql_locked());
+    if (relay->iothread) {
+        aio_wait_bh_oneshot(relay->ctx, fn, opaque);
+    } else {
+        fn(opaque);
+    }
+}
+
+static RelayQueue *find_queue(VhostUserRelay *relay, int index)
+{
+    return index < relay->queues->len ?
+           g_ptr_array_index(relay->queues, index) : NULL;
+}
+
+static RelayQueue *get_queue(VhostUserRelay *relay, int index)
+{
+    RelayQueue *rq = find_queue(relay, index);
+
+    if (rq) {
+        return rq;
+    }
+    rq = g_new0(RelayQueue, 1);
+    if (event_notifier_init(&rq->q.kick, 0) < 0) {
+        g_free(rq);
+        return NULL;
+    }
+    if (event_notifier_init(&rq->q.call, 0) < 0) {
+        event_notifier_cleanup(&rq->q.kick);
+        g_free(rq);
+        return NULL;
+    }
+    rq->relay = relay;
+    rq->q.pool = &relay->pool;
+    rq->q.index = index;
+    rq->q.guest_call = -1;
+    if (index >= relay->queues->len) {
+        g_ptr_array_set_size(relay->queues, index + 1);
+    }
+    g_ptr_array_index(relay->queues, index) = rq;
+    return rq;
+}
+
+/* Handlers of the relay's thread. */
+
+static void shrink(void *opaque)
+{
+    VhostUserRelay *relay = opaque;
+    bool more = vhost_user_relay_area_shrink(relay->pool.area);
+
+    trace_vhost_user_relay_shrink(
+        relay->chardev, vhost_user_relay_area_held(relay->pool.area));
+    if (more) {
+        timer_mod(relay->timer,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + SHRINK_MS);
+    }
+}
+
+static void watch_size(VhostUserRelay *relay)
+{
+    if (!timer_pending(relay->timer) &&
+        vhost_user_relay_area_held(relay->pool.area) >
+        VHOST_USER_RELAY_IDLE_PAGES * VHOST_USER_RELAY_PAGE) {
+        timer_mod(relay->timer,
+                  qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + SHRINK_MS);
+    }
+}
+
+static void guest_kick_ready(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    vhost_user_relay_queue_pop(&rq->q);
+    watch_size(rq->relay);
+}
+
+static void guest_kick_read(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    event_notifier_test_and_clear(virtio_queue_get_host_notifier(rq->q.vq));
+    guest_kick_ready(rq);
+}
+
+static bool guest_kick_poll(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    return vhost_user_relay_queue_can_pop(&rq->q);
+}
+
+static void backend_call_ready(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    vhost_user_relay_queue_push(&rq->q);
+    watch_size(rq->relay);
+}
+
+static void backend_call_read(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    event_notifier_test_and_clear(&rq->q.call);
+    backend_call_ready(rq);
+}
+
+static bool backend_call_poll(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    return vhost_user_relay_queue_can_push(&rq->q);
+}
+
+static void set_handlers(RelayQueue *rq, bool on)
+{
+    AioContext *ctx = rq->relay->ctx;
+    EventNotifier *kick = virtio_queue_get_host_notifier(rq->q.vq);
+
+    aio_set_fd_handler(ctx, event_notifier_get_fd(kick),
+                       on ? guest_kick_read : NULL, NULL,
+                       on ? guest_kick_poll : NULL,
+                       on ? guest_kick_ready : NULL, rq);
+    aio_set_fd_handler(ctx, event_notifier_get_fd(&rq->q.call),
+                       on ? backend_call_read : NULL, NULL,
+                       on ? backend_call_poll : NULL,
+                       on ? backend_call_ready : NULL, rq);
+}
+
+static void attach(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    if (!rq->q.enabled) {
+        rq->q.enabled = true;
+        set_handlers(rq, true);
+        guest_kick_ready(rq);
+    }
+}
+
+/* What is in flight still comes back. */
+static void suspend(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    rq->q.enabled = false;
+}
+
+typedef struct Stop {
+    RelayQueue *rq;
+    int taken;
+} Stop;
+
+static void detach(void *opaque)
+{
+    Stop *s = opaque;
+
+    set_handlers(s->rq, false);
+    vhost_user_relay_queue_stop(&s->rq->q, s->taken);
+}
+
+static void free_timer(void *opaque)
+{
+    VhostUserRelay *relay = opaque;
+
+    g_clear_pointer(&relay->timer, timer_free);
+}
+
+/* Calls from vhost-user.c */
+
+unsigned vhost_user_relay_stop(VhostUserRelay *relay, struct vhost_dev *dev,
+                               int index, int taken)
+{
+    RelayQueue *rq = find_queue(relay, index);
+
+    if (rq && rq->started) {
+        Stop s = { .rq = rq, .taken = taken };
+
+        rq->started = false;
+        rq->call_sent = false;
+        relay->n_started--;
+        in_thread(relay, detach, &s);
+    }
+    return virtio_queue_get_last_avail_idx(dev->vdev, index);
+}
+
+static void drop_area(VhostUserRelay *relay)
+{
+    RelayQueue *rq;
+
+    for (int i = 0; i < relay->queues->len; i++) {
+        rq = find_queue(relay, i);
+        if (rq && rq->started) {
+            Stop s = { .rq = rq, .taken = -1 };
+
+            rq->started = false;
+            in_thread(relay, detach, &s);
+        }
+        if (rq) {
+            rq->wanted = rq->call_sent = false;
+            rq->q.guest_call = -1;
+        }
+    }
+    relay->n_started = 0;
+    if (relay->timer) {
+        in_thread(relay, free_timer, relay);
+    }
+    g_clear_pointer(&relay->pool.area, vhost_user_relay_area_free);
+    relay->pool.quarantined = 0;
+    relay->table_sent = false;
+}
+
+static bool make_area(VhostUserRelay *relay, Error **errp)
+{
+    AioContext *ctx = relay->iothread ? relay->ctx : qemu_get_aio_context();
+
+    relay->pool.area = vhost_user_relay_area_new(relay->size, errp);
+    if (!relay->pool.area) {
+        error_prepend(errp, "relay of chardev '%s': ", relay->chardev);
+        return false;
+    }
+    relay->timer = aio_timer_new(ctx, QEMU_CLOCK_REALTIME, SCALE_MS, shrink,
+                                 relay);
+    return true;
+}
+
+bool vhost_user_relay_connect(VhostUserRelay *relay, struct vhost_dev *dev,
+                              Error **errp)
+{
+    ERRP_GUARD();
+
+    drop_area(relay);
+    relay->owner = dev;
+    return make_area(relay, errp);
+}
+
+void vhost_user_relay_disconnect(VhostUserRelay *relay, struct vhost_dev *dev)
+{
+    if (relay->owner == dev) {
+        drop_area(relay);
+        relay->owner = NULL;
+    }
+}
+
+void vhost_user_relay_free(VhostUserRelay *relay)
+{
+    RelayQueue *rq;
+
+    if (!relay) {
+        return;
+    }
+    drop_area(relay);
+    for (int i = 0; i < relay->queues->len; i++) {
+        rq = find_queue(relay, i);
+        if (rq) {
+            event_notifier_cleanup(&rq->q.kick);
+            event_notifier_cleanup(&rq->q.call);
+            g_free(rq);
+        }
+    }
+    g_ptr_array_free(relay->queues, true);
+    if (relay->iothread) {
+        object_unref(OBJECT(relay->iothread));
+    }
+    QLIST_REMOVE(relay, next);
+    g_free(relay->chardev);
+    g_free(relay);
+}
+
+uint64_t vhost_user_relay_guest_features(VhostUserRelay *relay,
+                                         uint64_t features)
+{
+    relay->features = features;
+    return (features | FOR_GUEST) & ~(1ULL << VIRTIO_F_NOTIFICATION_DATA);
+}
+
+uint64_t vhost_user_relay_backend_features(VhostUserRelay *relay,
+                                           uint64_t features)
+{
+    return features & relay->features & ~NOT_FOR_BACKEND;
+}
+
+uint64_t vhost_user_relay_protocol_features(uint64_t features)
+{
+    return features & ~NOT_IN_PROTOCOL;
+}
+
+uint64_t vhost_user_relay_device_features(uint64_t features,
+                                          uint64_t requested)
+{
+    return features & (~FOR_GUEST | requested);
+}
+
+bool vhost_user_relay_table(VhostUserRelay *relay, struct vhost_dev *dev,
+                            uint64_t *gpa, uint64_t *size, int *fd)
+{
+    if (dev->vq_index == 0 && !relay->n_started &&
+        relay->pool.quarantined * VHOST_USER_RELAY_PAGE > relay->size / 4) {
+        Error *err = NULL;
+
+        /* Much that a back end may still write to: it gets another area. */
+        drop_area(relay);
+        if (!make_area(relay, &err)) {
+            error_report_err(err);
+        }
+    }
+    if (relay->table_sent || !relay->pool.area) {
+        return false;
+    }
+    *gpa = VHOST_USER_RELAY_GPA;
+    *size = vhost_user_relay_area_size(relay->pool.area);
+    *fd = vhost_user_relay_area_fd(relay->pool.area);
+    return true;
+}
+
+void vhost_user_relay_table_sent(VhostUserRelay *relay, bool sent)
+{
+    relay->table_sent = sent;
+}
+
+int vhost_user_relay_set_num(VhostUserRelay *relay, struct vhost_dev *dev,
+                             int index, unsigned *num)
+{
+    RelayQueue *rq = get_queue(relay, index);
+
+    if (!rq) {
+        return -EMFILE;
+    }
+    if (virtio_is_big_endian(dev->vdev)) {
+        error_report("%s: a big-endian guest cannot be relayed",
+                     dev->vdev->name);
+        return -ENOTSUP;
+    }
+    rq->num = *num = pow2ceil(*num);
+    return 0;
+}
+
+int vhost_user_relay_set_addr(VhostUserRelay *relay, struct vhost_dev *dev,
+                              struct vhost_vring_addr *addr)
+{
+    RelayQueue *rq = find_queue(relay, addr->index);
+    uint64_t ring;
+    Error *err = NULL;
+
+    if (!rq || rq->started || !relay->pool.area) {
+        return -EINVAL;
+    }
+    rq->q.vdev = dev->vdev;
+    rq->q.vq = virtio_get_queue(dev->vdev, addr->index);
+    if (!vhost_user_relay_queue_start(
+            &rq->q, rq->num,
+            vhost_user_relay_backend_features(relay, dev->acked_features),
+            &err)) {
+        error_report_err(err);
+        return -ENOMEM;
+    }
+    rq->started = true;
+    relay->n_started++;
+    ring = vhost_user_relay_area_gpa(rq->q.ring_page);
+    addr->flags = 0;
+    addr->log_guest_addr = 0;
+    addr->desc_user_addr = ring;
+    addr->avail_user_addr = ring + vhost_user_relay_ring_avail_offset(rq->num);
+    addr->used_user_addr = ring + vhost_user_relay_ring_used_offset(rq->num);
+    return 0;
+}
+
+static void update_running(RelayQueue *rq)
+{
+    if (rq->started) {
+        in_thread(rq->relay, rq->wanted ? attach : suspend, rq);
+    }
+}
+
+int vhost_user_relay_kick(VhostUserRelay *relay, int index)
+{
+    RelayQueue *rq = find_queue(relay, index);
+
+    return rq && rq->started ? event_notifier_get_fd(&rq->q.kick) : -1;
+}
+
+void vhost_user_relay_started(VhostUserRelay *relay, int index)
+{
+    RelayQueue *rq = find_queue(relay, index);
+
+    if (rq) {
+        update_running(rq);
+    }
+}
+
+int vhost_user_relay_set_call(VhostUserRelay *relay, int index, int fd)
+{
+    RelayQueue *rq = get_queue(relay, index);
+
+    if (!rq) {
+        return -1;
+    }
+    vhost_user_relay_queue_set_call(&rq->q, fd);
+    if (rq->call_sent) {
+        return -1;
+    }
+    rq->call_sent = true;
+    return event_notifier_get_wfd(&rq->q.call);
+}
+
+void vhost_user_relay_set_enable(VhostUserRelay *relay, int index,
+                                 bool enable)
+{
+    RelayQueue *rq = get_queue(relay, index);
+
+    if (rq) {
+        rq->wanted = enable;
+        update_running(rq);
+    }
+}
+
+static void add_figures(VhostUserRelayInfo *info, VhostUserRelay *relay)
+{
+    const VhostUserRelayPool *pool = &relay->pool;
+    RelayQueue *rq;
+
+    info->chardev = g_strdup(relay->chardev);
+    if (relay->iothread) {
+        info->iothread = iothread_get_id(relay->iothread);
+    }
+    info->size = relay->size;
+    info->held = pool->area ? vhost_user_relay_area_held(pool->area) : 0;
+    info->requests = stat64_get(&pool->requests);
+    info->bytes_out = stat64_get(&pool->bytes_out);
+    info->bytes_in = stat64_get(&pool->bytes_in);
+    info->waits = stat64_get(&pool->waits);
+    info->unpopped = stat64_get(&pool->unpopped);
+    for (int i = 0; i < relay->queues->len; i++) {
+        rq = find_queue(relay, i);
+        info->broken = info->broken || (rq && rq->started && rq->q.broken);
+    }
+}
+
+VhostUserRelayInfoList *qmp_query_vhost_user_relays(Error **errp)
+{
+    VhostUserRelayInfoList *list = NULL;
+    VhostUserRelay *relay;
+
+    QLIST_FOREACH(relay, &relays, next) {
+        VhostUserRelayInfo *info = g_new0(VhostUserRelayInfo, 1);
+
+        add_figures(info, relay);
+        QAPI_LIST_PREPEND(list, info);
+    }
+    return list;
+}

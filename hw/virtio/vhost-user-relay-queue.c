@@ -395,6 +395,7 @@ bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
     q->prefill = needs_prefill(q->vdev);
     q->ordered = virtio_vdev_has_feature(q->vdev, VIRTIO_F_RING_PACKED) ||
                  virtio_vdev_has_feature(q->vdev, VIRTIO_F_IN_ORDER);
+    q->pool->hangs = false;
     q->enabled = q->broken = q->waits = false;
     q->held = NULL;
     q->filler_pages = 0;
@@ -404,31 +405,28 @@ bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
     return true;
 }
 
-/*
- * Some back ends say that they have stopped when they have not (Debian 12's
- * storage daemon).  How many they have begun with they do say.
- */
-static void wait_late(VhostUserRelayQueue *q, uint16_t taken)
+void vhost_user_relay_queue_drain(VhostUserRelayQueue *q)
 {
-    int64_t deadline = g_get_monotonic_time() +
-                       VHOST_USER_RELAY_LATE_MS * 1000;
+    int64_t end = g_get_monotonic_time() + VHOST_USER_RELAY_DRAIN_MS * 1000;
     struct pollfd p = {
         .fd = event_notifier_get_fd(&q->call),
         .events = POLLIN,
     };
-    int64_t left;
 
-    while (!q->broken && (int16_t)(taken - q->ring.used_idx) > 0 &&
-           !QTAILQ_EMPTY(&q->requests) &&
+    q->enabled = false;
+    if (q->broken) {
+        return;
+    }
+    push(q);
+    while (!q->broken && !q->pool->hangs && !QTAILQ_EMPTY(&q->requests) &&
            !vhost_user_relay_request_is_filler(QTAILQ_FIRST(&q->requests))) {
-        left = (deadline - g_get_monotonic_time()) / 1000;
-        if (left <= 0) {
-            trace_vhost_user_relay_late(q->vdev, q->index);
+        if (g_get_monotonic_time() > end ||
+            poll(&p, 1, VHOST_USER_RELAY_HANG_MS) <= 0) {
+            q->pool->hangs = true;
+            trace_vhost_user_relay_hangs(q->vdev, q->index);
             break;
         }
-        if (poll(&p, 1, left) > 0) {
-            event_notifier_test_and_clear(&q->call);
-        }
+        event_notifier_test_and_clear(&q->call);
         push(q);
     }
 }
@@ -485,9 +483,6 @@ void vhost_user_relay_queue_stop(VhostUserRelayQueue *q, int taken)
     q->enabled = false;
     if (!q->broken) {
         push(q);
-        if (taken >= 0) {
-            wait_late(q, taken);
-        }
     }
     stop_waiting(q);
     if (q->held) {

@@ -30,8 +30,10 @@
 /* Fillers of one queue take no more than this: 512 KiB of buffers. */
 #define VHOST_USER_RELAY_FILLER_PAGES 128u
 
-/* So long a queue that is stopped waits for what the back end has taken. */
-#define VHOST_USER_RELAY_LATE_MS 1000
+/* A back end that does nothing for so long while it is drained hangs. */
+#define VHOST_USER_RELAY_HANG_MS 1000
+/* And so long a drain lasts at most. */
+#define VHOST_USER_RELAY_DRAIN_MS 10000
 
 typedef struct VhostUserRelayQueue VhostUserRelayQueue;
 
@@ -49,6 +51,7 @@ typedef struct VhostUserRelayPool {
     Stat64 waits;
     Stat64 unpopped;
     bool clamped;             /* that was said already */
+    bool hangs;               /* the back end did not end what it had begun */
 } VhostUserRelayPool;
 
 struct VhostUserRelayQueue {
@@ -89,13 +92,23 @@ bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
                                   uint64_t features, Error **errp);
 
 /**
+ * vhost_user_relay_queue_drain - take nothing more from the guest, and wait
+ * until the back end has done what it has
+ *
+ * Before it is told to stop: then it may still be at work when it says that it
+ * is not (QEMU's storage daemon, which ends when it is told to replace what it
+ * would notify).  Waits while there is progress; fillers are left.
+ */
+void vhost_user_relay_queue_drain(VhostUserRelayQueue *q);
+
+/**
  * vhost_user_relay_queue_stop - take back all that the back end has not done
  * @taken: how many requests the back end says it has begun with since the
  *     start, modulo 65536; or -1 if it is gone
  *
- * What it has begun with is waited for, VHOST_USER_RELAY_LATE_MS at most.  The
- * guest's ring is then as if the rest had never been popped, in the order in
- * which the guest gave it.
+ * The guest's ring is then as if the rest had never been popped, in the order
+ * in which the guest gave it.  What the back end may still write to is
+ * quarantined.
  */
 void vhost_user_relay_queue_stop(VhostUserRelayQueue *q, int taken);
 

@@ -8,25 +8,23 @@
  * (vhost-user-relay-queue.h) is run by the thread of the relay's AioContext
  * from attach() to detach(), and nobody else touches it meanwhile.  The BQL is
  * held by whoever calls in here, and not needed by that thread.
- *
- *   started   the back end has the ring, its kick and call
- *   wanted    SET_VRING_ENABLE says so; comes before or after the start
- *   running   both: requests are taken from the guest
  */
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
-#include "qapi/qapi-commands-vhost-user-relay.h"
-#include "block/aio-wait.h"
+#include "block/aio.h"
 #include "qemu/host-utils.h"
 #include "qemu/main-loop.h"
+#include "qemu/thread.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
 #include "hw/virtio/vhost.h"
 #include "hw/virtio/vhost-user.h"
 #include "hw/virtio/vhost-user-relay.h"
 #include "standard-headers/linux/vhost_types.h"
-#include "vhost-user-relay-queue.h"
+#include "standard-headers/linux/virtio_ids.h"
+#include "vhost-user-relay-features.h"
+#include "vhost-user-relay-internal.h"
 #include "trace.h"
 
 /* Memory that is reserved by address only, until it is used. */
@@ -34,51 +32,9 @@
 
 #define SHRINK_MS 1000
 
-/* Between the guest and us alone. */
-#define NOT_FOR_BACKEND \
-    (1ULL << VIRTIO_F_RING_PACKED | 1ULL << VIRTIO_F_IOMMU_PLATFORM | \
-     1ULL << VIRTIO_F_IN_ORDER | 1ULL << VIRTIO_F_NOTIFICATION_DATA | \
-     1ULL << VIRTIO_F_NOTIFY_ON_EMPTY | 1ULL << VHOST_F_LOG_ALL)
+VhostUserRelayList vhost_user_relays =
+    QLIST_HEAD_INITIALIZER(vhost_user_relays);
 
-/* Our virtqueues have it, whatever the back end has. */
-#define FOR_GUEST \
-    (1ULL << VIRTIO_F_RING_PACKED | 1ULL << VIRTIO_F_IOMMU_PLATFORM | \
-     1ULL << VIRTIO_F_IN_ORDER | 1ULL << VIRTIO_RING_F_EVENT_IDX | \
-     1ULL << VHOST_F_LOG_ALL)
-
-/* What speaks of guest RAM, or of rings in it. */
-#define NOT_IN_PROTOCOL \
-    (1ULL << VHOST_USER_PROTOCOL_F_LOG_SHMFD | \
-     1ULL << VHOST_USER_PROTOCOL_F_PAGEFAULT | \
-     1ULL << VHOST_USER_PROTOCOL_F_HOST_NOTIFIER | \
-     1ULL << VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD | \
-     1ULL << VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
-
-typedef struct RelayQueue {
-    VhostUserRelayQueue q;
-    VhostUserRelay *relay;
-    unsigned num;
-    bool started;
-    bool wanted;
-    bool call_sent;
-} RelayQueue;
-
-struct VhostUserRelay {
-    char *chardev;
-    IOThread *iothread;
-    AioContext *ctx;
-    uint64_t size;
-    VhostUserRelayPool pool;
-    uint64_t features;        /* as the back end offers them */
-    struct vhost_dev *owner;  /* whose connection it is; NULL: there is none */
-    bool table_sent;
-    unsigned n_started;
-    GPtrArray *queues;        /* of RelayQueue, by index; NULL: not seen yet */
-    QEMUTimer *timer;         /* of the relay's thread; shrinks the area */
-    QLIST_ENTRY(VhostUserRelay) next;
-};
-
-static QLIST_HEAD(, VhostUserRelay) relays = QLIST_HEAD_INITIALIZER(relays);
 
 static bool is_wanted(const VhostUserRelayConf *conf)
 {
@@ -129,31 +85,48 @@ bool vhost_user_relay_new(VhostUserRelay **relay,
     }
     new->queues = g_ptr_array_new();
     vhost_user_relay_pool_init(&new->pool);
-    QLIST_INSERT_HEAD(&relays, new, next);
+    QLIST_INSERT_HEAD(&vhost_user_relays, new, next);
     *relay = new;
     return true;
 }
 
-/* Have the relay's thread do it, and wait. */
-static void in_thread(VhostUserRelay *relay, QEMUBHFunc *fn, void *opaque)
+typedef struct Errand {
+    QEMUBHFunc *fn;
+    void *opaque;
+    QemuEvent done;
+} Errand;
+
+static void errand_bh(void *opaque)
 {
-    assert(bql_locked());
-    if (relay->iothread) {
-        aio_wait_bh_oneshot(relay->ctx, fn, opaque);
-    } else {
-        fn(opaque);
-    }
+    Errand *e = opaque;
+
+    e->fn(e->opaque);
+    qemu_event_set(&e->done);
 }
 
-static RelayQueue *find_queue(VhostUserRelay *relay, int index)
+/*
+ * Have the relay's thread do it, and wait.  Not in an event loop: vhost is in
+ * the middle of something, and one of its bottom halves may close the
+ * connection.
+ */
+static void in_thread(VhostUserRelay *relay, QEMUBHFunc *fn, void *opaque)
 {
-    return index < relay->queues->len ?
-           g_ptr_array_index(relay->queues, index) : NULL;
+    Errand e = { .fn = fn, .opaque = opaque };
+
+    assert(bql_locked());
+    if (!relay->iothread) {
+        fn(opaque);
+        return;
+    }
+    qemu_event_init(&e.done, false);
+    aio_bh_schedule_oneshot(relay->ctx, errand_bh, &e);
+    qemu_event_wait(&e.done);
+    qemu_event_destroy(&e.done);
 }
 
 static RelayQueue *get_queue(VhostUserRelay *relay, int index)
 {
-    RelayQueue *rq = find_queue(relay, index);
+    RelayQueue *rq = vhost_user_relay_queue(relay, index);
 
     if (rq) {
         return rq;
@@ -276,6 +249,13 @@ static void attach(void *opaque)
     }
 }
 
+static void drain(void *opaque)
+{
+    RelayQueue *rq = opaque;
+
+    vhost_user_relay_queue_drain(&rq->q);
+}
+
 /* What is in flight still comes back. */
 static void suspend(void *opaque)
 {
@@ -306,10 +286,25 @@ static void free_timer(void *opaque)
 
 /* Calls from vhost-user.c */
 
+void vhost_user_relay_drain(VhostUserRelay *relay, struct vhost_dev *dev,
+                            int index)
+{
+    RelayQueue *rq = vhost_user_relay_queue(relay, index);
+
+    /*
+     * A network has no use for it: what is lost is sent again, and what its
+     * back end cannot send now may stay for long.
+     */
+    if (rq && rq->started && dev->started &&
+        dev->vdev->device_id != VIRTIO_ID_NET) {
+        in_thread(relay, drain, rq);
+    }
+}
+
 unsigned vhost_user_relay_stop(VhostUserRelay *relay, struct vhost_dev *dev,
                                int index, int taken)
 {
-    RelayQueue *rq = find_queue(relay, index);
+    RelayQueue *rq = vhost_user_relay_queue(relay, index);
 
     if (rq && rq->started) {
         Stop s = { .rq = rq, .taken = taken };
@@ -327,7 +322,7 @@ static void drop_area(VhostUserRelay *relay)
     RelayQueue *rq;
 
     for (int i = 0; i < relay->queues->len; i++) {
-        rq = find_queue(relay, i);
+        rq = vhost_user_relay_queue(relay, i);
         if (rq && rq->started) {
             Stop s = { .rq = rq, .taken = -1 };
 
@@ -389,7 +384,7 @@ void vhost_user_relay_free(VhostUserRelay *relay)
     }
     drop_area(relay);
     for (int i = 0; i < relay->queues->len; i++) {
-        rq = find_queue(relay, i);
+        rq = vhost_user_relay_queue(relay, i);
         if (rq) {
             event_notifier_cleanup(&rq->q.kick);
             event_notifier_cleanup(&rq->q.call);
@@ -409,24 +404,13 @@ uint64_t vhost_user_relay_guest_features(VhostUserRelay *relay,
                                          uint64_t features)
 {
     relay->features = features;
-    return (features | FOR_GUEST) & ~(1ULL << VIRTIO_F_NOTIFICATION_DATA);
+    return vhost_user_relay_features_for_guest(features);
 }
 
 uint64_t vhost_user_relay_backend_features(VhostUserRelay *relay,
                                            uint64_t features)
 {
-    return features & relay->features & ~NOT_FOR_BACKEND;
-}
-
-uint64_t vhost_user_relay_protocol_features(uint64_t features)
-{
-    return features & ~NOT_IN_PROTOCOL;
-}
-
-uint64_t vhost_user_relay_device_features(uint64_t features,
-                                          uint64_t requested)
-{
-    return features & (~FOR_GUEST | requested);
+    return vhost_user_relay_features_for_backend(relay->features, features);
 }
 
 bool vhost_user_relay_table(VhostUserRelay *relay, struct vhost_dev *dev,
@@ -476,7 +460,7 @@ int vhost_user_relay_set_num(VhostUserRelay *relay, struct vhost_dev *dev,
 int vhost_user_relay_set_addr(VhostUserRelay *relay, struct vhost_dev *dev,
                               struct vhost_vring_addr *addr)
 {
-    RelayQueue *rq = find_queue(relay, addr->index);
+    RelayQueue *rq = vhost_user_relay_queue(relay, addr->index);
     uint64_t ring;
     Error *err = NULL;
 
@@ -512,29 +496,34 @@ static void update_running(RelayQueue *rq)
 
 int vhost_user_relay_kick(VhostUserRelay *relay, int index)
 {
-    RelayQueue *rq = find_queue(relay, index);
+    RelayQueue *rq = vhost_user_relay_queue(relay, index);
 
     return rq && rq->started ? event_notifier_get_fd(&rq->q.kick) : -1;
 }
 
 void vhost_user_relay_started(VhostUserRelay *relay, int index)
 {
-    RelayQueue *rq = find_queue(relay, index);
+    RelayQueue *rq = vhost_user_relay_queue(relay, index);
 
     if (rq) {
         update_running(rq);
     }
 }
 
-int vhost_user_relay_set_call(VhostUserRelay *relay, int index, int fd)
+void vhost_user_relay_set_call(VhostUserRelay *relay, int index, int fd)
 {
     RelayQueue *rq = get_queue(relay, index);
 
-    if (!rq) {
-        return -1;
+    if (rq) {
+        vhost_user_relay_queue_set_call(&rq->q, fd);
     }
-    vhost_user_relay_queue_set_call(&rq->q, fd);
-    if (rq->call_sent) {
+}
+
+int vhost_user_relay_call(VhostUserRelay *relay, int index)
+{
+    RelayQueue *rq = vhost_user_relay_queue(relay, index);
+
+    if (!rq || rq->call_sent) {
         return -1;
     }
     rq->call_sent = true;
@@ -550,40 +539,4 @@ void vhost_user_relay_set_enable(VhostUserRelay *relay, int index,
         rq->wanted = enable;
         update_running(rq);
     }
-}
-
-static void add_figures(VhostUserRelayInfo *info, VhostUserRelay *relay)
-{
-    const VhostUserRelayPool *pool = &relay->pool;
-    RelayQueue *rq;
-
-    info->chardev = g_strdup(relay->chardev);
-    if (relay->iothread) {
-        info->iothread = iothread_get_id(relay->iothread);
-    }
-    info->size = relay->size;
-    info->held = pool->area ? vhost_user_relay_area_held(pool->area) : 0;
-    info->requests = stat64_get(&pool->requests);
-    info->bytes_out = stat64_get(&pool->bytes_out);
-    info->bytes_in = stat64_get(&pool->bytes_in);
-    info->waits = stat64_get(&pool->waits);
-    info->unpopped = stat64_get(&pool->unpopped);
-    for (int i = 0; i < relay->queues->len; i++) {
-        rq = find_queue(relay, i);
-        info->broken = info->broken || (rq && rq->started && rq->q.broken);
-    }
-}
-
-VhostUserRelayInfoList *qmp_query_vhost_user_relays(Error **errp)
-{
-    VhostUserRelayInfoList *list = NULL;
-    VhostUserRelay *relay;
-
-    QLIST_FOREACH(relay, &relays, next) {
-        VhostUserRelayInfo *info = g_new0(VhostUserRelayInfo, 1);
-
-        add_figures(info, relay);
-        QAPI_LIST_PREPEND(list, info);
-    }
-    return list;
 }

@@ -103,15 +103,20 @@ int vhost_user_relay_set_addr(VhostUserRelay *relay, struct vhost_dev *dev,
 int vhost_user_relay_kick(VhostUserRelay *relay, int index);
 /* The back end has all that it needs: the queue runs if it is enabled. */
 void vhost_user_relay_started(VhostUserRelay *relay, int index);
-/**
- * vhost_user_relay_set_call - how the guest is to be told
- * @fd: an eventfd, or -1
- *
- * Returns: the eventfd for the back end; -1 if it has it already.
- */
-int vhost_user_relay_set_call(VhostUserRelay *relay, int index, int fd);
+/* How the guest is to be told: an eventfd, or -1. */
+void vhost_user_relay_set_call(VhostUserRelay *relay, int index, int fd);
+/* The eventfd by which the back end tells us; -1 if it has it already. */
+int vhost_user_relay_call(VhostUserRelay *relay, int index);
 void vhost_user_relay_set_enable(VhostUserRelay *relay, int index,
                                  bool enable);
+/**
+ * vhost_user_relay_drain - let the back end finish before it is told to stop
+ *
+ * Takes no more from the guest.  Waits while there is progress, seconds at
+ * most.
+ */
+void vhost_user_relay_drain(VhostUserRelay *relay, struct vhost_dev *dev,
+                            int index);
 /**
  * vhost_user_relay_stop - end a queue
  * @taken: what the back end has answered to GET_VRING_BASE, or -1

@@ -174,6 +174,7 @@ static DedupEngine *try_engine(DedupScanner *ds, DedupFreezeHow freeze,
         .group_dir = ds->group_dir,
         .params = ds->params,
         .freeze = freeze,
+        .beside = ram_guard_may_be_taken(),
         .callbacks = {
             .state_changed = scanner_state_changed,
             .restored = dedup_events_restored,

@@ -83,6 +83,9 @@ static RamGuard *guard;
 static const unsigned no_windows;
 static const unsigned *windows = &no_windows;
 
+/* Bytes that devices may take; atomic. */
+static uint64_t may_take;
+
 /* Names, one for each get that was not put yet.  BQL. */
 static GQueue kernel_writers = G_QUEUE_INIT;
 
@@ -498,6 +501,16 @@ void ram_guard_kernel_writer_put(const char *name)
     g_free(link->data);
     g_queue_delete_link(&kernel_writers, link);
     kernel_writers_changed();
+}
+
+void ram_guard_may_take(int64_t change)
+{
+    qatomic_add(&may_take, change);
+}
+
+const uint64_t *ram_guard_may_be_taken(void)
+{
+    return &may_take;
 }
 
 char *ram_guard_kernel_writers(void)

@@ -18,6 +18,7 @@
 #include "qemu/thread.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
+#include "hw/dedup/ram-guard.h"
 #include "hw/virtio/vhost.h"
 #include "hw/virtio/vhost-user.h"
 #include "hw/virtio/vhost-user-relay.h"
@@ -154,11 +155,25 @@ static RelayQueue *get_queue(VhostUserRelay *relay, int index)
 
 /* Handlers of the relay's thread. */
 
+/* What of the area has no memory yet is kept for it. */
+static void tell_size(VhostUserRelay *relay)
+{
+    const VhostUserRelayArea *area = relay->pool.area;
+    uint64_t may_take = area ? vhost_user_relay_area_size(area) -
+                               vhost_user_relay_area_held(area) : 0;
+
+    if (may_take != relay->may_take) {
+        ram_guard_may_take(may_take - relay->may_take);
+        relay->may_take = may_take;
+    }
+}
+
 static void shrink(void *opaque)
 {
     VhostUserRelay *relay = opaque;
     bool more = vhost_user_relay_area_shrink(relay->pool.area);
 
+    tell_size(relay);
     trace_vhost_user_relay_shrink(
         relay->chardev, vhost_user_relay_area_held(relay->pool.area));
     if (more) {
@@ -169,6 +184,7 @@ static void shrink(void *opaque)
 
 static void watch_size(VhostUserRelay *relay)
 {
+    tell_size(relay);
     if (!timer_pending(relay->timer) &&
         vhost_user_relay_area_held(relay->pool.area) >
         VHOST_USER_RELAY_IDLE_PAGES * VHOST_USER_RELAY_PAGE) {
@@ -339,6 +355,7 @@ static void drop_area(VhostUserRelay *relay)
         in_thread(relay, free_timer, relay);
     }
     g_clear_pointer(&relay->pool.area, vhost_user_relay_area_free);
+    tell_size(relay);
     relay->pool.quarantined = 0;
     relay->table_sent = false;
 }
@@ -352,6 +369,7 @@ static bool make_area(VhostUserRelay *relay, Error **errp)
         error_prepend(errp, "relay of chardev '%s': ", relay->chardev);
         return false;
     }
+    tell_size(relay);
     relay->timer = aio_timer_new(ctx, QEMU_CLOCK_REALTIME, SCALE_MS, shrink,
                                  relay);
     return true;

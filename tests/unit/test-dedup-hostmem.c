@@ -340,12 +340,17 @@ static void test_owed(void)
 {
     DedupSpace space = { .sums = { .total = 1000, .own = 900 } };
     DedupRoom room = { .space = &space };
+    uint64_t beside = 64 * MIB;
 
     g_assert_cmpuint(dedup_owed_bytes(&room), ==, 100 * DEDUP_PAGE_SIZE);
     space.sums.own = 1100;
     g_assert_cmpuint(dedup_owed_bytes(&room), ==, 0);
     space.sums.own = 0;
     g_assert_cmpuint(dedup_owed_bytes(&room), ==, 1000 * DEDUP_PAGE_SIZE);
+    /* what devices may take beside it */
+    room.beside = &beside;
+    g_assert_cmpuint(dedup_owed_bytes(&room), ==,
+                     1000 * DEDUP_PAGE_SIZE + 64 * MIB);
 }
 
 int main(int argc, char **argv)

@@ -114,10 +114,11 @@ static const DedupGroupOps group_ops = {
 /* ---- life ---- */
 
 /* What each part knows of the others. */
-static void connect_parts(DedupEngine *e)
+static void connect_parts(DedupEngine *e, const DedupConfig *config)
 {
     e->room = (DedupRoom) {
         .hostmem = e->hostmem, .group = e->group, .space = e->space,
+        .beside = config->beside,
     };
     e->unmerge = (DedupUnmerge) {
         .control = &e->control, .space = e->space, .room = &e->room,
@@ -163,7 +164,7 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
         dedup_engine_free(e);
         return NULL;
     }
-    connect_parts(e);
+    connect_parts(e, config);
     dedup_figures_limit_maps(&e->figures, config->params.max_maps);
     if (e->callbacks.exclusive) {
         dedup_space_set_exclusive(e->space, exclusive);

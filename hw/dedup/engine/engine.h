@@ -70,6 +70,8 @@ typedef struct DedupCallbacks {
  *     (the user id may change in between).
  * @params: initial parameters
  * @freeze: how pages are kept from changing while they are replaced
+ * @beside: how many bytes this process may take at any time beside its RAM,
+ *     to be counted as the RAM's own growth is; read atomically.  NULL: none
  * @callbacks: copied
  * @opaque: for the callbacks
  */
@@ -78,6 +80,7 @@ typedef struct DedupConfig {
     const char *group_dir;
     DedupParams params;
     DedupFreezeHow freeze;
+    const uint64_t *beside;
     DedupCallbacks callbacks;
     void *opaque;
 } DedupConfig;

@@ -255,6 +255,19 @@ void ram_guard_kernel_writer_put(const char *name);
 char *ram_guard_kernel_writers(void);
 
 /**
+ * ram_guard_may_take - memory is wanted that guest RAM must not use up
+ * @change: how many bytes more than before, or fewer
+ *
+ * For buffers that are made when a guest needs them (the area of a vhost-user
+ * relay): whoever replaces RAM leaves so much of what the host and the cgroup
+ * have.  Any thread.
+ */
+void ram_guard_may_take(int64_t change);
+
+/* The sum; read atomically. */
+const uint64_t *ram_guard_may_be_taken(void);
+
+/**
  * ram_guard_whole_get - make RAM whole and keep it so
  * @user: where to store the handle; must point to NULL
  * @rb: the block, or NULL for all RAM, also of blocks that are added later
@@ -371,6 +384,10 @@ static inline void ram_guard_kernel_writer_get(const char *name)
 }
 
 static inline void ram_guard_kernel_writer_put(const char *name)
+{
+}
+
+static inline void ram_guard_may_take(int64_t change)
 {
 }
 

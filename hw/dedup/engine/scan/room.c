@@ -45,7 +45,8 @@ uint64_t dedup_owed_bytes(DedupRoom *room)
     total = sums.total;
     own = (int64_t)sums.own -
           (int64_t)(dedup_space_ksm_bytes(room->space) >> DEDUP_PAGE_SHIFT);
-    return (uint64_t)(total - CLAMP(own, 0, total)) << DEDUP_PAGE_SHIFT;
+    return ((uint64_t)(total - CLAMP(own, 0, total)) << DEDUP_PAGE_SHIFT) +
+           (room->beside ? __atomic_load_n(room->beside, __ATOMIC_RELAXED) : 0);
 }
 
 static uint64_t owed_by(const DedupMemberInfo *info, DedupOwed kind)

@@ -15,7 +15,7 @@
  *   reservation  memory that we are about to take: no other taker in this
  *                process, nor another member of the group, counts on it
  *   owed         what the guest may take at any time: pages without memory
- *                of their own
+ *                of their own, and what else its devices may take for it
  *
  * Any thread.  A DedupReservation belongs to its taker.
  */
@@ -43,6 +43,7 @@ typedef struct DedupRoom {
     DedupHostMem *hostmem;
     DedupGroup *group;
     DedupSpace *space;
+    const uint64_t *beside;   /* what is owed beside our RAM; atomic, or NULL */
     uint64_t reserved;        /* atomic: the sum of all reservations, bytes */
 } DedupRoom;
 
@@ -50,7 +51,7 @@ typedef struct DedupReservation {
     uint64_t bytes;
 } DedupReservation;
 
-/* What our RAM may still grow by: pages without memory of their own. */
+/* What we may still grow by: pages without memory of their own, and beside. */
 uint64_t dedup_owed_bytes(DedupRoom *room);
 /* Bytes until a limit of our cgroups binds; UINT64_MAX if none has one. */
 uint64_t dedup_cgroup_room(DedupRoom *room, DedupOwed kind);

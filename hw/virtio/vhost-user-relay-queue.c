@@ -44,7 +44,10 @@ static void fail_bh(void *opaque)
 {
     Failure *f = opaque;
 
-    virtio_error(f->vdev, "%s", f->message);
+    /* It may have been unplugged meanwhile. */
+    if (DEVICE(f->vdev)->realized) {
+        virtio_error(f->vdev, "%s", f->message);
+    }
     object_unref(OBJECT(f->vdev));
     g_free(f->message);
     g_free(f);

@@ -32,7 +32,8 @@ static bool joins(const VhostUserRelayLayout *layout, uint64_t offset,
     return last->flags == flags && offset == layout->end &&
            !(offset % VHOST_USER_RELAY_PAGE) &&
            !(last->len % VHOST_USER_RELAY_PAGE) &&
-           !(len % VHOST_USER_RELAY_PAGE) && len <= JOINED_MAX - last->len;
+           !(len % VHOST_USER_RELAY_PAGE) &&
+           (uint64_t)last->len + len <= JOINED_MAX;
 }
 
 static void add_one(VhostUserRelayLayout *layout, hwaddr addr,

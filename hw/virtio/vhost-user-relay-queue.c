@@ -233,8 +233,15 @@ static void serve_waiters(VhostUserRelayPool *pool)
 {
     VhostUserRelayQueue *q;
 
-    while ((q = QTAILQ_FIRST(&pool->waiters)) && place_held(q)) {
-        vhost_user_relay_queue_pop(q);
+    while ((q = QTAILQ_FIRST(&pool->waiters))) {
+        if (q->broken) {
+            stop_waiting(q);
+        } else if (place_held(q)) {
+            vhost_user_relay_queue_pop(q);
+        } else if (q->waits) {
+            break;
+        }
+        /* Else it cannot be served at all, which must not keep the others. */
     }
 }
 
@@ -357,9 +364,10 @@ static bool push(VhostUserRelayQueue *q)
 
 void vhost_user_relay_queue_push(VhostUserRelayQueue *q)
 {
-    if (q->broken || !push(q)) {
+    if (q->broken || (!push(q) && !q->broken)) {
         return;
     }
+    /* Even if it only broke: others may be waiting behind it. */
     serve_waiters(q->pool);
     if (q->held && !q->waits) {
         vhost_user_relay_queue_pop(q);

@@ -26,13 +26,19 @@ struct VhostUserRelayArea {
 VhostUserRelayArea *vhost_user_relay_area_new(uint64_t size, Error **errp)
 {
     VhostUserRelayArea *area;
-    int fd = -1;
     void *host;
+    int fd;
 
-    host = qemu_memfd_alloc("vhost-user-relay", size,
-                            F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL,
-                            &fd, errp);
-    if (!host) {
+    /* No other kind of file would do: a back end could make it shorter. */
+    fd = qemu_memfd_create("vhost-user-relay", size, false, 0,
+                           F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL, errp);
+    if (fd < 0) {
+        return NULL;
+    }
+    host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (host == MAP_FAILED) {
+        error_setg_errno(errp, errno, "cannot map %" PRIu64 " bytes", size);
+        close(fd);
         return NULL;
     }
     area = g_new0(VhostUserRelayArea, 1);

@@ -30,9 +30,13 @@
      1ULL << VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD | \
      1ULL << VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
 
+/* A queue of a vhost-user device is never reset by itself in QEMU. */
+#define NOT_FOR_GUEST \
+    (1ULL << VIRTIO_F_NOTIFICATION_DATA | 1ULL << VIRTIO_F_RING_RESET)
+
 uint64_t vhost_user_relay_features_for_guest(uint64_t features)
 {
-    return (features | FOR_GUEST) & ~(1ULL << VIRTIO_F_NOTIFICATION_DATA);
+    return (features | FOR_GUEST) & ~NOT_FOR_GUEST;
 }
 
 uint64_t vhost_user_relay_features_for_backend(uint64_t offered,

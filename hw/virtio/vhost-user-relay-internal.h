@@ -24,6 +24,7 @@ typedef struct RelayQueue {
     bool started;
     bool wanted;
     bool call_sent;
+    int guest_kick;           /* whose handler is set; -1: none */
 } RelayQueue;
 
 struct VhostUserRelay {
@@ -35,7 +36,6 @@ struct VhostUserRelay {
     uint64_t features;        /* as the back end offers them */
     struct vhost_dev *owner;  /* whose connection it is; NULL: there is none */
     bool table_sent;
-    unsigned n_started;
     GPtrArray *queues;        /* of RelayQueue, by index; NULL: not seen yet */
     QEMUTimer *timer;         /* of the relay's thread; shrinks the area */
     uint64_t may_take;        /* told to the RAM guard; the relay's thread */

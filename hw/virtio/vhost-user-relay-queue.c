@@ -12,9 +12,9 @@
 #include "qemu/rcu.h"
 #include "qapi/error.h"
 #include "block/aio.h"
-#include "exec/memory.h"
 #include "standard-headers/linux/virtio_ids.h"
 #include "standard-headers/linux/virtio_ring.h"
+#include "vhost-user-relay-guest.h"
 #include "vhost-user-relay-queue.h"
 #include "trace.h"
 
@@ -35,17 +35,18 @@ void vhost_user_relay_pool_init(VhostUserRelayPool *pool)
     stat64_init(&pool->unpopped, 0);
 }
 
-typedef struct Failure {
+struct VhostUserRelayFailure {
+    VhostUserRelayQueue *q;   /* NULL: it was stopped meanwhile */
     VirtIODevice *vdev;
     char *message;
-} Failure;
+};
 
 static void fail_bh(void *opaque)
 {
-    Failure *f = opaque;
+    VhostUserRelayFailure *f = opaque;
 
-    /* It may have been unplugged meanwhile. */
-    if (DEVICE(f->vdev)->realized) {
+    if (f->q) {
+        f->q->failure = NULL;
         virtio_error(f->vdev, "%s", f->message);
     }
     object_unref(OBJECT(f->vdev));
@@ -53,28 +54,57 @@ static void fail_bh(void *opaque)
     g_free(f);
 }
 
+/* Stopped: the device was reset, or will be looked at anew. */
+static void cancel_failure(VhostUserRelayQueue *q)
+{
+    if (q->failure) {
+        q->failure->q = NULL;
+        q->failure = NULL;
+    }
+}
+
 /* The device needs a reset.  Said in the main loop: it interrupts the guest. */
 static void fail(VhostUserRelayQueue *q, const char *what)
 {
-    Failure *f;
+    VhostUserRelayFailure *f;
 
     if (q->broken) {
         return;
     }
     q->broken = true;
     trace_vhost_user_relay_broken(q->vdev, q->index, what);
-    f = g_new0(Failure, 1);
+    f = g_new0(VhostUserRelayFailure, 1);
+    f->q = q;
+    q->failure = f;
     f->vdev = VIRTIO_DEVICE(object_ref(OBJECT(q->vdev)));
     f->message = g_strdup_printf("%s: queue %d: %s", q->vdev->name, q->index,
                                  what);
     aio_bh_schedule_oneshot(qemu_get_aio_context(), fail_bh, f);
 }
 
-static Placed too_large(VhostUserRelayQueue *q)
+static Placed too_large(VhostUserRelayQueue *q, uint64_t pages)
 {
-    fail(q, "a request does not fit into the relay's memory, make relay-size "
-         "larger");
+    const VhostUserRelayPool *pool = q->pool;
+    g_autofree char *what = g_strdup_printf(
+        "a request of %" PRIu64 " KiB finds no room in the relay's %" PRIu64
+        " KiB (%u KiB are receive buffers, %u KiB a back end may still write "
+        "to): make relay-size larger", pages * VHOST_USER_RELAY_PAGE / 1024,
+        vhost_user_relay_area_size(pool->area) / 1024,
+        pool->filler_pages * VHOST_USER_RELAY_PAGE / 1024,
+        pool->quarantined * VHOST_USER_RELAY_PAGE / 1024);
+
+    fail(q, what);
     return PLACE_FAILS;
+}
+
+/* Receive buffers must leave room for what is to be sent. */
+static bool fillers_abound(VhostUserRelayQueue *q, unsigned pages)
+{
+    uint64_t half = vhost_user_relay_area_size(q->pool->area) /
+                    VHOST_USER_RELAY_PAGE / 2;
+
+    return q->filler_pages + pages > VHOST_USER_RELAY_FILLER_PAGES ||
+           q->pool->filler_pages + pages > half;
 }
 
 static Placed take_pages(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
@@ -83,7 +113,7 @@ static Placed take_pages(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
     VhostUserRelayPool *pool = q->pool;
 
     if (vhost_user_relay_request_is_filler(r) && q->filler_pages &&
-        q->filler_pages + pages > VHOST_USER_RELAY_FILLER_PAGES) {
+        fillers_abound(q, pages)) {
         return PLACE_LATER;
     }
     /* Who waits for many must not wait for ever. */
@@ -92,7 +122,7 @@ static Placed take_pages(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
     }
     if (!vhost_user_relay_area_alloc(pool->area, pages, &r->page)) {
         /* Fillers end when it pleases others. */
-        return pool->in_flight ? PLACE_WAITS : too_large(q);
+        return pool->in_flight ? PLACE_WAITS : too_large(q, pages);
     }
     r->pages = pages;
     return PLACED;
@@ -116,6 +146,7 @@ static void offer(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
     QTAILQ_INSERT_TAIL(&q->requests, r, next);
     if (vhost_user_relay_request_is_filler(r)) {
         q->filler_pages += r->pages;
+        q->pool->filler_pages += r->pages;
     } else {
         q->pool->in_flight++;
     }
@@ -135,7 +166,7 @@ static Placed place(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
     if (n > q->ring.num ||
         pages > vhost_user_relay_area_size(q->pool->area) /
                 VHOST_USER_RELAY_PAGE) {
-        return too_large(q);
+        return too_large(q, pages);
     }
     if (n > q->ring.n_free) {
         return PLACE_LATER;
@@ -183,6 +214,15 @@ static bool place_held(VhostUserRelayQueue *q)
     return placed == PLACED;
 }
 
+static bool rings_stayed(VhostUserRelayQueue *q)
+{
+    if (!vhost_user_relay_guest_stayed(q->vdev, q->index, q->rings)) {
+        fail(q, "the guest has moved its rings while they are in use");
+        return false;
+    }
+    return true;
+}
+
 static VhostUserRelayRequest *pop(VhostUserRelayQueue *q)
 {
     return vhost_user_relay_request_pop(q->vq, q->vdev->dma_as);
@@ -204,7 +244,7 @@ void vhost_user_relay_queue_pop(VhostUserRelayQueue *q)
 {
     unsigned budget = q->ring.num;
 
-    if (!q->enabled || q->broken) {
+    if (!q->enabled || q->broken || !rings_stayed(q)) {
         return;
     }
     RCU_READ_LOCK_GUARD();
@@ -245,18 +285,33 @@ static void serve_waiters(VhostUserRelayPool *pool)
     }
 }
 
-static void notify_guest(VhostUserRelayQueue *q)
+static void poke(int fd)
 {
-    int fd = qatomic_read(&q->guest_call);
     uint64_t one = 1;
     ssize_t n;
 
-    if (fd == event_notifier_get_wfd(virtio_queue_get_guest_notifier(q->vq))) {
+    /* Full means set; an eventfd knows no other failure. */
+    n = write(fd, &one, sizeof(one));
+    (void)n;
+}
+
+/* Masked: whoever unmasks it looks there, unless he has done so by now. */
+static void notify_guest(VhostUserRelayQueue *q)
+{
+    EventNotifier *guest = virtio_queue_get_guest_notifier(q->vq);
+    int fd = qatomic_read(&q->guest_call), now;
+
+    while (fd >= 0 && fd != event_notifier_get_wfd(guest)) {
+        poke(fd);
+        smp_mb();
+        now = qatomic_read(&q->guest_call);
+        if (now == fd) {
+            return;
+        }
+        fd = now;
+    }
+    if (fd >= 0) {
         virtio_notify_irqfd(q->vdev, q->vq);
-    } else if (fd >= 0) {
-        /* Masked: whoever unmasks it looks there.  Full means set. */
-        n = write(fd, &one, sizeof(one));
-        assert(n == sizeof(one) || errno == EAGAIN);
     }
 }
 
@@ -266,6 +321,7 @@ static void forget(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
     QTAILQ_REMOVE(&q->requests, r, next);
     if (vhost_user_relay_request_is_filler(r)) {
         q->filler_pages -= r->pages;
+        q->pool->filler_pages -= r->pages;
     } else {
         q->pool->in_flight--;
     }
@@ -364,7 +420,7 @@ static bool push(VhostUserRelayQueue *q)
 
 void vhost_user_relay_queue_push(VhostUserRelayQueue *q)
 {
-    if (q->broken || (!push(q) && !q->broken)) {
+    if (q->broken || !rings_stayed(q) || (!push(q) && !q->broken)) {
         return;
     }
     /* Even if it only broke: others may be waiting behind it. */
@@ -374,9 +430,14 @@ void vhost_user_relay_queue_push(VhostUserRelayQueue *q)
     }
 }
 
-void vhost_user_relay_queue_set_call(VhostUserRelayQueue *q, int fd)
+void vhost_user_relay_queue_set_call(VhostUserRelayQueue *q, int fd,
+                                     bool started)
 {
     qatomic_set(&q->guest_call, fd);
+    if (started && fd >= 0) {
+        /* What was pushed until now may have found nobody to tell. */
+        poke(fd);
+    }
 }
 
 /* Back ends that may tell less than they have written: those of disks. */
@@ -389,12 +450,17 @@ static bool needs_prefill(VirtIODevice *vdev)
 bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
                                   uint64_t features, Error **errp)
 {
+    if (!vhost_user_relay_guest_find(q->vdev, q->index, q->rings, errp)) {
+        return false;
+    }
     q->ring_pages = DIV_ROUND_UP(vhost_user_relay_ring_bytes(num),
                                  VHOST_USER_RELAY_PAGE);
     if (!vhost_user_relay_area_alloc(q->pool->area, q->ring_pages,
                                      &q->ring_page)) {
-        error_setg(errp, "%s: queue %d: no room for its ring: make relay-size "
-                   "larger", q->vdev->name, q->index);
+        error_setg(errp, "%s: queue %d: no room for its ring (%u KiB a back "
+                   "end may still write to): make relay-size larger",
+                   q->vdev->name, q->index,
+                   q->pool->quarantined * VHOST_USER_RELAY_PAGE / 1024);
         return false;
     }
     vhost_user_relay_ring_init(&q->ring,
@@ -406,7 +472,7 @@ bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
     q->prefill = needs_prefill(q->vdev);
     q->ordered = virtio_vdev_has_feature(q->vdev, VIRTIO_F_RING_PACKED) ||
                  virtio_vdev_has_feature(q->vdev, VIRTIO_F_IN_ORDER);
-    q->pool->hangs = false;
+    q->pool->drain_end = 0;
     q->enabled = q->broken = q->waits = false;
     q->held = NULL;
     q->filler_pages = 0;
@@ -416,92 +482,83 @@ bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
     return true;
 }
 
-void vhost_user_relay_queue_drain(VhostUserRelayQueue *q)
+void vhost_user_relay_queue_suspend(VhostUserRelayQueue *q)
 {
-    int64_t end = g_get_monotonic_time() + VHOST_USER_RELAY_DRAIN_MS * 1000;
+    q->enabled = false;
+    stop_waiting(q);
+}
+
+void vhost_user_relay_queue_drain(VhostUserRelayQueue *q, int64_t limit_ms)
+{
+    int64_t now = g_get_monotonic_time() / 1000;
     struct pollfd p = {
         .fd = event_notifier_get_fd(&q->call),
         .events = POLLIN,
     };
+    int64_t end;
 
-    q->enabled = false;
+    vhost_user_relay_queue_suspend(q);
     if (q->broken) {
         return;
     }
+    /* All queues together; but none is left without a chance. */
+    q->pool->drain_end = q->pool->drain_end ?: now + limit_ms;
+    end = MAX(q->pool->drain_end, now + VHOST_USER_RELAY_DRAIN_LEAST_MS);
     push(q);
-    while (!q->broken && !q->pool->hangs && !QTAILQ_EMPTY(&q->requests) &&
+    while (!q->broken && !QTAILQ_EMPTY(&q->requests) &&
            !vhost_user_relay_request_is_filler(QTAILQ_FIRST(&q->requests))) {
-        if (g_get_monotonic_time() > end ||
-            poll(&p, 1, VHOST_USER_RELAY_HANG_MS) <= 0) {
-            q->pool->hangs = true;
+        now = g_get_monotonic_time() / 1000;
+        if (now >= end) {
             trace_vhost_user_relay_hangs(q->vdev, q->index);
             break;
         }
-        event_notifier_test_and_clear(&q->call);
+        /* A signal ends it early, no more. */
+        if (poll(&p, 1, end - now) > 0) {
+            event_notifier_test_and_clear(&q->call);
+        }
         push(q);
     }
 }
 
-/*
- * The guest's ring as if these had not been popped.  Those that came after
- * them may be done, so their heads are written in a row again, where the
- * guest put the last ones that were popped: it does not look there, and does
- * not come there before they are done.
- */
-static void unpop(VhostUserRelayQueue *q)
+/* May the back end still be at something that it was given? */
+static bool may_be_late(VhostUserRelayQueue *q, int taken)
 {
-    AddressSpace *as = q->vdev->dma_as;
-    unsigned num = virtio_queue_get_num(q->vdev, q->index);
-    hwaddr ring = virtio_queue_get_avail_addr(q->vdev, q->index) +
-                  offsetof(struct vring_avail, ring);
-    VhostUserRelayRequest *r;
-    unsigned n = 0;
-    uint16_t idx;
-
-    QTAILQ_FOREACH(r, &q->requests, next) {
-        n += r->elem.ndescs;
+    if (taken < 0 || q->broken) {
+        return true;
     }
-    if (!n || !virtqueue_rewind(q->vq, n)) {
-        return;
+    if ((int16_t)(taken - q->ring.used_idx) <= 0) {
+        return false;
     }
-    stat64_add(&q->pool->unpopped, n);
-    if (q->ordered) {
-        /* None that came after was pushed. */
-        return;
+    if (q->prefill) {
+        /* Of a disk: what it writes then may be older than what follows. */
+        warn_report("%s: queue %d: the vhost-user back end has stopped and "
+                    "not completed %d requests, which will be done again",
+                    q->vdev->name, q->index,
+                    (int16_t)(taken - q->ring.used_idx));
     }
-    idx = virtio_queue_get_last_avail_idx(q->vdev, q->index);
-    QTAILQ_FOREACH(r, &q->requests, next) {
-        hwaddr slot = ring + (idx++ % num) * sizeof(uint16_t);
-        MemTxResult res;
-
-        if (address_space_lduw_le(as, slot, MEMTXATTRS_UNSPECIFIED, NULL) !=
-            r->elem.index) {
-            address_space_stw_le(as, slot, r->elem.index,
-                                 MEMTXATTRS_UNSPECIFIED, &res);
-            if (res != MEMTX_OK) {
-                fail(q, "requests in flight cannot be put back");
-                return;
-            }
-        }
-    }
+    return true;
 }
 
 void vhost_user_relay_queue_stop(VhostUserRelayQueue *q, int taken)
 {
     VhostUserRelayRequest *r;
-    bool late = false;
+    bool late;
 
-    q->enabled = false;
+    vhost_user_relay_queue_suspend(q);
     if (!q->broken) {
         push(q);
     }
-    stop_waiting(q);
+    cancel_failure(q);
+    qatomic_set(&q->guest_call, -1);
     if (q->held) {
         /* The last one that was popped; it has no pages. */
         QTAILQ_INSERT_TAIL(&q->requests, q->held, next);
     }
-    unpop(q);
+    stat64_add(&q->pool->unpopped,
+               vhost_user_relay_guest_unpop(q->vdev, q->index, &q->requests,
+                                            q->ordered));
     trace_vhost_user_relay_stop(q->vdev, q->index, taken, q->ring.used_idx);
+    late = q->held != QTAILQ_FIRST(&q->requests) && may_be_late(q, taken);
     while ((r = QTAILQ_FIRST(&q->requests))) {
         if (r == q->held) {
             QTAILQ_REMOVE(&q->requests, r, next);
@@ -510,11 +567,9 @@ void vhost_user_relay_queue_stop(VhostUserRelayQueue *q, int taken)
             continue;
         }
         forget(q, r);
-        if (taken < 0 || (int16_t)(taken - q->ring.used_idx) > 0 ||
-            q->broken) {
-            /* It may still be written to.  Nobody can tell which they are. */
+        if (late) {
+            /* Nobody can tell which of them. */
             q->pool->quarantined += r->pages;
-            late = true;
         } else {
             give_pages_back(q, r);
         }

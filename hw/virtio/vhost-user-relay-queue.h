@@ -30,18 +30,18 @@
 /* Fillers of one queue take no more than this: 512 KiB of buffers. */
 #define VHOST_USER_RELAY_FILLER_PAGES 128u
 
-/* A back end that does nothing for so long while it is drained hangs. */
-#define VHOST_USER_RELAY_HANG_MS 1000
-/* And so long a drain lasts at most. */
-#define VHOST_USER_RELAY_DRAIN_MS 10000
+/* So long a queue is drained even if others have used up the time. */
+#define VHOST_USER_RELAY_DRAIN_LEAST_MS 100
 
 typedef struct VhostUserRelayQueue VhostUserRelayQueue;
+typedef struct VhostUserRelayFailure VhostUserRelayFailure;
 
 /* What the queues of a connection share. */
 typedef struct VhostUserRelayPool {
     VhostUserRelayArea *area;
     unsigned quarantined;     /* pages */
     unsigned in_flight;       /* requests that are no fillers, of all queues */
+    unsigned filler_pages;    /* of all queues */
     /* Queues whose held request waits for pages, the longest waiting first. */
     QTAILQ_HEAD(, VhostUserRelayQueue) waiters;
     /* Figures; any thread reads them. */
@@ -51,7 +51,7 @@ typedef struct VhostUserRelayPool {
     Stat64 waits;
     Stat64 unpopped;
     bool clamped;             /* that was said already */
-    bool hangs;               /* the back end did not end what it had begun */
+    int64_t drain_end;        /* ms; 0: nothing was drained since a start */
 } VhostUserRelayPool;
 
 struct VhostUserRelayQueue {
@@ -70,7 +70,9 @@ struct VhostUserRelayQueue {
     bool ordered;             /* the guest must get them as it gave them */
     bool enabled;             /* may take requests from the guest */
     bool broken;
-    QTAILQ_HEAD(, VhostUserRelayRequest) requests;   /* in flight, as popped */
+    VhostUserRelayFailure *failure;                  /* not said yet */
+    hwaddr rings[3];          /* the guest's, when the queue was started */
+    VhostUserRelayRequests requests;                 /* in flight, as popped */
     VhostUserRelayRequest **by_head;                 /* of ring.num */
     VhostUserRelayRequest *held;
     bool waits;               /* is among the pool's waiters */
@@ -91,15 +93,19 @@ void vhost_user_relay_pool_init(VhostUserRelayPool *pool);
 bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
                                   uint64_t features, Error **errp);
 
+/* Take nothing more from the guest.  What is in flight still comes back. */
+void vhost_user_relay_queue_suspend(VhostUserRelayQueue *q);
+
 /**
- * vhost_user_relay_queue_drain - take nothing more from the guest, and wait
- * until the back end has done what it has
+ * vhost_user_relay_queue_drain - suspend, and wait until the back end has done
+ * what it has
+ * @limit_ms: for all queues of the pool together, since the first of them
  *
  * Before it is told to stop: then it may still be at work when it says that it
  * is not (QEMU's storage daemon, which ends when it is told to replace what it
- * would notify).  Waits while there is progress; fillers are left.
+ * would notify).  Fillers are left.
  */
-void vhost_user_relay_queue_drain(VhostUserRelayQueue *q);
+void vhost_user_relay_queue_drain(VhostUserRelayQueue *q, int64_t limit_ms);
 
 /**
  * vhost_user_relay_queue_stop - take back all that the back end has not done
@@ -107,8 +113,10 @@ void vhost_user_relay_queue_drain(VhostUserRelayQueue *q);
  *     start, modulo 65536; or -1 if it is gone
  *
  * The guest's ring is then as if the rest had never been popped, in the order
- * in which the guest gave it.  What the back end may still write to is
- * quarantined.
+ * in which the guest gave it.  So is what it has done but not in turn, where
+ * the guest wants them in order.  What the back end may still write to is
+ * quarantined.  Nobody is told of anything until the next
+ * vhost_user_relay_queue_set_call().
  */
 void vhost_user_relay_queue_stop(VhostUserRelayQueue *q, int taken);
 
@@ -121,7 +129,11 @@ void vhost_user_relay_queue_push(VhostUserRelayQueue *q);
 bool vhost_user_relay_queue_can_pop(VhostUserRelayQueue *q);
 bool vhost_user_relay_queue_can_push(VhostUserRelayQueue *q);
 
-/* What the guest hears by from now on; -1: nothing.  Any thread. */
-void vhost_user_relay_queue_set_call(VhostUserRelayQueue *q, int fd);
+/*
+ * What the guest hears by from now on; -1: nothing.  Any thread.  @started: it
+ * is told at once, as something may have been pushed before.
+ */
+void vhost_user_relay_queue_set_call(VhostUserRelayQueue *q, int fd,
+                                     bool started);
 
 #endif /* HW_VIRTIO_VHOST_USER_RELAY_QUEUE_H */

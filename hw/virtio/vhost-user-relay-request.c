@@ -76,7 +76,7 @@ static bool copy_out(VhostUserRelayRequest *r, AddressSpace *as,
 {
     for (unsigned i = 0; i < n; i++) {
         if (dma_memory_read(as, addr[i], r->data + (uintptr_t)iov[i].iov_base,
-                            iov[i].iov_len, MEMTXATTRS_UNSPECIFIED)) {
+                            iov[i].iov_len, VHOST_USER_RELAY_ATTRS)) {
             return false;
         }
     }
@@ -140,7 +140,7 @@ void vhost_user_relay_request_copy_back(VhostUserRelayRequest *r,
         /* If the address is not there any more, the guest has taken it away. */
         dma_memory_write(as, r->elem.in_addr[i],
                          r->data + (uintptr_t)iov->iov_base, n,
-                         MEMTXATTRS_UNSPECIFIED);
+                         VHOST_USER_RELAY_ATTRS);
         bytes -= n;
     }
 }

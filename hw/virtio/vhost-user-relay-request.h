@@ -23,6 +23,12 @@
 #include "vhost-user-relay-area.h"
 #include "vhost-user-relay-layout.h"
 
+/*
+ * How guest memory is reached: as memory only.  In a device's registers a copy
+ * would enter that device, this one even, in the middle of something.
+ */
+#define VHOST_USER_RELAY_ATTRS ((MemTxAttrs) { .memory = 1 })
+
 typedef struct VhostUserRelayRequest {
     /* As popped, but for in_num and out_num: 0, as nothing is mapped. */
     VirtQueueElement elem;
@@ -35,6 +41,9 @@ typedef struct VhostUserRelayRequest {
     bool done;                /* used, but not its turn yet */
     uint32_t len;             /* of what is done */
 } VhostUserRelayRequest;
+
+typedef QTAILQ_HEAD(VhostUserRelayRequests, VhostUserRelayRequest)
+    VhostUserRelayRequests;
 
 /* The guest's next one, or NULL.  To be freed by g_free(). */
 VhostUserRelayRequest *vhost_user_relay_request_pop(VirtQueue *vq,

@@ -33,9 +33,15 @@
 
 #define SHRINK_MS 1000
 
+/*
+ * How long a stop waits for the back end.  A disk is worth it: what it does
+ * later would be done twice, and overwrite what came after.
+ */
+#define DRAIN_DISK_MS 30000
+#define DRAIN_FS_MS 5000
+
 VhostUserRelayList vhost_user_relays =
     QLIST_HEAD_INITIALIZER(vhost_user_relays);
-
 
 static bool is_wanted(const VhostUserRelayConf *conf)
 {
@@ -115,6 +121,8 @@ static void in_thread(VhostUserRelay *relay, QEMUBHFunc *fn, void *opaque)
     Errand e = { .fn = fn, .opaque = opaque };
 
     assert(bql_locked());
+    /* It would wait for itself. */
+    assert(!relay->iothread || qemu_get_current_aio_context() != relay->ctx);
     if (!relay->iothread) {
         fn(opaque);
         return;
@@ -145,7 +153,7 @@ static RelayQueue *get_queue(VhostUserRelay *relay, int index)
     rq->relay = relay;
     rq->q.pool = &relay->pool;
     rq->q.index = index;
-    rq->q.guest_call = -1;
+    rq->q.guest_call = rq->guest_kick = -1;
     if (index >= relay->queues->len) {
         g_ptr_array_set_size(relay->queues, index + 1);
     }
@@ -242,9 +250,8 @@ static bool backend_call_poll(void *opaque)
 static void set_handlers(RelayQueue *rq, bool on)
 {
     AioContext *ctx = rq->relay->ctx;
-    EventNotifier *kick = virtio_queue_get_host_notifier(rq->q.vq);
 
-    aio_set_fd_handler(ctx, event_notifier_get_fd(kick),
+    aio_set_fd_handler(ctx, rq->guest_kick,
                        on ? guest_kick_read : NULL, NULL,
                        on ? guest_kick_poll : NULL,
                        on ? guest_kick_ready : NULL, rq);
@@ -260,8 +267,28 @@ static void attach(void *opaque)
 
     if (!rq->q.enabled) {
         rq->q.enabled = true;
+        /* By number: it may be closed when the handler is removed. */
+        rq->guest_kick = event_notifier_get_fd(
+            virtio_queue_get_host_notifier(rq->q.vq));
         set_handlers(rq, true);
         guest_kick_ready(rq);
+    }
+}
+
+static int64_t drain_limit_ms(VirtIODevice *vdev)
+{
+    switch (vdev->device_id) {
+    case VIRTIO_ID_BLOCK:
+    case VIRTIO_ID_SCSI:
+        return DRAIN_DISK_MS;
+    case VIRTIO_ID_FS:
+        return DRAIN_FS_MS;
+    default:
+        /*
+         * A network sends again what was lost, and what its back end cannot
+         * send now may stay for long.  Others wait for events.
+         */
+        return 0;
     }
 }
 
@@ -269,15 +296,29 @@ static void drain(void *opaque)
 {
     RelayQueue *rq = opaque;
 
-    vhost_user_relay_queue_drain(&rq->q);
+    vhost_user_relay_queue_drain(&rq->q, drain_limit_ms(rq->q.vdev));
 }
 
-/* What is in flight still comes back. */
 static void suspend(void *opaque)
 {
     RelayQueue *rq = opaque;
 
-    rq->q.enabled = false;
+    vhost_user_relay_queue_suspend(&rq->q);
+}
+
+typedef struct Start {
+    RelayQueue *rq;
+    uint64_t features;
+    bool ok;
+    Error *err;
+} Start;
+
+static void start(void *opaque)
+{
+    Start *s = opaque;
+
+    s->ok = vhost_user_relay_queue_start(&s->rq->q, s->rq->num, s->features,
+                                         &s->err);
 }
 
 typedef struct Stop {
@@ -289,7 +330,10 @@ static void detach(void *opaque)
 {
     Stop *s = opaque;
 
-    set_handlers(s->rq, false);
+    if (s->rq->guest_kick >= 0) {
+        set_handlers(s->rq, false);
+        s->rq->guest_kick = -1;
+    }
     vhost_user_relay_queue_stop(&s->rq->q, s->taken);
 }
 
@@ -302,17 +346,19 @@ static void free_timer(void *opaque)
 
 /* Calls from vhost-user.c */
 
+bool vhost_user_relay_has_started(VhostUserRelay *relay, int index)
+{
+    RelayQueue *rq = vhost_user_relay_queue(relay, index);
+
+    return rq && rq->started;
+}
+
 void vhost_user_relay_drain(VhostUserRelay *relay, struct vhost_dev *dev,
                             int index)
 {
     RelayQueue *rq = vhost_user_relay_queue(relay, index);
 
-    /*
-     * A network has no use for it: what is lost is sent again, and what its
-     * back end cannot send now may stay for long.
-     */
-    if (rq && rq->started && dev->started &&
-        dev->vdev->device_id != VIRTIO_ID_NET) {
+    if (rq && rq->started && dev->started && drain_limit_ms(dev->vdev)) {
         in_thread(relay, drain, rq);
     }
 }
@@ -321,16 +367,20 @@ unsigned vhost_user_relay_stop(VhostUserRelay *relay, struct vhost_dev *dev,
                                int index, int taken)
 {
     RelayQueue *rq = vhost_user_relay_queue(relay, index);
+    VirtIODevice *vdev = dev->vdev;
 
+    if (!vdev && rq) {
+        /* After a start that failed vhost does not know it any more. */
+        vdev = rq->q.vdev;
+    }
     if (rq && rq->started) {
         Stop s = { .rq = rq, .taken = taken };
 
         rq->started = false;
         rq->call_sent = false;
-        relay->n_started--;
         in_thread(relay, detach, &s);
     }
-    return virtio_queue_get_last_avail_idx(dev->vdev, index);
+    return vdev ? virtio_queue_get_last_avail_idx(vdev, index) : 0;
 }
 
 static void drop_area(VhostUserRelay *relay)
@@ -350,7 +400,6 @@ static void drop_area(VhostUserRelay *relay)
             rq->q.guest_call = -1;
         }
     }
-    relay->n_started = 0;
     if (relay->timer) {
         in_thread(relay, free_timer, relay);
     }
@@ -431,19 +480,9 @@ uint64_t vhost_user_relay_backend_features(VhostUserRelay *relay,
     return vhost_user_relay_features_for_backend(relay->features, features);
 }
 
-bool vhost_user_relay_table(VhostUserRelay *relay, struct vhost_dev *dev,
-                            uint64_t *gpa, uint64_t *size, int *fd)
+bool vhost_user_relay_table(VhostUserRelay *relay, uint64_t *gpa,
+                            uint64_t *size, int *fd)
 {
-    if (dev->vq_index == 0 && !relay->n_started &&
-        relay->pool.quarantined * VHOST_USER_RELAY_PAGE > relay->size / 4) {
-        Error *err = NULL;
-
-        /* Much that a back end may still write to: it gets another area. */
-        drop_area(relay);
-        if (!make_area(relay, &err)) {
-            error_report_err(err);
-        }
-    }
     if (relay->table_sent || !relay->pool.area) {
         return false;
     }
@@ -479,23 +518,25 @@ int vhost_user_relay_set_addr(VhostUserRelay *relay, struct vhost_dev *dev,
                               struct vhost_vring_addr *addr)
 {
     RelayQueue *rq = vhost_user_relay_queue(relay, addr->index);
+    Start s = { };
     uint64_t ring;
-    Error *err = NULL;
 
-    if (!rq || rq->started || !relay->pool.area) {
+    if (!rq || !relay->pool.area) {
         return -EINVAL;
     }
+    /* If the last start has failed half-way. */
+    vhost_user_relay_stop(relay, dev, addr->index, -1);
     rq->q.vdev = dev->vdev;
     rq->q.vq = virtio_get_queue(dev->vdev, addr->index);
-    if (!vhost_user_relay_queue_start(
-            &rq->q, rq->num,
-            vhost_user_relay_backend_features(relay, dev->acked_features),
-            &err)) {
-        error_report_err(err);
+    s.rq = rq;
+    s.features = vhost_user_relay_backend_features(relay,
+                                                   dev->acked_features);
+    in_thread(relay, start, &s);
+    if (!s.ok) {
+        error_report_err(s.err);
         return -ENOMEM;
     }
     rq->started = true;
-    relay->n_started++;
     ring = vhost_user_relay_area_gpa(rq->q.ring_page);
     addr->flags = 0;
     addr->log_guest_addr = 0;
@@ -533,15 +574,15 @@ void vhost_user_relay_set_call(VhostUserRelay *relay, int index, int fd)
     RelayQueue *rq = get_queue(relay, index);
 
     if (rq) {
-        vhost_user_relay_queue_set_call(&rq->q, fd);
+        vhost_user_relay_queue_set_call(&rq->q, fd, rq->started);
     }
 }
 
-int vhost_user_relay_call(VhostUserRelay *relay, int index)
+int vhost_user_relay_call(VhostUserRelay *relay, int index, bool again)
 {
     RelayQueue *rq = vhost_user_relay_queue(relay, index);
 
-    if (!rq || rq->call_sent) {
+    if (!rq || (rq->call_sent && !again)) {
         return -1;
     }
     rq->call_sent = true;

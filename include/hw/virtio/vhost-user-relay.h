@@ -84,8 +84,8 @@ uint64_t vhost_user_relay_device_features(uint64_t features,
  *
  * Returns: false if the back end has it already.
  */
-bool vhost_user_relay_table(VhostUserRelay *relay, struct vhost_dev *dev,
-                            uint64_t *gpa, uint64_t *size, int *fd);
+bool vhost_user_relay_table(VhostUserRelay *relay, uint64_t *gpa,
+                            uint64_t *size, int *fd);
 /* It has it; or it has forgotten all, being reset. */
 void vhost_user_relay_table_sent(VhostUserRelay *relay, bool sent);
 
@@ -105,10 +105,15 @@ int vhost_user_relay_kick(VhostUserRelay *relay, int index);
 void vhost_user_relay_started(VhostUserRelay *relay, int index);
 /* How the guest is to be told: an eventfd, or -1. */
 void vhost_user_relay_set_call(VhostUserRelay *relay, int index, int fd);
-/* The eventfd by which the back end tells us; -1 if it has it already. */
-int vhost_user_relay_call(VhostUserRelay *relay, int index);
+/*
+ * The eventfd by which the back end tells us; -1 if it has it already, unless
+ * it is to have it @again.
+ */
+int vhost_user_relay_call(VhostUserRelay *relay, int index, bool again);
 void vhost_user_relay_set_enable(VhostUserRelay *relay, int index,
                                  bool enable);
+/* Has it a ring? */
+bool vhost_user_relay_has_started(VhostUserRelay *relay, int index);
 /**
  * vhost_user_relay_drain - let the back end finish before it is told to stop
  *

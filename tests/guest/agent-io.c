@@ -210,6 +210,15 @@ static Job *job_find(const char *id)
     return NULL;
 }
 
+static int worker_open(Worker *w)
+{
+    if (w->fd < 0) {
+        w->fd = open(w->job->path, O_RDWR | O_CLOEXEC |
+                     (w->direct ? O_DIRECT : 0));
+    }
+    return w->fd < 0 ? -1 : 0;
+}
+
 static int job_run(Job *job, char *reply)
 {
     job->stop = 0;
@@ -217,9 +226,7 @@ static int job_run(Job *job, char *reply)
     for (unsigned i = 0; i < job->workers; i++) {
         Worker *w = &job->worker[i];
 
-        w->fd = open(job->path, O_RDWR | O_CLOEXEC |
-                     (w->direct ? O_DIRECT : 0));
-        if (w->fd < 0 || pthread_create(&w->thread, NULL, worker_thread, w)) {
+        if (worker_open(w) || pthread_create(&w->thread, NULL, worker_thread, w)) {
             snprintf(reply, AGENT_REPLY, "%s: %s", job->path,
                      strerror(errno));
             return -1;
@@ -393,7 +400,7 @@ int io_stat(int argc, char **argv, char *reply)
     return job ? report(job, reply) : -1;
 }
 
-/* io-stop ID: end it, and compare everything */
+/* io-stop ID: end it if it runs, and compare everything */
 int io_stop(int argc, char **argv, char *reply)
 {
     Job *job = job_arg(argc, argv, reply);
@@ -405,7 +412,9 @@ int io_stop(int argc, char **argv, char *reply)
     for (unsigned i = 0; i < job->workers; i++) {
         Worker *w = &job->worker[i];
 
-        if (w->fd >= 0) {
+        if (worker_open(w)) {
+            figures_error(&job->f, "%s: %s", job->path, strerror(errno));
+        } else {
             verify(w);
             close(w->fd);
         }

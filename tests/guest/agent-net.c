@@ -20,6 +20,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sendfile.h>
@@ -146,6 +147,8 @@ int net_start(int argc, char **argv, char *reply)
         strcpy(reply, "usage: net-start ADDRESS PORT STREAMS POOL_PAGES");
         return -1;
     }
+    /* A peer that is gone is an error, not the end. */
+    signal(SIGPIPE, SIG_IGN);
     net.stop = 0;
     net.pieces = net.f.bad = net.f.err = 0;
     net.f.first[0] = 0;

@@ -27,7 +27,7 @@
 #include "agent-pool.h"
 
 #define MAX_WORKERS 8
-#define SLOTS 48
+#define SLOTS 32
 #define LARGEST 9000
 #define ATTRIBUTE "user.test"
 

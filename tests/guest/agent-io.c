@@ -226,7 +226,8 @@ static int job_run(Job *job, char *reply)
     for (unsigned i = 0; i < job->workers; i++) {
         Worker *w = &job->worker[i];
 
-        if (worker_open(w) || pthread_create(&w->thread, NULL, worker_thread, w)) {
+        if (worker_open(w) ||
+            pthread_create(&w->thread, NULL, worker_thread, w)) {
             snprintf(reply, AGENT_REPLY, "%s: %s", job->path,
                      strerror(errno));
             return -1;
@@ -360,7 +361,10 @@ static Job *job_arg(int argc, char **argv, char *reply)
     return job;
 }
 
-/* io-halt ID: end the threads and close the target, compare nothing */
+/*
+ * io-halt ID: end the threads and close the target, compare nothing; what the
+ * page cache cannot write any more is unknown
+ */
 int io_halt(int argc, char **argv, char *reply)
 {
     Job *job = job_arg(argc, argv, reply);
@@ -370,9 +374,14 @@ int io_halt(int argc, char **argv, char *reply)
     }
     job_join(job);
     for (unsigned i = 0; i < job->workers; i++) {
-        if (job->worker[i].fd >= 0) {
-            close(job->worker[i].fd);
-            job->worker[i].fd = -1;
+        Worker *w = &job->worker[i];
+
+        if (w->fd >= 0) {
+            if (!w->direct) {
+                forget(w);
+            }
+            close(w->fd);
+            w->fd = -1;
         }
     }
     return report(job, reply);

@@ -198,6 +198,8 @@ static const struct {
     { "net-start", net_start },
     { "net-stat", net_stat },
     { "net-stop", net_stop },
+    { "bench", bench_run },
+    { "bench-meta", bench_meta },
     { "sh", command_sh },
     { "echo", command_echo },
     { "meminfo", command_meminfo },

@@ -9,6 +9,7 @@
  * agent-io.c      a disk or a file, written from and read into such memory
  * agent-meta.c    what a file system says about its files
  * agent-net.c     TCP streams that an echo server sends back
+ * agent-bench.c   requests as fast as they go
  *
  * Copyright (c) 2025 The qemu-dedup developers
  *
@@ -46,5 +47,6 @@ AgentCommand cache_check;
 AgentCommand io_start, io_stat, io_halt, io_resume, io_stop;
 AgentCommand meta_start, meta_stat, meta_stop;
 AgentCommand net_start, net_stat, net_stop;
+AgentCommand bench_run, bench_meta;
 
 #endif

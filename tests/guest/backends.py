@@ -182,8 +182,9 @@ class Backend:
 
 
 def cpu_time(pid):
-    """Seconds of CPU time that a process has used."""
-    with open('/proc/%d/stat' % pid, encoding='utf-8') as f:
+    """Seconds of CPU time that a process has used; "PID/task/TID": a
+    thread."""
+    with open('/proc/%s/stat' % pid, encoding='utf-8') as f:
         words = f.read().rpartition(')')[2].split()
     return (int(words[11]) + int(words[12])) / HZ
 

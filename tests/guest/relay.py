@@ -14,6 +14,7 @@ import host
 import tap
 import vm as vms
 from host import MIB
+from qmp import fields
 
 # 'none': plain vhost-user in place of it, to try the tests themselves
 RELAY = os.environ.get('RELAY', 'on')
@@ -121,7 +122,9 @@ class Guest:
     def _ask(self, what, kind):
         command = ('%s-%s' % (kind, what) if kind in ('net', 'meta') else
                    'io-%s %s' % (what, kind))
-        return self.vm.agent.get(command, 300)
+        text = self.vm.agent.ask(command, 300)
+        # What the first fault was stands at the end, in words.
+        return dict(fields(text), first=text.partition(' err=')[2])
 
     def figures(self):
         """The figures of each checker."""
@@ -181,7 +184,7 @@ class Guest:
         return {name[2:]: r for name, r in backends.relays(self.vm).items()}
 
 
-def prepare():
+def prepare(scanner=True):
     """As host.prepare(), and the back ends."""
-    host.prepare()
+    host.prepare(scanner)
     backends.prepare()

@@ -321,6 +321,8 @@ unsigned vhost_user_relay_stop(VhostUserRelay *relay, struct vhost_dev *dev,
                                int index, int taken)
 {
     RelayQueue *rq = vhost_user_relay_queue(relay, index);
+    /* After a start that failed, vhost does not know the device any more. */
+    VirtIODevice *vdev = dev->vdev ?: rq->q.vdev;
 
     if (rq && rq->started) {
         Stop s = { .rq = rq, .taken = taken };
@@ -330,7 +332,7 @@ unsigned vhost_user_relay_stop(VhostUserRelay *relay, struct vhost_dev *dev,
         relay->n_started--;
         in_thread(relay, detach, &s);
     }
-    return virtio_queue_get_last_avail_idx(dev->vdev, index);
+    return virtio_queue_get_last_avail_idx(vdev, index);
 }
 
 static void drop_area(VhostUserRelay *relay)

@@ -94,8 +94,8 @@ class Guest:
         disks = [k for k in self.backend if k in ('blk', 'contrib')]
         return '/dev/vd' + 'abc'[disks.index(kind)]
 
-    def run(self, kind, state='zero'):
-        """Start the checker of one device."""
+    def run(self, kind, state='zero', mode=None):
+        """Start the checker of one device; @mode: "direct" or "buffered"."""
         if kind == 'net':
             self.vm.agent.ask('net-start %s %d 2 512' % (
                 backends.NETWORK['host'], self.echo.port))
@@ -103,12 +103,13 @@ class Guest:
             self.vm.agent.ask('meta-start /%s 2' % next(
                 k for k in self.backend if k.startswith('fs')))
         else:
-            mib = TARGETS[kind][0]
+            mib, unit, both, workers, pages = TARGETS[kind]
             if kind.startswith('fs'):
                 self.vm.agent.ask('sh truncate -s %d %s' % (
                     mib * MIB, self.target(kind)))
             self.vm.agent.ask('io-start %s %s %d %d %s %d %d %s' % (
-                (kind, self.target(kind)) + TARGETS[kind] + (state,)))
+                kind, self.target(kind), mib, unit, mode or both, workers,
+                pages, state))
         self.running.add(kind)
 
     def run_all(self):

@@ -25,16 +25,19 @@
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 #include "agent.h"
 #include "agent-pool.h"
 
 #define MAX_STREAMS 8
 #define MAX_PIECE (256u << 10)
+/* Of 10 ms, or more: then nothing comes any more. */
+#define IDLE_TURNS 6000
 
 typedef struct Stream {
     pthread_t sender, receiver;
-    int fd;
+    int fd, ended;
     uint64_t seed, sent, received;
     Pool from, to;
 } Stream;
@@ -69,14 +72,12 @@ static void *send_thread(void *opaque)
 
             if (n <= 0) {
                 figures_error(&net.f, "send: %s", strerror(errno));
-                goto out;
+                return NULL;
             }
             s->sent += n;
         }
         __atomic_add_fetch(&net.pieces, 1, __ATOMIC_RELAXED);
     }
-out:
-    shutdown(s->fd, SHUT_WR);
     return NULL;
 }
 
@@ -108,10 +109,12 @@ static void *receive_thread(void *opaque)
             uint64_t mem = agent_random(&other) % (s->to.size - size + 1);
             ssize_t n = recv(s->fd, s->to.mem + mem, size, 0);
 
-            if (n < 0) {
-                figures_error(&net.f, "receive: %s", strerror(errno));
-            }
             if (n <= 0) {
+                if (!__atomic_load_n(&s->ended, __ATOMIC_RELAXED)) {
+                    figures_error(&net.f, "receive: %s",
+                                  n ? strerror(errno) : "end");
+                }
+                __atomic_store_n(&s->ended, 1, __ATOMIC_RELAXED);
                 return NULL;
             }
             check_piece(s, mem, at, n);
@@ -186,6 +189,27 @@ int net_stat(int argc, char **argv, char *reply)
     return 0;
 }
 
+/*
+ * Wait until all has come back, while there is progress.  The stream is not
+ * closed in one direction before: passt may then lose what is under way.
+ */
+static void wait_rest(Stream *s)
+{
+    struct timespec pause = { 0, 10000000 };
+    uint64_t before = 0, received;
+    unsigned idle = 0;
+
+    while ((received = __atomic_load_n(&s->received, __ATOMIC_RELAXED)) <
+           s->sent && idle < IDLE_TURNS &&
+           !__atomic_load_n(&s->ended, __ATOMIC_RELAXED)) {
+        idle = received == before ? idle + 1 : 0;
+        before = received;
+        nanosleep(&pause, NULL);
+    }
+    __atomic_store_n(&s->ended, 1, __ATOMIC_RELAXED);
+    shutdown(s->fd, SHUT_RDWR);
+}
+
 /* net-stop: all that was sent must come back */
 int net_stop(int argc, char **argv, char *reply)
 {
@@ -194,6 +218,7 @@ int net_stop(int argc, char **argv, char *reply)
         Stream *s = &net.stream[i];
 
         pthread_join(s->sender, NULL);
+        wait_rest(s);
         pthread_join(s->receiver, NULL);
         if (s->received != s->sent) {
             figures_error(&net.f, "stream %u: %llu of %llu bytes came back",

@@ -15,7 +15,7 @@ import dedup
 import relay
 import tap
 
-REQUESTS = int(os.environ.get('RELAY_REQUESTS', '250'))
+REQUESTS = int(os.environ.get('RELAY_REQUESTS', '150'))
 # A tenth of what a loaded host does in a second
 TIMEOUT = 60 + REQUESTS // 20
 # Of the guest's pools, and no fewer in the small ones beside

@@ -136,6 +136,34 @@ static int command_online(int argc, char **argv, char *reply)
     return 0;
 }
 
+/* sh WORDS: run them by busybox; its output, on one line */
+static int command_sh(int argc, char **argv, char *reply)
+{
+    char line[512] = "";
+    size_t used;
+    FILE *f;
+
+    for (int i = 1; i < argc; i++) {
+        used = strlen(line);
+        snprintf(line + used, sizeof(line) - used, "%s ", argv[i]);
+    }
+    used = strlen(line);
+    snprintf(line + used, sizeof(line) - used, "2>&1");
+    f = popen(line, "re");
+    if (!f) {
+        strcpy(reply, strerror(errno));
+        return -1;
+    }
+    used = fread(reply, 1, AGENT_REPLY - 1, f);
+    reply[used] = 0;
+    for (size_t i = 0; i < used; i++) {
+        if (reply[i] == '\n') {
+            reply[i] = ' ';
+        }
+    }
+    return pclose(f) ? -1 : 0;
+}
+
 static int command_poweroff(int argc, char **argv, char *reply)
 {
     reboot(RB_POWER_OFF);
@@ -159,6 +187,20 @@ static const struct {
     { "dio-stat", dio_stat },
     { "dio-stop", dio_stop },
     { "cache", cache_check },
+    { "io-start", io_start },
+    { "io-stat", io_stat },
+    { "io-halt", io_halt },
+    { "io-resume", io_resume },
+    { "io-stop", io_stop },
+    { "meta-start", meta_start },
+    { "meta-stat", meta_stat },
+    { "meta-stop", meta_stop },
+    { "net-start", net_start },
+    { "net-stat", net_stat },
+    { "net-stop", net_stop },
+    { "bench", bench_run },
+    { "bench-meta", bench_meta },
+    { "sh", command_sh },
     { "echo", command_echo },
     { "meminfo", command_meminfo },
     { "sync", command_sync },

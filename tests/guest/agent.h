@@ -5,6 +5,11 @@
  * agent-region.c  memory regions with known contents, and loops over them
  * agent-dio.c     O_DIRECT reads into memory, checked again and again
  * agent-cache.c   a file in the page cache
+ * agent-pool.c    memory that is worth merging
+ * agent-io.c      a disk or a file, written from and read into such memory
+ * agent-meta.c    what a file system says about its files
+ * agent-net.c     TCP streams that an echo server sends back
+ * agent-bench.c   requests as fast as they go
  *
  * Copyright (c) 2025 The qemu-dedup developers
  *
@@ -39,5 +44,9 @@ AgentCommand region_alloc, region_verify, region_rewrite, region_touch;
 AgentCommand region_loop, region_drop, region_list;
 AgentCommand dio_start, dio_stat, dio_stop;
 AgentCommand cache_check;
+AgentCommand io_start, io_stat, io_halt, io_resume, io_stop;
+AgentCommand meta_start, meta_stat, meta_stop;
+AgentCommand net_start, net_stat, net_stop;
+AgentCommand bench_run, bench_meta;
 
 #endif

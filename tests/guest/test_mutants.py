@@ -6,11 +6,14 @@ The same run is made without the mutant: it must be right there.
 """
 
 import os
+import time
 
+import backends
 import dedup
 import host
 import tap
 import vm as vms
+from qmp import Timeout
 
 QEMU = os.path.join(host.BUILD, 'mutants', 'qemu-system-x86_64')
 DISK = (4096, 9, 700)           # blocks, seed, distinct
@@ -80,6 +83,58 @@ def test_m21():
     vm = guest(21, 'mprotect')
     got = wait_errors(vm, 20)
     tap.check(got['errors'] > 0, 'no read failed: %s' % got)
+
+
+def exported(mutant):
+    """A guest with a disk by plain vhost-user, whose back end has the guest's
+    RAM mapped; the scanner starts when the guest is at work."""
+    disk = backends.Storage(size=32).start()
+    vm = vms.VM('exported%d' % mutant, ram=192, qemu=QEMU,
+                env={'DEDUP_MUTANT': str(mutant)},
+                extra=disk.options('disk'),
+                dedup=dict(dedup.FULL_SPEED, run='off'))
+    vm.start().boot()
+    vm.agent.ask('io-start disk /dev/vda 32 512 direct 4 2048 zero')
+    dedup.wait_until(lambda: vm.agent.get('io-stat disk')['ops'] > 200,
+                     'requests')
+    dedup.run(vm, True)
+    return vm
+
+
+@tap.case
+def test_exported():
+    """no mutant, plain vhost-user: nothing is merged, every byte is right"""
+    vm = exported(0)
+    before = vm.agent.get('io-stat disk')['ops']
+    dedup.wait_until(
+        lambda: vm.agent.get('io-stat disk')['ops'] > before + 500,
+        'requests')
+    got = vm.agent.get('io-stop disk')
+    tap.note('%s; %s' % (got, dedup.summary(vm)))
+    tap.check(got['bad'] == 0 and got['err'] == 0, str(got))
+    tap.check(dedup.stats(vm)['pages-merged'] == 0, dedup.summary(vm))
+    vm.quit()
+
+
+@tap.case
+def test_m24():
+    """M24, vhost-user does not say that it exports RAM: wrong bytes"""
+    for turn in range(3):
+        vm = exported(24)
+        got = {'bad': 0}
+        deadline = time.monotonic() + 60 * tap.PATIENCE
+        try:
+            while not got['bad'] and time.monotonic() < deadline:
+                got = vm.agent.get('io-stat disk', 10)
+                time.sleep(0.2)
+        except Timeout:
+            tap.note('the guest does not answer: its rings are merged, too')
+        tap.note('%d: %s; %s' % (turn, got, dedup.summary(vm)))
+        tap.check(dedup.stats(vm)['pages-merged'] > 1000, dedup.summary(vm))
+        if got['bad']:
+            return
+        vm.kill()
+    tap.check(False, 'no wrong byte')
 
 
 host.prepare()

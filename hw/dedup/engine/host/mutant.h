@@ -40,6 +40,7 @@ enum {
     DEDUP_MUTANT_DMA_NO_WAIT = 21,    /* nor who has raised a pin counter */
     DEDUP_MUTANT_FREEZE_PINNED = 22,  /* pinned pages are frozen */
     DEDUP_MUTANT_LOCK_FIRST = 23,     /* the lock, then vCPUs are kept out */
+    DEDUP_MUTANT_VHOST_USER_SILENT = 24, /* it exports RAM and says nothing */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS

@@ -192,15 +192,30 @@ static void test_broken_stop(gconstpointer relay)
 
 /*
  * What the relay has put into the area is not what it goes by: with the table
- * of descriptors, the ring of descriptors and all else overwritten, a request
- * that is then completed writes to its own in-part and nowhere else.
+ * of descriptors, the ring of descriptors and all else overwritten but what is
+ * the device's to write, a request that is then completed writes to its own
+ * in-part and nowhere else.
  */
-static void overwrite(VubRing *r, const VubRequest *req, GRand *rand,
-                      uint64_t victim)
+static void put(VubRing *const rings[2], size_t at, uint8_t byte)
 {
+    uint8_t *p = rings[0]->table->host[0] + at;
+    unsigned i;
+
+    for (i = 0; i < 2; i++) {
+        uint8_t *used = (uint8_t *)rings[i]->used;
+
+        if (p >= used && p < used + 6 + rings[i]->num * 8) {
+            return;
+        }
+    }
+    *p = byte;
+}
+
+static void overwrite(VubRing *const rings[2], const VubRequest *req,
+                      GRand *rand, uint64_t victim)
+{
+    VubRing *r = rings[1];
     const VubTable *t = r->table;
-    size_t used = (uint8_t *)r->used - t->host[0];
-    size_t used_size = 6 + r->num * 8;
     struct vring_desc *d = NULL;
     size_t i;
     unsigned k;
@@ -228,17 +243,14 @@ static void overwrite(VubRing *r, const VubRequest *req, GRand *rand,
         r->avail->idx = cpu_to_le16(g_rand_int(rand));
         break;
     case 2:
-        memset(t->host[0], 0xff, used);
-        memset(t->host[0] + used + used_size, 0xff,
-               t->regions[0].size - used - used_size);
+        for (i = 0; i < t->regions[0].size; i++) {
+            put(rings, i, 0xff);
+        }
         break;
     default:
         for (i = 0; i < 4096; i++) {
-            size_t at = g_rand_int_range(rand, 0, t->regions[0].size);
-
-            if (at < used || at >= used + used_size) {
-                t->host[0][at] = g_rand_int(rand);
-            }
+            put(rings, g_rand_int_range(rand, 0, t->regions[0].size),
+                g_rand_int(rand));
         }
     }
 }
@@ -252,14 +264,13 @@ static void test_overwrite(gconstpointer relay)
     g_autoptr(GRand) rand = g_rand_new_with_seed(1);
     const uint64_t base = DRV_DATA;
     RelayVm vm;
-    VubRing *r;
-    unsigned i, starts = 1;
+    VubRing *r[2];
+    unsigned i;
 
     if (rvm_skip_plain()) {
         return;
     }
     run(&vm, relay, "");
-    r = vub_wait_ring(vm.b, 1, 1);
     for (i = 0; i < 100; i++) {
         uint32_t len = g_rand_int_range(rand, 1, 20000);
         VubRequest *req;
@@ -271,10 +282,12 @@ static void test_overwrite(gconstpointer relay)
             { base + 0x123, 500, false },
             { base + IN, len, true },
         }, 2, i & 1);
-        req = vub_pop(r);
+        r[0] = vub_wait_ring(vm.b, 0, i + 1);
+        r[1] = vub_wait_ring(vm.b, 1, i + 1);
+        req = vub_pop(r[1]);
         overwrite(r, req, rand, base + 0x8000);
-        vub_add_used(r, req->head, g_rand_int(rand));
-        vub_call(r);
+        vub_add_used(r[1], req->head, g_rand_int(rand));
+        vub_call(r[1]);
         vub_request_free(req);
         drv_wait_used(&vm.q[1], &id, &got);
         g_assert_cmpuint(id, ==, head);
@@ -288,9 +301,38 @@ static void test_overwrite(gconstpointer relay)
         }
         /* The ring itself may be of no use to us now: have a new one. */
         rvm_drive_again(&vm);
-        r = vub_wait_ring(vm.b, 1, ++starts);
+        g_assert_cmphex(rvm_status(&vm) & VIRTIO_CONFIG_S_NEEDS_RESET, ==, 0);
     }
-    g_assert_cmphex(rvm_status(&vm) & VIRTIO_CONFIG_S_NEEDS_RESET, ==, 0);
+    rvm_quit(&vm);
+}
+
+/*
+ * What is wrong is seen only when the device is reset: that is over then, and
+ * the device that comes after it works.
+ */
+static void test_bad_at_reset(gconstpointer relay)
+{
+    RelayVm vm;
+    VubRing *r;
+    unsigned i;
+
+    if (rvm_skip_plain()) {
+        return;
+    }
+    run(&vm, relay, "");
+    for (i = 1; i < 10; i++) {
+        r = vub_wait_ring(vm.b, 1, i);
+        rvm_send_tag(&vm, 1, 1);
+        vub_request_free(rvm_expect_tag(r, 1));
+        vub_add_used(r, 12345, 0);
+        if (i & 1) {
+            /* It may be seen before the reset, or after. */
+            vub_call(r);
+        }
+        check_revives(&vm, i + 1);
+        rvm_drive_again(&vm);
+        i++;
+    }
     rvm_quit(&vm);
 }
 
@@ -366,6 +408,7 @@ int main(int argc, char **argv)
     }
     add("broken-stop", test_broken_stop);
     add("overwrite", test_overwrite);
+    add("bad-at-reset", test_bad_at_reset);
     add("hang-up", test_hang_up);
     add("truncate", test_truncate);
     return g_test_run();

@@ -116,7 +116,7 @@ static void test_migrate(gconstpointer data)
     g_autofree char *dir = g_strdup("/tmp/relay-migrate-XXXXXX");
     g_autofree char *file = NULL, *incoming = NULL;
     VubRequest *req[8] = { NULL };
-    uint16_t head[8];
+    uint16_t head[8], new;
     bool done[8] = { 0 };
     RelayVm from, to;
     VubRing *r;
@@ -163,9 +163,9 @@ static void test_migrate(gconstpointer data)
             rvm_check_answer(&to, queue, head[i], i);
         }
     }
-    head[0] = rvm_send_tag(&to, queue, 100);
+    new = rvm_send_tag(&to, queue, 100);
     rvm_answer(rvm_expect_tag(r, 100));
-    rvm_check_answer(&to, queue, head[0], 100);
+    rvm_check_answer(&to, queue, new, 100);
     g_assert_null(vub_try_pop(r));
     drv_expect_none(&to.q[queue]);
     if (!is_blk(k)) {

@@ -56,8 +56,9 @@ void rvm_init(RelayVm *vm);
 void rvm_start(RelayVm *vm);
 /* Find the device; negotiate and set up its queues. */
 void rvm_drive(RelayVm *vm);
-/* The same again, after a reset. */
+/* The same again, after a reset; and the reset alone. */
 void rvm_drive_again(RelayVm *vm);
+void rvm_reset(RelayVm *vm);
 /* rvm_init() with a device, rvm_start(), rvm_drive(). */
 void rvm_run(RelayVm *vm, const char *device, const char *props);
 void rvm_quit(RelayVm *vm);

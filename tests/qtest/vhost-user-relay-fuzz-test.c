@@ -22,12 +22,12 @@
 
 /* Parts out; never written to by a device. */
 #define OUT DRV_DATA
-#define OUT_SIZE 0x100000
+#define OUT_SIZE 0x10000
 #define OUT_SEED 5
 /* Parts in, each in a slot of its own with a guard around it. */
 #define IN (DRV_DATA + 0x800000)
 #define SLOT 0x6000
-#define SLOTS 128
+#define SLOTS 24
 #define GUARD 0xa5
 #define IN_MAX 0x5000
 
@@ -116,35 +116,35 @@ static void act(Hostile *h, VubRing *r)
     GRand *rand = h->rand;
     unsigned i;
 
-    switch (g_rand_int_range(rand, 0, 100)) {
-    case 0 ... 79:
+    switch (g_rand_int_range(rand, 0, 1000)) {
+    case 0 ... 849:
         complete(h, r);
         break;
-    case 80 ... 84:
+    case 850 ... 889:
         scribble(rand, t->host[0], t->regions[0].size);
         break;
-    case 85 ... 88:
+    case 890 ... 929:
         /* Where descriptors and the available ring are: nobody reads that. */
         scribble(rand, (uint8_t *)r->desc, r->num * 16 + r->num * 2 + 6);
         break;
-    case 89 ... 90:
+    case 930 ... 949:
         i = g_rand_int_range(rand, 0, r->num);
         r->desc[i].addr = cpu_to_le64(g_rand_int(rand));
         r->desc[i].len = cpu_to_le32(g_rand_int(rand));
         break;
-    case 91:
+    case 950 ... 951:
         vub_add_used(r, g_rand_int_range(rand, 0, r->num), IN_MAX);
         break;
-    case 92:
+    case 952 ... 953:
         vub_add_used(r, g_rand_int(rand), g_rand_int(rand));
         break;
-    case 93:
+    case 954:
         vub_set_used_idx(r, g_rand_int(rand));
         break;
-    case 94:
+    case 955:
         scribble(rand, (uint8_t *)r->used, r->num * 8 + 6);
         break;
-    case 95:
+    case 956 ... 959:
         r->used->flags = g_rand_int(rand);
         break;
     default:
@@ -266,7 +266,7 @@ static void verify(Guest *g, bool *mine)
 static void reset(Guest *g, bool *mine)
 {
     /* From the reset on nothing is written for what was before. */
-    qvirtio_start_device(&g->vm.dev->vdev);
+    rvm_reset(&g->vm);
     collect(g, mine);
     verify(g, mine);
     rvm_drive_again(&g->vm);

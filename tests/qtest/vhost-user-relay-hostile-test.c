@@ -353,7 +353,7 @@ static void test_hang_up(gconstpointer relay)
     rvm_send_tag(&vm, 1, 2);
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'stop' }");
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'cont' }");
-    qvirtio_start_device(&vm.dev->vdev);
+    rvm_reset(&vm);
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'query-status' }");
     rvm_quit(&vm);
 }

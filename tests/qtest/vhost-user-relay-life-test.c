@@ -305,7 +305,7 @@ static void test_absent(gconstpointer data)
     rvm_send_tag(&vm, queue, 7);
     vub_request_free(rvm_expect_tag(r, 7));
     vub_disconnect(vm.b, true);
-    qvirtio_start_device(&vm.dev->vdev);
+    rvm_reset(&vm);
     vub_accept(vm.b);
     i = vub_starts(vm.b, queue);
     vub_wait_message(vm.b, VUB_GET_FEATURES,

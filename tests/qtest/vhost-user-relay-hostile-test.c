@@ -376,6 +376,53 @@ static void test_truncate(gconstpointer relay)
     rvm_quit(&vm);
 }
 
+/*
+ * The guest's part in it: buffers that are no RAM, in a request that is there
+ * when the device starts, and is completed while it stops.  Whoever reads
+ * registers needs QEMU's big lock; whoever waits for that thread has it.
+ */
+#define HPET 0xfed00000
+
+static void test_mmio(gconstpointer relay)
+{
+    VubRequest *req;
+    RelayVm vm;
+    VubRing *r;
+    uint16_t head;
+    uint64_t id;
+
+    if (rvm_skip_plain()) {
+        return;
+    }
+    run(&vm, relay, "");
+    vub_wait_ring(vm.b, 1, 1);
+    vm.b->gives_up = false;
+    qtest_qmp_assert_success(vm.qts, "{ 'execute': 'stop' }");
+    head = drv_add(&vm.q[1], (DrvSegment[]) {
+        { HPET, 8, false },
+        { HPET + 0xf0, 8, true },
+    }, 2, true);
+    drv_publish(&vm.q[1]);
+    /* A deadlock would have us wait for ever. */
+    alarm(DRV_TIMEOUT_US / G_USEC_PER_SEC);
+    qtest_qmp_assert_success(vm.qts, "{ 'execute': 'cont' }");
+    r = vub_wait_ring(vm.b, 1, 2);
+    drv_notify(&vm.q[1]);
+    req = vub_pop(r);
+    vub_read(req, 0, &id, 8);
+    g_assert_cmphex(id, ==, qtest_readq(vm.qts, HPET));
+    vub_fill(req, 0, 0, 8);
+    vub_add_used(r, req->head, 8);
+    /* No call: it is found when the device stops. */
+    qtest_qmp_assert_success(vm.qts, "{ 'execute': 'stop' }");
+    drv_expect_used(&vm.q[1], head, 8);
+    qtest_qmp_assert_success(vm.qts, "{ 'execute': 'cont' }");
+    alarm(0);
+    vub_request_free(req);
+    check_revives(&vm, 4);
+    rvm_quit(&vm);
+}
+
 static void add(const char *name, GTestDataFunc test)
 {
     unsigned i;
@@ -409,5 +456,6 @@ int main(int argc, char **argv)
     add("bad-at-reset", test_bad_at_reset);
     add("hang-up", test_hang_up);
     add("truncate", test_truncate);
+    add("mmio", test_mmio);
     return g_test_run();
 }

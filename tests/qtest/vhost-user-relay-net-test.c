@@ -165,7 +165,7 @@ static void test_stop(gconstpointer data)
     rx = vub_wait_ring(vm.b, RX, 1);
     tx = vub_wait_ring(vm.b, TX, 1);
     post_rx(&vm, 200);
-    for (round = 1; round < 12; round++) {
+    for (round = 1; round < 5; round++) {
         for (i = 0; i < 8; i++) {
             head[i] = transmit(&vm, TX, i, 1000 + i);
         }

@@ -220,6 +220,43 @@ static void test_device(gconstpointer data)
     rvm_quit(&vm);
 }
 
+/*
+ * The guest has all that it is offered, and the back end offers all that there
+ * is; what is between the guest and QEMU stays there.
+ */
+static void test_features(gconstpointer data)
+{
+    RelayVm vm;
+    VubRing *r;
+    uint16_t head;
+
+    if (rvm_skip_plain()) {
+        return;
+    }
+    rvm_init(&vm);
+    vm.props = ",packed=on,in_order=on,iommu_platform=on";
+    vm.wanted = ~VUB_BIT(VUB_F_PROTOCOL_FEATURES);
+    vm.b->features = data ? VUB_BIT(VIRTIO_F_VERSION_1) |
+                            VUB_BIT(VUB_F_PROTOCOL_FEATURES)
+                          : VUB_ALL_FEATURES;
+    rvm_start(&vm);
+    rvm_drive(&vm);
+    /* Whatever the back end has. */
+    g_assert_cmphex(vm.features & VUB_BIT(VIRTIO_F_RING_PACKED), !=, 0);
+    g_assert_cmphex(vm.features & VUB_BIT(VIRTIO_F_IN_ORDER), !=, 0);
+    g_assert_cmphex(vm.features & VUB_BIT(VIRTIO_F_IOMMU_PLATFORM), !=, 0);
+    g_assert_cmphex(vm.features & VUB_BIT(VIRTIO_RING_F_EVENT_IDX), !=, 0);
+    g_assert_cmphex(vm.features & VUB_BIT(38), ==, 0);
+    r = vub_wait_ring(vm.b, 1, 1);
+    g_assert_cmpint(r->event_idx, ==, !data);
+    head = rvm_send_tag(&vm, 1, 1);
+    rvm_answer(rvm_expect_tag(r, 1));
+    rvm_check_answer(&vm, 1, head, 1);
+    check_all_features(&vm);
+    check_never_sent(&vm);
+    rvm_quit(&vm);
+}
+
 /* RAM comes and goes, and the back end hears nothing. */
 static void test_hotplug(void)
 {
@@ -466,8 +503,8 @@ static void test_bad_options(void)
     }
 }
 
-/* A ring that has no place in the area. */
-static void test_rings_too_large(void)
+/* More queues than there is room for, of which the driver uses few. */
+static void test_many_rings(void)
 {
     RelayVm vm;
 
@@ -506,6 +543,8 @@ int main(int argc, char **argv)
             qtest_add_data_func(path, &devices[i], test_device);
         }
     }
+    qtest_add_data_func("relay/features/all", NULL, test_features);
+    qtest_add_data_func("relay/features/few", "", test_features);
     qtest_add_func("relay/hotplug", test_hotplug);
     qtest_add_func("relay/no-log", test_no_log);
     qtest_add_func("relay/restart", test_restart);
@@ -515,6 +554,6 @@ int main(int argc, char **argv)
     qtest_add_data_func("relay/auto/on", GINT_TO_POINTER(true), test_auto);
     qtest_add_data_func("relay/auto/off", GINT_TO_POINTER(false), test_auto);
     qtest_add_func("relay/bad-options", test_bad_options);
-    qtest_add_func("relay/many-rings", test_rings_too_large);
+    qtest_add_func("relay/many-rings", test_many_rings);
     return g_test_run();
 }

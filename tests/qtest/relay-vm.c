@@ -193,7 +193,8 @@ void rvm_wait_stderr(RelayVm *vm, const char *text)
 
 QDict *rvm_relay(RelayVm *vm)
 {
-    QDict *resp = qtest_qmp(vm->qts, "{ 'execute': 'query-vhost-user-relays' }");
+    QDict *resp = qtest_qmp(vm->qts,
+                            "{ 'execute': 'query-vhost-user-relays' }");
     QList *list = qdict_get_qlist(resp, "return");
     QDict *relay;
 

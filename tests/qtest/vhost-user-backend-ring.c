@@ -135,6 +135,7 @@ VubRequest *vub_pop_timeout(VubRing *r, int64_t timeout_us)
 
         if (r->event_idx) {
             *avail_event(r) = cpu_to_le16(r->last_avail);
+            /* Then look: whoever adds does it the other way round. */
             smp_mb();
         }
         req = vub_try_pop(r);
@@ -235,6 +236,7 @@ void vub_set_used_idx(VubRing *r, uint16_t idx)
 {
     r->used_idx = idx;
     qatomic_store_release(&r->used->idx, cpu_to_le16(idx));
+    /* Before it is read whether the driver wants to hear of it. */
     smp_mb();
 }
 

@@ -314,7 +314,7 @@ static unsigned env_number(const char *name, unsigned otherwise)
 {
     const char *value = g_getenv(name);
 
-    return value ? strtoul(value, NULL, 10) : otherwise;
+    return value ? g_ascii_strtoull(value, NULL, 10) : otherwise;
 }
 
 static void test_fuzz(gconstpointer data)

@@ -317,7 +317,8 @@ void drv_publish(DrvQueue *q)
                          q->first_flags);
         }
     } else {
-        for (i = 0; i < q->unpublished; i += write_avail(q, i)) {
+        for (i = 0; i < q->unpublished;) {
+            i += write_avail(q, i);
         }
         qtest_writew(q->qts, q->avail + 2, q->avail_idx);
     }

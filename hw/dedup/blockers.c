@@ -291,8 +291,9 @@ static char *blocked_detail(DedupScanner *ds, DedupBlockedReason reason)
                         "(VFIO, vDPA, an NVMe block driver and the like)");
     case DEDUP_BLOCKED_REASON_RAM_EXPORTED:
         text = ram_guard_whole_users(NULL);
-        return g_strdup_printf("remove what needs all memory in its place: "
-                               "%s", text ? text : "a device");
+        return g_strdup_printf("remove what needs all memory in its place "
+                               "(or, if it is a vhost-user device, give it "
+                               "relay=on): %s", text ? text : "a device");
     case DEDUP_BLOCKED_REASON_MIGRATION:
         return g_strdup("wait until the migration has ended and the virtual "
                         "machine runs here");

@@ -6,14 +6,20 @@ import os
 import re
 
 from checks import TOP, tracked
-from layers import code, comments, engine_files, full, none, side_files
+from layers import (code, comments, engine_files, full, none, relay_files,
+                    side_files)
 import tap
 
-MAP = 'docs/devel/dedup.rst'
+# Document -> the sources that it has a map of
+MAPS = {
+    'docs/devel/dedup.rst': lambda: engine_files('.c') + side_files('.c'),
+    'docs/devel/vhost-user-relay.rst': lambda: relay_files('.c'),
+}
 QUOTED = re.compile(r'``(.+?)``', re.S)
 SOURCE = re.compile(r'[\w./*-]*[\w*-]\.[ch]\b')
 # Ours have such names; what else is quoted may be the system's.
-FUNCTION = re.compile(r'\b(?:dedup|ram_guard)_\w+\b|\bDedup[A-Z]\w+\b')
+FUNCTION = re.compile(r'\b(?:dedup|ram_guard|vhost_user_relay)_\w+\b|'
+                      r'\b(?:Dedup[A-Z]|VhostUserRelay)\w+\b')
 
 
 def read(path):
@@ -37,10 +43,18 @@ def quoted():
                 yield path, text.count('\n', 0, m.start()) + 1, m.group(1)
 
 
+def known_files():
+    """Our sources, and those of QEMU that a patch of ours changes."""
+    patched = {name for path in tracked('.patch')
+               for name in re.findall(r'^--- a/(\S+\.[ch])$', read(path),
+                                      re.M)}
+    return tracked('.c', '.h') + sorted(patched)
+
+
 @tap.case
 def test_files_documents():
     """every source that a document quotes exists"""
-    files = tracked('.c', '.h')
+    files = known_files()
     found = [(path, line, name) for path, line, words in quoted()
              for name in SOURCE.findall(words)]
     tap.check(len(found) > 50, 'nothing is quoted?')
@@ -51,9 +65,10 @@ def test_files_documents():
 
 @tap.case
 def test_files_comments():
-    """every source that a comment of hw/dedup names exists"""
-    files = tracked('.c', '.h')
-    found = [(name, source) for name in engine_files() + side_files()
+    """every source that a comment of hw/ names exists"""
+    files = known_files()
+    found = [(name, source)
+             for name in engine_files() + side_files() + relay_files()
              for comment in comments(name)
              for source in SOURCE.findall(comment)
              if not source.startswith('linux/')]
@@ -67,7 +82,7 @@ def test_files_comments():
 def test_functions():
     """every function and type of ours that a document quotes exists"""
     words = set()
-    for name in engine_files() + side_files():
+    for name in engine_files() + side_files() + relay_files():
         words |= set(re.findall(r'\w+', code(name)))
     # Commands, trace events.
     for path in tracked('.patch', '.json', '/trace-events'):
@@ -82,12 +97,12 @@ def test_functions():
 
 @tap.case
 def test_map():
-    """the map of docs/devel/dedup.rst has every source of hw/dedup"""
-    names = {os.path.basename(name) for path, _, quote in quoted()
-             if path == MAP for name in SOURCE.findall(quote)}
-    none([full(f) for f in engine_files('.c') + side_files('.c')
-          if os.path.basename(f) not in names],
-         f'tell in a line of {MAP}, "The parts", what is in it')
+    """the maps in docs/devel have every source of hw/dedup and of the relay"""
+    for document, sources in MAPS.items():
+        names = {os.path.basename(name) for path, _, quote in quoted()
+                 if path == document for name in SOURCE.findall(quote)}
+        none([full(f) for f in sources() if os.path.basename(f) not in names],
+             f'tell in a line of {document}, "The parts", what is in it')
 
 
 tap.main()

@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The engine is one chain of layers, and the QEMU side one of files."""
+"""The engine is one chain of layers; the QEMU side is one of files, and so is
+the vhost-user relay."""
 
 import difflib
 import os
@@ -9,9 +10,10 @@ import shlex
 import subprocess
 
 from checks import TOP, script, tracked
-from layers import (ENGINE, LAYERS, QEMU, SIDE, Includes, circles, code,
-                    commands, engine_calls, engine_files, full, layer_of,
-                    level, none, side_calls, text, ties)
+from layers import (ENGINE, INCLUDE, LAYERS, QEMU, RELAY, SIDE, Includes,
+                    circles, code, commands, engine_calls, engine_files, full,
+                    layer_of, level, none, relay_calls, relay_files,
+                    relay_level, side_calls, text, ties)
 import tap
 
 MOST_LINES = 600
@@ -162,11 +164,36 @@ def test_side_order():
 
 
 @tap.case
+def test_relay():
+    """each part of the relay includes and calls those below it only"""
+    files = relay_files()
+    tap.check(len(files) > 6, 'no relay?')
+    none([f for f in files if relay_level(f) is None],
+         'give it a place in RELAY_PARTS of layers.py')
+    bad = []
+    for f in files:
+        for written in INCLUDE.findall(text(f)):
+            name = os.path.basename(written[1:-1])
+            if name.startswith(os.path.basename(RELAY)) and \
+                    relay_level(os.path.dirname(RELAY) + '/' + name) > \
+                    relay_level(f):
+                bad.append(f'{f}: {written}')
+    none(bad, 'what both need belongs into the lower one')
+    calls = relay_calls()
+    fresh(calls, 'qemu')
+    none([f'{f} calls {", ".join(sorted(symbols))} of {to}'
+          for f, tos in calls.graph.items() for to, symbols in tos.items()
+          if relay_level(to) >= relay_level(f)],
+         'return a value, or take a callback: what is above calls')
+    tap.check(sum(len(to) for to in calls.graph.values()) > 5, 'no calls?')
+
+
+@tap.case
 def test_length():
     """no file has more than 600 lines"""
     bad = []
     for path in tracked(''):
-        if path.startswith(('hw/', 'include/hw/dedup/', 'qapi/', 'tests/')):
+        if path.startswith(('hw/', 'include/', 'qapi/', 'tests/')):
             with open(os.path.join(TOP, path), 'rb') as f:
                 lines = f.read().count(b'\n')
             if lines > MOST_LINES:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The layers of hw/dedup: what its sources and objects say of them.
+"""The layers of hw/dedup and of the vhost-user relay: what their sources and
+objects say of them.
 
 A file is named by its path below hw/dedup/engine ("space/lock.c", "engine.c"),
-one of the QEMU side by its path from the top ("hw/dedup/ram.c").
+one of the QEMU side or the relay by its path from the top ("hw/dedup/ram.c").
 """
 
 import functools
@@ -16,10 +17,14 @@ import tap
 SIDE = 'hw/dedup/'
 ENGINE = SIDE + 'engine/'
 SIDE_HEADERS = 'include/hw/dedup/'
+RELAY = 'hw/virtio/vhost-user-relay'
+RELAY_HEADER = 'include/' + RELAY + '.h'
 
 # From the top down.  A layer knows those behind it.
 QEMU, FACE = 'qemu', 'face'
 LAYERS = (FACE, 'scan', 'space', 'group', 'index', 'host')
+# What follows the relay's name, and the relay itself
+RELAY_PARTS = ('', '-queue', '-request', '-layout', '-area', '-ring')
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<][^">\n]+[">])', re.M)
 COMMENT_OR_STRING = re.compile(
@@ -28,7 +33,7 @@ COMMENT_OR_STRING = re.compile(
 
 def full(name):
     """The path of a file from the top of the project."""
-    if name.startswith((SIDE, SIDE_HEADERS)):
+    if name.startswith((SIDE, SIDE_HEADERS, RELAY, RELAY_HEADER)):
         return name
     return ENGINE + name
 
@@ -55,6 +60,19 @@ def side_files(*suffixes):
     return [f for f in tracked(*(suffixes or ('.c', '.h')))
             if f.startswith((SIDE, SIDE_HEADERS)) and
             not f.startswith(ENGINE)]
+
+
+@functools.lru_cache
+def relay_files(*suffixes):
+    return [f for f in tracked(*(suffixes or ('.c', '.h')))
+            if f.startswith(RELAY) or f == RELAY_HEADER]
+
+
+def relay_level(name):
+    """How far up a file of the relay is; None if it has no place."""
+    part = os.path.splitext(name.removeprefix('include/'))[0][len(RELAY):]
+    return (len(RELAY_PARTS) - 1 - RELAY_PARTS.index(part)
+            if part in RELAY_PARTS else None)
 
 
 def text(name):
@@ -170,17 +188,27 @@ def engine_calls():
                   for n, p in objects.items()})
 
 
-@functools.lru_cache
-def side_calls():
+def qemu_calls(directory, files):
+    """Calls between files of a directory that is built within QEMU."""
     found = commands('qemu-obj', lambda o: re.search(
-        r'\.p/hw_dedup_[^/]*\.o$', o))
+        r'\.p/%s[^/]*\.o$' % directory.replace('/', '_'), o))
     objects = {name: os.path.join(BUILD, 'qemu-obj', 'not-built', name)
-               for name in side_files('.c')}
+               for name in files}
     for _, path, c in found:
-        name = SIDE + os.path.basename(c['file'])
+        name = directory + os.path.basename(c['file'])
         if name in objects:
             objects[name] = path
     return Calls(objects)
+
+
+@functools.lru_cache
+def side_calls():
+    return qemu_calls(SIDE, side_files('.c'))
+
+
+@functools.lru_cache
+def relay_calls():
+    return qemu_calls(os.path.dirname(RELAY) + '/', relay_files('.c'))
 
 
 def circles(graph):

@@ -42,7 +42,7 @@ all: qemu
 help:
 	@echo 'make                build QEMU with dedup: build/bin/qemu-system-x86_64'
 	@echo '                    (QEMU_SRC=DIR: from your own source of QEMU 10.0.x)'
-	@echo 'make demo           three guests share their memory, with a live table'
+	@echo 'make demo           four guests share their memory, with a live table'
 	@echo 'make check          all tests'
 	@echo 'make check-engine   the engine alone, in a minute; LONG=1: all of its tests,'
 	@echo '                    as SANITIZE=address or SANITIZE=thread runs them'

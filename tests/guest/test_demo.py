@@ -11,11 +11,14 @@ import signal
 import subprocess
 import threading
 
+import backends
 import host
 import tap
 
 DEMO = os.path.join(host.TOP, 'scripts', 'demo')
 GUESTS = ('web', 'db', 'batch')
+FILES = 'files'         # the one with virtiofs
+FILE_MIB = 96
 SECONDS = 120 * tap.PATIENCE
 LEAST = 90              # percent of what an offline count says can be saved
 
@@ -36,6 +39,16 @@ def children(pid):
     return mine + [c for p in mine for c in children(p)]
 
 
+def has_virtiofs():
+    """Is there a daemon?"""
+    backends.prepare()
+    try:
+        return backends.FsRust().command()
+    except tap.Skip as e:
+        tap.note(str(e))
+        return None
+
+
 @tap.case
 def test_whole():
     """it ends by itself: saved, seen from outside, every byte right"""
@@ -43,7 +56,19 @@ def test_whole():
                           stderr=subprocess.STDOUT, text=True,
                           timeout=SECONDS, check=False)
     tap.check(done.returncode == 0, done.stdout)
-    for name in GUESTS:
+    names = GUESTS
+    if has_virtiofs():
+        names += (FILES,)
+        lines = re.findall(r'^files: virtiofs: ([0-9]+) requests, ([0-9.]+) '
+                           r'MiB in; .* sees ([0-9.]+) MiB', done.stdout,
+                           re.MULTILINE)
+        tap.check(lines and float(lines[-1][1]) >= FILE_MIB, str(lines))
+        merged = re.findall(r'^files +plain -m +\w+ +[0-9.]+ +[0-9.]+ '
+                            r'+([0-9.]+) ', done.stdout, re.MULTILINE)
+        # With the pages of those that have the file from a disk
+        tap.check(merged and float(merged[-1]) >= FILE_MIB * LEAST / 100,
+                  str(merged))
+    for name in names:
         numbers(r'^ +%s +([0-9]+) pages, .*: every byte right$' % name,
                 done.stdout)
     before, = numbers(r'^  before merging +([0-9.]+)$', done.stdout)

@@ -102,6 +102,15 @@ static void write_table(void *table, const VhostUserRelayLayout *layout)
     }
 }
 
+/* Nothing of an earlier request is for this one to see. */
+static void clear(VhostUserRelayRequest *r)
+{
+    for (unsigned i = 0; i < r->in_num; i++) {
+        memset(r->data + (uintptr_t)r->elem.in_sg[i].iov_base, 0,
+               r->elem.in_sg[i].iov_len);
+    }
+}
+
 bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
                                    VhostUserRelayArea *area, AddressSpace *as,
                                    VhostUserRelayLayout *layout,
@@ -114,6 +123,9 @@ bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
         (prefill && !copy_out(r, as, r->elem.in_addr, r->elem.in_sg,
                               r->in_num))) {
         return false;
+    }
+    if (!prefill) {
+        clear(r);
     }
     for (unsigned i = 0; i < layout->n; i++) {
         layout->descs[i].gpa += vhost_user_relay_area_gpa(first);

@@ -71,7 +71,8 @@ uint64_t vhost_user_relay_request_lay_out(VhostUserRelayRequest *r,
  * @layout: as lay_out() has made it; its addresses become the back end's
  * @indirect: as for lay_out(); what @layout holds is then one descriptor, of
  *     the table
- * @prefill: what the device may write to has the guest's bytes, too
+ * @prefill: what the device may write to has the guest's bytes, too; else it
+ *     has zeros
  *
  * The run, @r->page and @r->pages, was set by the caller.
  *

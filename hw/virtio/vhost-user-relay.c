@@ -531,6 +531,7 @@ int vhost_user_relay_set_addr(VhostUserRelay *relay, struct vhost_dev *dev,
     s.rq = rq;
     s.features = vhost_user_relay_backend_features(relay,
                                                    dev->acked_features);
+    dev->vdev->memory_only = true;
     in_thread(relay, start, &s);
     if (!s.ok) {
         error_report_err(s.err);

@@ -23,8 +23,9 @@ RELAY_HEADER = 'include/' + RELAY + '.h'
 # From the top down.  A layer knows those behind it.
 QEMU, FACE = 'qemu', 'face'
 LAYERS = (FACE, 'scan', 'space', 'group', 'index', 'host')
-# What follows the relay's name, and the relay itself
-RELAY_PARTS = ('', '-queue', '-request', '-layout', '-area', '-ring')
+# What follows the relay's name; '' is the relay itself
+RELAY_PARTS = ('-qmp-cmds', '', '-internal', '-features', '-queue', '-request',
+               '-layout', '-area', '-ring')
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<][^">\n]+[">])', re.M)
 COMMENT_OR_STRING = re.compile(
@@ -70,7 +71,10 @@ def relay_files(*suffixes):
 
 def relay_level(name):
     """How far up a file of the relay is; None if it has no place."""
-    part = os.path.splitext(name.removeprefix('include/'))[0][len(RELAY):]
+    part = os.path.splitext(name)[0][len(RELAY):]
+    if name == RELAY_HEADER:
+        # It declares what others may know, and is below what fills that in.
+        part = '-internal'
     return (len(RELAY_PARTS) - 1 - RELAY_PARTS.index(part)
             if part in RELAY_PARTS else None)
 

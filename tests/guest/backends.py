@@ -33,10 +33,11 @@ TAG = 'share'
 NETWORK = {'guest': '10.77.0.2', 'host': '10.77.0.1', 'prefix': '24'}
 
 
-def prepare():
-    """Fetch what is missing; a moment if it is there."""
-    subprocess.run([os.path.join(host.HERE, 'build-backends'), DIRECTORY],
-                   check=True, stdout=subprocess.DEVNULL, timeout=1000)
+def prepare(*names):
+    """Fetch what is missing, or only these; a moment if it is there."""
+    subprocess.run([os.path.join(host.HERE, 'build-backends'), DIRECTORY,
+                    *names], check=True, stdout=subprocess.DEVNULL,
+                   timeout=1000)
 
 
 def foreign(name, suite, program):

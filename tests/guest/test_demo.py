@@ -41,7 +41,7 @@ def children(pid):
 
 def has_virtiofs():
     """Is there a daemon?"""
-    backends.prepare()
+    backends.prepare('virtiofsd')
     try:
         return backends.FsRust().command()
     except tap.Skip as e:

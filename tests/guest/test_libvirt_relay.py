@@ -209,5 +209,5 @@ def test_interface():
 
 
 machine.prepare()
-backends.prepare()
+backends.prepare('virtiofsd-c', 'passt')
 tap.main()

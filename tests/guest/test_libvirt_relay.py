@@ -92,6 +92,7 @@ def reachable(backend):
 def check(vm, chardev, target, **expected):
     """Data goes through the relay, from pages that are merged and into them,
     and all of it is right."""
+    tap.check(chardev in backends.relays(vm), 'no relay')
     vm.agent.ask('io-start x %s %d 512 both 2 1024 zero' % (target, IO_MIB))
     dedup.wait_merged(vm, 3000)
     before = backends.relays(vm)[chardev]

@@ -290,7 +290,7 @@ static int64_t jumping_clock(void)
     static int64_t now;
 
     use_one(fake_random(QUEUES));
-    return now += VHOST_USER_RELAY_LATE_MS * 1000 - 1000;
+    return now += VHOST_USER_RELAY_DRAIN_LEAST_MS * 1000 - 1000;
 }
 
 /* Steps */
@@ -349,6 +349,9 @@ static void stop(unsigned i)
     uint16_t idx;
 
     figures.broken += fake.q[i].broken;
+    if (fake_random(2)) {
+        fake_drain(i, 1);
+    }
     fake_stop(i, random_taken(i));
     idx = vq->last_avail_idx;
     for (unsigned j = 0; j < n; j++) {

@@ -443,7 +443,7 @@ static void test_notify(void)
     for (unsigned round = 0; round < 3; round++) {
         vhost_user_relay_queue_set_call(
             q, round == 0 ? event_notifier_get_wfd(&fake.vq[0].guest) :
-               round == 1 ? event_notifier_get_wfd(&masked) : -1);
+               round == 1 ? event_notifier_get_wfd(&masked) : -1, false);
         for (unsigned head = 0; head < 3; head++) {
             request(head, 8, 8);
         }

@@ -37,75 +37,9 @@ uint32_t fake_random(uint32_t n)
     return next_random() % n;
 }
 
-/* QEMU's memory */
-
 static bool packed(void)
 {
     return virtio_vdev_has_feature(fake.vdev, VIRTIO_F_RING_PACKED);
-}
-
-static bool in_ram(hwaddr addr, hwaddr len)
-{
-    return addr >= FAKE_RAM && len <= FAKE_RAM_BYTES &&
-           addr - FAKE_RAM <= FAKE_RAM_BYTES - len;
-}
-
-static bool in_hole(hwaddr addr, hwaddr len)
-{
-    return fake.hole && addr < fake.hole + FAKE_PAGE &&
-           fake.hole < addr + len;
-}
-
-uint8_t *fake_ram(hwaddr addr)
-{
-    g_assert_true(in_ram(addr, 1));
-    return fake.ram + (addr - FAKE_RAM);
-}
-
-MemTxResult address_space_rw(AddressSpace *as, hwaddr addr, MemTxAttrs attrs,
-                             void *buf, hwaddr len, bool is_write)
-{
-    g_assert_true(as == &fake.as);
-    if (!in_ram(addr, len) || in_hole(addr, len)) {
-        return MEMTX_DECODE_ERROR;
-    }
-    if (is_write) {
-        memcpy(fake_ram(addr), buf, len);
-    } else {
-        memcpy(buf, fake_ram(addr), len);
-    }
-    return MEMTX_OK;
-}
-
-void address_space_unmap(AddressSpace *as, void *buffer, hwaddr len,
-                         bool is_write, hwaddr access_len)
-{
-    g_assert_true(as == &fake.as);
-    g_assert_true(buffer);
-    /* Nothing was written by way of it. */
-    g_assert_cmpuint(access_len, ==, 0);
-    g_assert_cmpuint(fake.maps, >, 0);
-    fake.maps--;
-}
-
-uint16_t address_space_lduw_le(AddressSpace *as, hwaddr addr, MemTxAttrs attrs,
-                               MemTxResult *result)
-{
-    /* A packed ring has no such place. */
-    g_assert_true(as == &fake.as && !packed());
-    return lduw_le_p(fake_ram(addr));
-}
-
-void address_space_stw_le(AddressSpace *as, hwaddr addr, uint16_t val,
-                          MemTxAttrs attrs, MemTxResult *result)
-{
-    g_assert_true(as == &fake.as);
-    if (!fake.read_only) {
-        stw_le_p(fake_ram(addr), val);
-    }
-    if (result) {
-        *result = fake.read_only ? MEMTX_DECODE_ERROR : MEMTX_OK;
-    }
 }
 
 /* hw/virtio/virtio.c */
@@ -118,6 +52,37 @@ static hwaddr avail_slot(const VirtQueue *vq, uint16_t idx)
 hwaddr virtio_queue_get_avail_addr(VirtIODevice *vdev, int n)
 {
     return FAKE_RAM + n * FAKE_PAGE;
+}
+
+/* Only the avail ring is anywhere. */
+hwaddr virtio_queue_get_desc_addr(VirtIODevice *vdev, int n)
+{
+    return FAKE_RAM;
+}
+
+hwaddr virtio_queue_get_used_addr(VirtIODevice *vdev, int n)
+{
+    return FAKE_RAM;
+}
+
+hwaddr virtio_queue_get_desc_size(VirtIODevice *vdev, int n)
+{
+    return 1;
+}
+
+hwaddr virtio_queue_get_avail_size(VirtIODevice *vdev, int n)
+{
+    return FAKE_PAGE;
+}
+
+hwaddr virtio_queue_get_used_size(VirtIODevice *vdev, int n)
+{
+    return 1;
+}
+
+VirtQueue *virtio_get_queue(VirtIODevice *vdev, int n)
+{
+    return &fake.vq[n];
 }
 
 int virtio_queue_get_num(VirtIODevice *vdev, int n)
@@ -186,7 +151,7 @@ static void map_part(const FakeRequest *r, unsigned i, hwaddr *addr,
     hwaddr at = r->part[i].addr;
 
     *addr = at;
-    iov->iov_base = in_ram(at, 1) ? fake_ram(at) : fake.ram;
+    iov->iov_base = fake_in_ram(at, 1) ? fake_ram(at) : fake.ram;
     iov->iov_len = r->part[i].len;
     fake.maps++;
 }
@@ -405,7 +370,14 @@ void fake_start(unsigned i, unsigned num, uint64_t features)
     g_assert_true(vhost_user_relay_queue_start(&fake.q[i], num, features,
                                                &error_abort));
     fake.q[i].enabled = true;
+    vhost_user_relay_queue_set_call(
+        &fake.q[i], event_notifier_get_wfd(&fake.vq[i].guest), false);
     fake.be[i] = (FakeBackend) { .started = true, .num = num };
+}
+
+void fake_drain(unsigned i, int64_t limit_ms)
+{
+    vhost_user_relay_queue_drain(&fake.q[i], limit_ms);
 }
 
 void fake_stop(unsigned i, int taken)

@@ -103,6 +103,7 @@ void fake_free(void);
 /* A ring of @num for the guest, and one like it for the back end. */
 void fake_start(unsigned i, unsigned num, uint64_t features);
 void fake_stop(unsigned i, int taken);
+void fake_drain(unsigned i, int64_t limit_ms);
 /* The guest begins anew, with its index at @idx. */
 void fake_reset(unsigned i, unsigned num, uint16_t idx);
 /* Below @n.  The same ones again after the same seed. */
@@ -114,6 +115,7 @@ void fake_main_loop(void);
 /* The guest */
 
 uint8_t *fake_ram(hwaddr addr);
+bool fake_in_ram(hwaddr addr, hwaddr len);
 /* A request without parts of head @head; they are added, and it is offered. */
 FakeRequest *fake_request(unsigned i, unsigned head);
 void fake_out(FakeRequest *r, hwaddr addr, uint32_t len);

@@ -303,6 +303,7 @@ static void notify_guest(VhostUserRelayQueue *q)
 
     while (fd >= 0 && fd != event_notifier_get_wfd(guest)) {
         poke(fd);
+        /* Between that and whether it is still where somebody looks. */
         smp_mb();
         now = qatomic_read(&q->guest_call);
         if (now == fd) {

@@ -124,8 +124,7 @@ static void in_thread(VhostUserRelay *relay, QEMUBHFunc *fn, void *opaque)
     /* It would wait for itself. */
     assert(!relay->iothread || qemu_get_current_aio_context() != relay->ctx);
     if (!relay->iothread) {
-        fn(opaque);
-        return;
+        return fn(opaque);
     }
     qemu_event_init(&e.done, false);
     aio_bh_schedule_oneshot(relay->ctx, errand_bh, &e);
@@ -397,8 +396,7 @@ static void drop_area(VhostUserRelay *relay)
         }
         if (rq) {
             rq->wanted = rq->call_sent = false;
-            rq->q.guest_call = -1;
-        }
+            }
     }
     if (relay->timer) {
         in_thread(relay, free_timer, relay);

@@ -24,8 +24,8 @@ RELAY_HEADER = 'include/' + RELAY + '.h'
 QEMU, FACE = 'qemu', 'face'
 LAYERS = (FACE, 'scan', 'space', 'group', 'index', 'host')
 # What follows the relay's name; '' is the relay itself
-RELAY_PARTS = ('-qmp-cmds', '', '-internal', '-features', '-queue', '-request',
-               '-layout', '-area', '-ring')
+RELAY_PARTS = ('-qmp-cmds', '', '-internal', '-features', '-queue', '-guest',
+               '-request', '-layout', '-area', '-ring')
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<][^">\n]+[">])', re.M)
 COMMENT_OR_STRING = re.compile(

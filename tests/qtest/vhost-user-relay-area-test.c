@@ -161,13 +161,14 @@ static void test_wait_stop(gconstpointer thread)
         req[i] = vub_pop(r);
     }
     wait_figure(&vm, "waits", 1);
-    answer_large(&vm, req[0], 1, 0, head[0]);
+    /* Those that it has begun with; else their pages would be given up. */
+    for (i = 0; i < 3; i++) {
+        answer_large(&vm, req[i], 1, i, head[i]);
+    }
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'stop' }");
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'cont' }");
-    vub_request_free(req[1]);
-    vub_request_free(req[2]);
     r = vub_wait_ring(vm.b, 1, 2);
-    for (i = 1; i < 5; i++) {
+    for (i = 3; i < 5; i++) {
         answer_large(&vm, vub_pop(r), 1, i, head[i]);
     }
     g_assert_null(vub_try_pop(r));
@@ -224,11 +225,11 @@ static void test_stop_frees(gconstpointer thread)
     for (i = 0; i < 3; i++) {
         head[i] = send_large(&vm, 1, i, PART);
     }
-    /* Each round leaves as much behind as there is. */
-    for (round = 2; round < 8; round++) {
-        for (i = 0; i < 3; i++) {
-            vub_request_free(vub_pop(r));
-        }
+    /*
+     * Each round leaves as much behind as there is.  It has begun with none:
+     * what it had begun with it might still write to.
+     */
+    for (round = 2; round < 4; round++) {
         qtest_qmp_assert_success(vm.qts, "{ 'execute': 'stop' }");
         qtest_qmp_assert_success(vm.qts, "{ 'execute': 'cont' }");
         r = vub_wait_ring(vm.b, 1, round);

@@ -384,18 +384,14 @@ static void test_truncate(gconstpointer relay)
 
 /*
  * The guest's part in it: buffers that are no RAM, in a request that is there
- * when the device starts, and is completed while it stops.  Whoever reads
- * registers needs QEMU's big lock; whoever waits for that thread has it.
+ * when the device starts.  Whoever reads registers needs QEMU's big lock, and
+ * whoever waits for that thread has it: so they are not read.
  */
 #define HPET 0xfed00000
 
 static void test_mmio(gconstpointer relay)
 {
-    VubRequest *req;
     RelayVm vm;
-    VubRing *r;
-    uint16_t head;
-    uint64_t id;
 
     if (rvm_skip_plain()) {
         return;
@@ -404,7 +400,7 @@ static void test_mmio(gconstpointer relay)
     vub_wait_ring(vm.b, 1, 1);
     vm.b->gives_up = false;
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'stop' }");
-    head = drv_add(&vm.q[1], (DrvSegment[]) {
+    drv_add(&vm.q[1], (DrvSegment[]) {
         { HPET, 8, false },
         { HPET + 0xf0, 8, true },
     }, 2, true);
@@ -412,19 +408,12 @@ static void test_mmio(gconstpointer relay)
     /* A deadlock would have us wait for ever. */
     alarm(DRV_TIMEOUT_US / G_USEC_PER_SEC);
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'cont' }");
-    r = vub_wait_ring(vm.b, 1, 2);
-    drv_notify(&vm.q[1]);
-    req = vub_pop(r);
-    vub_read(req, 0, &id, 8);
-    g_assert_cmphex(id, ==, qtest_readq(vm.qts, HPET));
-    vub_fill(req, 0, 0, 8);
-    vub_add_used(r, req->head, 8);
-    /* No call: it is found when the device stops. */
+    vub_wait_ring(vm.b, 1, 2);
+    rvm_wait_needs_reset(&vm);
+    rvm_wait_stderr(&vm, "cannot be read");
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'stop' }");
-    drv_expect_used(&vm.q[1], head, 8);
     qtest_qmp_assert_success(vm.qts, "{ 'execute': 'cont' }");
     alarm(0);
-    vub_request_free(req);
     check_revives(&vm, 4);
     rvm_quit(&vm);
 }

@@ -33,10 +33,13 @@ typedef struct VhostUserRelayConf {
     uint64_t size;            /* of the bounce area in bytes, 0: the default */
 } VhostUserRelayConf;
 
-#define DEFINE_VHOST_USER_RELAY_PROPERTIES(_state, _field)               \
-    DEFINE_PROP_ON_OFF_AUTO("relay", _state, _field.mode, ON_OFF_AUTO_OFF), \
+/* The properties of a device that can have one. */
+#define DEFINE_PROP_RELAY(_state, _field) \
+    DEFINE_PROP_ON_OFF_AUTO("relay", _state, _field.mode, ON_OFF_AUTO_OFF)
+#define DEFINE_PROP_RELAY_IOTHREAD(_state, _field) \
     DEFINE_PROP_LINK("iothread", _state, _field.iothread, TYPE_IOTHREAD, \
-                     IOThread *),                                        \
+                     IOThread *)
+#define DEFINE_PROP_RELAY_SIZE(_state, _field) \
     DEFINE_PROP_SIZE("relay-size", _state, _field.size, 0)
 
 typedef struct VhostUserRelay VhostUserRelay;

@@ -38,6 +38,7 @@ struct VhostUserRelay {
     bool table_sent;
     GPtrArray *queues;        /* of RelayQueue, by index; NULL: not seen yet */
     QEMUTimer *timer;         /* of the relay's thread; shrinks the area */
+    uint32_t drain_ms;        /* 0: by kind of device */
     uint64_t may_take;        /* told to the RAM guard; the relay's thread */
     QLIST_ENTRY(VhostUserRelay) next;
 };

@@ -82,6 +82,7 @@ bool vhost_user_relay_new(VhostUserRelay **relay,
     new = g_new0(VhostUserRelay, 1);
     new->chardev = g_strdup(chardev);
     new->size = conf->size ?: DEFAULT_SIZE;
+    new->drain_ms = conf->drain_ms;
     new->iothread = conf->iothread;
     if (new->iothread) {
         object_ref(OBJECT(new->iothread));
@@ -274,28 +275,26 @@ static void attach(void *opaque)
     }
 }
 
-static int64_t drain_limit_ms(VirtIODevice *vdev)
+/*
+ * A network sends again what was lost, and what its back end cannot send now
+ * may stay for long.  Others wait for events.
+ */
+static int64_t drain_limit_ms(VhostUserRelay *relay, VirtIODevice *vdev)
 {
-    switch (vdev->device_id) {
-    case VIRTIO_ID_BLOCK:
-    case VIRTIO_ID_SCSI:
-        return DRAIN_DISK_MS;
-    case VIRTIO_ID_FS:
-        return DRAIN_FS_MS;
-    default:
-        /*
-         * A network sends again what was lost, and what its back end cannot
-         * send now may stay for long.  Others wait for events.
-         */
+    bool disk = vdev->device_id == VIRTIO_ID_BLOCK ||
+                vdev->device_id == VIRTIO_ID_SCSI;
+
+    if (!disk && vdev->device_id != VIRTIO_ID_FS) {
         return 0;
     }
+    return relay->drain_ms ?: disk ? DRAIN_DISK_MS : DRAIN_FS_MS;
 }
 
 static void drain(void *opaque)
 {
     RelayQueue *rq = opaque;
 
-    vhost_user_relay_queue_drain(&rq->q, drain_limit_ms(rq->q.vdev));
+    vhost_user_relay_queue_drain(&rq->q, drain_limit_ms(rq->relay, rq->q.vdev));
 }
 
 static void suspend(void *opaque)
@@ -357,7 +356,7 @@ void vhost_user_relay_drain(VhostUserRelay *relay, struct vhost_dev *dev,
 {
     RelayQueue *rq = vhost_user_relay_queue(relay, index);
 
-    if (rq && rq->started && dev->started && drain_limit_ms(dev->vdev)) {
+    if (rq && rq->started && dev->started && drain_limit_ms(relay, dev->vdev)) {
         in_thread(relay, drain, rq);
     }
 }

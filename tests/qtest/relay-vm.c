@@ -72,8 +72,14 @@ void rvm_start(RelayVm *vm)
                                  "-device %s,id=d0,netdev=n0,addr=%x%s",
                                  vm->relay, vm->device, RVM_SLOT, vm->props);
     } else {
-        device = g_strdup_printf("-device %s,id=d0,chardev=c0,addr=%x%s%s",
-                                 vm->device, RVM_SLOT, vm->relay, vm->props);
+        bool drains = strstr(vm->relay, "relay=on") &&
+                      (g_str_equal(vm->device, RVM_FS) ||
+                       g_str_equal(vm->device, RVM_BLK));
+
+        /* Our back end ends what it has begun, or it never does. */
+        device = g_strdup_printf("-device %s,id=d0,chardev=c0,addr=%x%s%s%s",
+                                 vm->device, RVM_SLOT, vm->relay, vm->props,
+                                 drains ? ",x-relay-drain-ms=300" : "");
     }
     vm->qts = qtest_initf("-machine %s -nodefaults -display none -m 128M %s"
                           "-chardev socket,id=c0,path=%s%s %s %s 2> %s",

@@ -31,6 +31,7 @@ typedef struct VhostUserRelayConf {
     OnOffAuto mode;
     IOThread *iothread;       /* NULL: the main loop */
     uint64_t size;            /* of the bounce area in bytes, 0: the default */
+    uint32_t drain_ms;        /* how long a stop waits, 0: by kind of device */
 } VhostUserRelayConf;
 
 /* The properties of a device that can have one. */
@@ -41,6 +42,9 @@ typedef struct VhostUserRelayConf {
                      IOThread *)
 #define DEFINE_PROP_RELAY_SIZE(_state, _field) \
     DEFINE_PROP_SIZE("relay-size", _state, _field.size, 0)
+/* For tests, whose back ends never end what they have begun. */
+#define DEFINE_PROP_RELAY_DRAIN(_state, _field) \
+    DEFINE_PROP_UINT32("x-relay-drain-ms", _state, _field.drain_ms, 0)
 
 typedef struct VhostUserRelay VhostUserRelay;
 struct vhost_dev;

@@ -499,7 +499,7 @@ void vhost_user_relay_queue_drain(VhostUserRelayQueue *q, int64_t limit_ms)
     int64_t end;
 
     vhost_user_relay_queue_suspend(q);
-    if (q->broken) {
+    if (q->broken || !rings_stayed(q)) {
         return;
     }
     /* All queues together; but none is left without a chance. */
@@ -546,7 +546,7 @@ void vhost_user_relay_queue_stop(VhostUserRelayQueue *q, int taken)
     bool late;
 
     vhost_user_relay_queue_suspend(q);
-    if (!q->broken) {
+    if (!q->broken && rings_stayed(q)) {
         push(q);
     }
     cancel_failure(q);

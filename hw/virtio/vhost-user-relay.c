@@ -395,7 +395,7 @@ static void drop_area(VhostUserRelay *relay)
         }
         if (rq) {
             rq->wanted = rq->call_sent = false;
-            }
+        }
     }
     if (relay->timer) {
         in_thread(relay, free_timer, relay);

@@ -124,8 +124,8 @@ bool vhost_user_relay_has_started(VhostUserRelay *relay, int index);
 /**
  * vhost_user_relay_drain - let the back end finish before it is told to stop
  *
- * Takes no more from the guest.  Waits while there is progress, seconds at
- * most.
+ * Takes no more from the guest.  With the BQL held, as a stop is: half a minute
+ * at most for a disk, seconds for a file system, not at all for others.
  */
 void vhost_user_relay_drain(VhostUserRelay *relay, struct vhost_dev *dev,
                             int index);

@@ -430,6 +430,36 @@ static void test_bad_at_stop(void)
     end(fake.pool.quarantined);
 }
 
+/*
+ * The guest says that its rings are elsewhere, in registers of this device
+ * perhaps: nothing is pushed there, by whatever way.
+ */
+static void test_moved(void)
+{
+    for (unsigned way = 0; way < 4; way++) {
+        begin(0, INDIRECT, 0);
+        give_all();
+        use(0);
+        fake.moved = FAKE_PAGE;
+        if (way == 0) {
+            vhost_user_relay_queue_pop(&fake.q[0]);
+        } else if (way == 1) {
+            push();
+        } else if (way == 2) {
+            fake_drain(0, 10000);
+        }
+        g_assert_cmpint(fake.q[0].broken, ==, way < 3);
+        fake_main_loop();
+        g_assert_cmpuint(fake.errors, ==, way < 3);
+        fake_stop(0, 8);
+        g_assert_cmpuint(fake_n_used(0), ==, 0);
+        g_assert_cmpuint(fake.vq[0].inuse, ==, 0);
+        fake_main_loop();
+        g_assert_cmpuint(fake.errors, ==, way < 3);
+        end(fake.pool.quarantined);
+    }
+}
+
 /* There is no room for a ring: it is said, and nothing is taken. */
 static void test_start_fails(void)
 {
@@ -463,6 +493,7 @@ int main(int argc, char **argv)
     g_test_add_func("/vhost-user-relay/stop/taken", test_taken);
     g_test_add_func("/vhost-user-relay/stop/fillers", test_fillers);
     g_test_add_func("/vhost-user-relay/stop/late-and-bad", test_late_and_bad);
+    g_test_add_func("/vhost-user-relay/stop/moved", test_moved);
     g_test_add_func("/vhost-user-relay/stop/start-fails", test_start_fails);
     return g_test_run();
 }

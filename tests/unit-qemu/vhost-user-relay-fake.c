@@ -57,7 +57,7 @@ hwaddr virtio_queue_get_avail_addr(VirtIODevice *vdev, int n)
 /* Only the avail ring is anywhere. */
 hwaddr virtio_queue_get_desc_addr(VirtIODevice *vdev, int n)
 {
-    return FAKE_RAM;
+    return FAKE_RAM + fake.moved;
 }
 
 hwaddr virtio_queue_get_used_addr(VirtIODevice *vdev, int n)

@@ -79,6 +79,7 @@ typedef struct Fake {
     uint8_t *ram;
     hwaddr hole;                    /* this page cannot be read; 0: none */
     bool read_only;                 /* nor any be written */
+    hwaddr moved;                   /* so far the guest moved its rings */
     unsigned maps;                  /* not unmapped yet */
     unsigned errors;
     char *error;                    /* the last that virtio_error() was told */

@@ -176,7 +176,7 @@ static Placed place(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
         return placed;
     }
     if (!vhost_user_relay_request_fill(r, q->pool->area, q->vdev->dma_as,
-                                       &layout, q->indirect, q->prefill)) {
+                                       &layout, q->indirect, q->initial)) {
         give_pages_back(q, r);
         fail(q, "a request's buffers cannot be read");
         return PLACE_FAILS;
@@ -331,7 +331,8 @@ static void forget(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
 static void push_one(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
                      unsigned n)
 {
-    uint64_t bytes = q->prefill ? r->in_bytes : r->len;
+    uint64_t bytes = q->initial == VHOST_USER_RELAY_GUESTS ? r->in_bytes :
+                                                             r->len;
 
     vhost_user_relay_request_copy_back(r, q->vdev->dma_as, bytes);
     stat64_add(&q->pool->requests, 1);
@@ -441,11 +442,22 @@ void vhost_user_relay_queue_set_call(VhostUserRelayQueue *q, int fd,
     }
 }
 
-/* Back ends that may tell less than they have written: those of disks. */
-static bool needs_prefill(VirtIODevice *vdev)
+static VhostUserRelayInitial initial_of(const VirtIODevice *vdev)
 {
-    return vdev->device_id == VIRTIO_ID_BLOCK ||
-           vdev->device_id == VIRTIO_ID_SCSI;
+    switch (vdev->device_id) {
+    case VIRTIO_ID_BLOCK:
+    case VIRTIO_ID_SCSI:
+        /* They may tell less than they have written. */
+        return VHOST_USER_RELAY_GUESTS;
+    case VIRTIO_ID_FS:
+        /*
+         * Its replies begin with their own length, which guests go by, and
+         * are up to 1 MiB long: to clear that is a fifth of the relay's work.
+         */
+        return VHOST_USER_RELAY_ANYTHING;
+    default:
+        return VHOST_USER_RELAY_ZEROS;
+    }
 }
 
 bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
@@ -470,7 +482,7 @@ bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
                                num, virtio_has_feature(features,
                                                    VIRTIO_RING_F_EVENT_IDX));
     q->indirect = virtio_has_feature(features, VIRTIO_RING_F_INDIRECT_DESC);
-    q->prefill = needs_prefill(q->vdev);
+    q->initial = initial_of(q->vdev);
     q->ordered = virtio_vdev_has_feature(q->vdev, VIRTIO_F_RING_PACKED) ||
                  virtio_vdev_has_feature(q->vdev, VIRTIO_F_IN_ORDER);
     q->pool->drain_end = 0;
@@ -530,7 +542,7 @@ static bool may_be_late(VhostUserRelayQueue *q, int taken)
     if ((int16_t)(taken - q->ring.used_idx) <= 0) {
         return false;
     }
-    if (q->prefill) {
+    if (q->initial == VHOST_USER_RELAY_GUESTS) {
         /* Of a disk: what it writes then may be older than what follows. */
         warn_report("%s: queue %d: the vhost-user back end has stopped and "
                     "not completed %d requests, which will be done again",

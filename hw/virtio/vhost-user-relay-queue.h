@@ -66,7 +66,7 @@ struct VhostUserRelayQueue {
     VhostUserRelayRing ring;
     unsigned ring_page, ring_pages;
     bool indirect;            /* the back end knows indirect tables */
-    bool prefill;             /* it need not tell how much it has written */
+    VhostUserRelayInitial initial;
     bool ordered;             /* the guest must get them as it gave them */
     bool enabled;             /* may take requests from the guest */
     bool broken;

@@ -114,17 +114,18 @@ static void clear(VhostUserRelayRequest *r)
 bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
                                    VhostUserRelayArea *area, AddressSpace *as,
                                    VhostUserRelayLayout *layout,
-                                   bool indirect, bool prefill)
+                                   bool indirect,
+                                   VhostUserRelayInitial initial)
 {
     unsigned first = r->page + table_pages(layout, indirect);
 
     r->data = vhost_user_relay_area_ptr(area, first);
     if (!copy_out(r, as, r->elem.out_addr, r->elem.out_sg, r->out_num) ||
-        (prefill && !copy_out(r, as, r->elem.in_addr, r->elem.in_sg,
-                              r->in_num))) {
+        (initial == VHOST_USER_RELAY_GUESTS &&
+         !copy_out(r, as, r->elem.in_addr, r->elem.in_sg, r->in_num))) {
         return false;
     }
-    if (!prefill) {
+    if (initial == VHOST_USER_RELAY_ZEROS) {
         clear(r);
     }
     for (unsigned i = 0; i < layout->n; i++) {

@@ -29,6 +29,13 @@
  */
 #define VHOST_USER_RELAY_ATTRS ((MemTxAttrs) { .memory = 1 })
 
+/* What bytes that the device may write to hold before it does. */
+typedef enum VhostUserRelayInitial {
+    VHOST_USER_RELAY_GUESTS,    /* what the guest has in them */
+    VHOST_USER_RELAY_ZEROS,
+    VHOST_USER_RELAY_ANYTHING,  /* parts of the device's earlier requests */
+} VhostUserRelayInitial;
+
 typedef struct VhostUserRelayRequest {
     /* As popped, but for in_num and out_num: 0, as nothing is mapped. */
     VirtQueueElement elem;
@@ -71,8 +78,7 @@ uint64_t vhost_user_relay_request_lay_out(VhostUserRelayRequest *r,
  * @layout: as lay_out() has made it; its addresses become the back end's
  * @indirect: as for lay_out(); what @layout holds is then one descriptor, of
  *     the table
- * @prefill: what the device may write to has the guest's bytes, too; else it
- *     has zeros
+ * @initial: what is in the bytes that the device may write to
  *
  * The run, @r->page and @r->pages, was set by the caller.
  *
@@ -81,7 +87,8 @@ uint64_t vhost_user_relay_request_lay_out(VhostUserRelayRequest *r,
 bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
                                    VhostUserRelayArea *area, AddressSpace *as,
                                    VhostUserRelayLayout *layout,
-                                   bool indirect, bool prefill);
+                                   bool indirect,
+                                   VhostUserRelayInitial initial);
 
 /* Copy the first @bytes of what the device may write to the guest. */
 void vhost_user_relay_request_copy_back(VhostUserRelayRequest *r,

@@ -391,43 +391,6 @@ static void test_prefill(void)
     rvm_quit(&vm);
 }
 
-/*
- * What a request left in the area must not reach the guest by another, even
- * if the back end says that it wrote what it did not.
- */
-static void test_stale(void)
-{
-    static const DrvSegment out[] = { { AREA + 0x1000, 0x8000, false } };
-    static const DrvSegment in[] = { { AREA + 0x1000, 0x8000, true } };
-    g_autofree uint8_t *got = g_malloc(0x8000);
-    RelayVm vm;
-    VubRing *r;
-    uint16_t head;
-    unsigned i;
-
-    if (rvm_skip_plain()) {
-        return;
-    }
-    rvm_run(&vm, RVM_FS, "");
-    r = ring_of(&vm);
-    qtest_memset(vm.qts, out[0].addr, 0x5a, out[0].len);
-    head = submit(&vm, out, 1);
-    vub_done(vub_pop(r), 0);
-    drv_expect_used(&vm.q[1], head, 0);
-
-    qtest_memset(vm.qts, in[0].addr, OWN, in[0].len);
-    head = submit(&vm, in, 1);
-    vub_done(vub_pop(r), in[0].len);
-    drv_expect_used(&vm.q[1], head, in[0].len);
-    qtest_bufread(vm.qts, in[0].addr, got, in[0].len);
-    for (i = 0; i < in[0].len; i++) {
-        if (got[i] != 0 && got[i] != OWN) {
-            g_error("byte %u of another request: %02x", i, got[i]);
-        }
-    }
-    rvm_quit(&vm);
-}
-
 /* What is said in query-vhost-user-relays. */
 static void test_figures(void)
 {
@@ -502,7 +465,6 @@ int main(int argc, char **argv)
     }
     qtest_add_func("relay/join", test_join);
     qtest_add_func("relay/prefill", test_prefill);
-    qtest_add_func("relay/stale", test_stale);
     qtest_add_func("relay/figures", test_figures);
     return g_test_run();
 }

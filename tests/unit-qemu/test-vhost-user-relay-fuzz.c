@@ -156,7 +156,8 @@ static void see(unsigned i)
         FakeUsed used = fake_used(i, m->n_seen++);
 
         g_assert_nonnull(m->offered[used.head]);
-        allow(m->offered[used.head], used.len, fake.q[i].prefill);
+        allow(m->offered[used.head], used.len,
+              fake.q[i].initial == VHOST_USER_RELAY_GUESTS);
         g_clear_pointer(&m->offered[used.head], g_free);
         figures.pushed++;
     }

@@ -250,6 +250,28 @@ static void test_prefill(void)
     end();
 }
 
+/*
+ * What earlier requests left in the area must not reach the guest, even if the
+ * back end says that it wrote what it did not.
+ */
+static void test_cleared(void)
+{
+    g_autofree FakeChain *chain = g_new(FakeChain, 1);
+
+    begin(VIRTIO_ID_NET, 0, INDIRECT);
+    memset(vhost_user_relay_area_ptr(fake.pool.area, 1), 0xee,
+           AREA - FAKE_PAGE);
+    request(1, 16, 5000);
+    remember();
+    pop();
+    g_assert_true(fake_get(0, chain));
+    fake_use(0, chain->head, 5000);
+    push();
+    expect(IN(1) + 0x20, 0, 5000);
+    assert_ram();
+    end();
+}
+
 /* It has done @chain: what lies there now is what the guest shall find. */
 static void scribbled_push(const FakeChain *chain, unsigned head, bool all)
 {
@@ -525,6 +547,7 @@ int main(int argc, char **argv)
     g_test_add_func("/vhost-user-relay/queue/table", test_table);
     g_test_add_func("/vhost-user-relay/queue/length", test_length);
     g_test_add_func("/vhost-user-relay/queue/prefill", test_prefill);
+    g_test_add_func("/vhost-user-relay/queue/cleared", test_cleared);
     g_test_add_func("/vhost-user-relay/queue/scribble", test_scribble);
     g_test_add_func("/vhost-user-relay/queue/bad", test_bad);
     g_test_add_func("/vhost-user-relay/queue/order", test_order);

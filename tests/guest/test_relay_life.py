@@ -146,13 +146,14 @@ def wait_migration(vm, states):
     dedup.wait_until(there, 'migration %s' % states, 120)
 
 
-def migration(there, here, backing='memfd-shared', postcopy=False):
+def migration(there, here, backing='memfd-shared', postcopy=False,
+              kind='blk', mode=None):
     """From a relay that is @there to one that is @here."""
-    source = relay.Guest(backing, ['blk'], relay=there, name='source',
+    source = relay.Guest(backing, [kind], relay=there, name='source',
                          dedup=dict(dedup.FULL_SPEED))
-    source.boot().run_all()
+    source.boot().run(kind, mode=mode)
     source.wait_requests(30)
-    target = relay.Guest(backing, ['blk'], relay=here, name='target',
+    target = relay.Guest(backing, [kind], relay=here, name='target',
                          existing=source, incoming='defer',
                          dedup=dict(dedup.FULL_SPEED))
     migrate(source, target, postcopy)
@@ -186,6 +187,32 @@ def test_migrate_off_on():
 def test_postcopy():
     """postcopy, relay to relay: the back end needs to know nothing of it"""
     migration(relay.RELAY, relay.RELAY, 'plain', postcopy=True)
+
+
+@tap.case
+def test_migrate_fs():
+    """precopy of a file system, whose back end hands on its state"""
+    relay.KINDS['fs']().command()
+    # The back end opens files anew: all of them direct or none of them.
+    migration(relay.RELAY, relay.RELAY, 'plain', kind='fs', mode='buffered')
+
+
+@tap.case
+def test_snapshot():
+    """savevm while stopped under load, and loadvm: the rings go on there"""
+    image = os.path.join(vms.scratch(), 'snapshot.qcow2')
+    subprocess.run([os.path.join(host.BUILD, 'bin', 'qemu-img'), 'create',
+                    '-q', '-f', 'qcow2', image, '1G'], check=True)
+    g = guest(extra=['-drive', 'if=none,format=qcow2,file=' + image])
+    for _ in range(3):
+        g.vm.stop()
+        for command in 'savevm a', 'loadvm a', 'delvm a':
+            got = g.vm.qmp.command('human-monitor-command',
+                                   {'command-line': command})
+            tap.check(not got, '%s: %s' % (command, got))
+        g.vm.cont()
+        g.wait_requests(20)
+    finish(g)
 
 
 @tap.case

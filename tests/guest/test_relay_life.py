@@ -370,6 +370,28 @@ def test_cgroup_limit():
 
 
 @tap.case
+def test_room():
+    """what the area may still take is kept for it, by its size"""
+    if not relay.RELAY:
+        tap.skip('without a relay there is no area')
+    for size in 256 * MIB, MIB:
+        cgroup = host.Cgroup()
+        g = relay.Guest('plain', ['blk'], more={'blk': {'relay-size': size}},
+                        dedup=dict(dedup.FULL_SPEED, run='off'),
+                        cgroup=cgroup).boot()
+        got = dedup.stats(g.vm)
+        # All that the guest may still take, and little of the first area
+        cgroup.limit(cgroup.usage() + host.PAGE * (
+            got['pages-total'] - got['pages-present']) + 32 * MIB)
+        dedup.run(g.vm, True)
+        got = dedup.wait_state(g.vm, ['limited', 'idle'])
+        tap.note('%d MiB: %s' % (size // MIB, dedup.summary(g.vm)))
+        tap.check(got['state'] == ('limited' if size > MIB else 'idle'),
+                  dedup.summary(g.vm))
+        g.quit()
+
+
+@tap.case
 def test_who_blocks():
     """a device without a relay beside one with: it alone is named"""
     if not relay.RELAY:

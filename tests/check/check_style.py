@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 from checks import BUILD, TOP, TREE, run, tracked
 import tap
@@ -14,6 +15,13 @@ import tap
 CHECKPATCH = os.path.join(TREE, 'scripts', 'checkpatch.pl')
 # Not C, or not a language that has comments.
 NO_LICENCE_LINE = ('COPYING', '.gitignore', '.patch', '.md')
+
+
+def each(function, items):
+    """Call it for each, as many at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # A list: so what one of them raises is raised here.
+        return list(pool.map(function, items))
 
 
 def checkpatch(*arguments):
@@ -27,7 +35,9 @@ def test_checkpatch_files():
     """checkpatch --strict is content with every C file"""
     files = tracked('.c', '.h')
     tap.check(files, 'no C files?')
-    checkpatch('-f', *files)
+    some = 20
+    each(lambda i: checkpatch('-f', *files[i:i + some]),
+         range(0, len(files), some))
 
 
 @tap.case
@@ -35,8 +45,7 @@ def test_checkpatch_patches():
     """checkpatch --strict is content with every patch"""
     patches = tracked('.patch')
     tap.check(patches, 'no patches?')
-    for patch in patches:
-        checkpatch('--patch', '--no-signoff', patch)
+    each(lambda patch: checkpatch('--patch', '--no-signoff', patch), patches)
 
 
 @tap.case
@@ -57,11 +66,11 @@ def compile_all(database, compiler, wanted, extra=()):
     """Compile once more what is @wanted, a warning is an error."""
     with open(database, encoding='utf-8') as f:
         commands = json.load(f)
-    done = 0
-    for c in commands:
+
+    def compile_one(c):
         source = os.path.normpath(os.path.join(c['directory'], c['file']))
         if not wanted(source):
-            continue
+            return False
         words = shlex.split(c['command'])
         if os.path.basename(words[0]) == 'ccache':
             words.pop(0)
@@ -75,7 +84,9 @@ def compile_all(database, compiler, wanted, extra=()):
         out = run(*words, '-Werror', *extra, cwd=c['directory'])
         tap.check(out.returncode == 0 and not out.stdout,
                   f'{source}: {out.stdout}')
-        done += 1
+        return True
+
+    done = sum(each(compile_one, commands))
     tap.check(done, f'{database}: nothing to compile')
     tap.note(f'{done} files')
 

@@ -264,6 +264,7 @@ class Passt(Backend):
 
     device = 'virtio-net-pci'
     properties = {'romfile': ''}
+    echo = '127.0.0.1'          # where the guest's peer is on the host
     can_reconnect = True
 
     def command(self):
@@ -298,10 +299,10 @@ class Passt(Backend):
 
 
 class Echo:
-    """A server on the host's loopback that sends back what it gets."""
+    """A server on the host that sends back what it gets."""
 
-    def __init__(self):
-        self.listener = socket.create_server(('127.0.0.1', 0))
+    def __init__(self, address='127.0.0.1'):
+        self.listener = socket.create_server((address, 0))
         self.port = self.listener.getsockname()[1]
         self.bytes = 0
         tap.cleanup(self.listener.close)

@@ -84,7 +84,7 @@ class Guest:
                 backends.mount(self.vm, kind, '/' + kind)
         if 'net' in self.backend:
             backends.network_up(self.vm)
-            self.echo = backends.Echo()
+            self.echo = backends.Echo(self.backend['net'].echo)
         return self
 
     def target(self, kind):

@@ -552,8 +552,8 @@ def test_every_member():
             check(scene)
         except tap.Failure as e:
             tap.note('FAILED %s: %s' % (check.__name__, e))
-            failed.append(check.__name__)
-    tap.check(not failed, ', '.join(failed))
+            failed.append('%s: %s' % (check.__name__, e))
+    tap.check(not failed, '; '.join(failed))
 
 
 host.prepare()

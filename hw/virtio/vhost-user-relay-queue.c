@@ -12,7 +12,6 @@
 #include "qemu/rcu.h"
 #include "qapi/error.h"
 #include "block/aio.h"
-#include "standard-headers/linux/virtio_ids.h"
 #include "standard-headers/linux/virtio_ring.h"
 #include "vhost-user-relay-guest.h"
 #include "vhost-user-relay-queue.h"
@@ -235,9 +234,18 @@ static void kick(VhostUserRelayQueue *q)
     }
 }
 
+/*
+ * Of a device that needs a reset nothing can be popped; but for a packed ring
+ * QEMU 10.2 says that there is something.
+ */
+static bool has_more(VhostUserRelayQueue *q)
+{
+    return !virtio_device_disabled(q->vdev) && !virtio_queue_empty(q->vq);
+}
+
 bool vhost_user_relay_queue_can_pop(VhostUserRelayQueue *q)
 {
-    return q->enabled && !q->broken && !q->held && !virtio_queue_empty(q->vq);
+    return q->enabled && !q->broken && !q->held && has_more(q);
 }
 
 void vhost_user_relay_queue_pop(VhostUserRelayQueue *q)
@@ -260,7 +268,7 @@ void vhost_user_relay_queue_pop(VhostUserRelayQueue *q)
             break;
         }
         virtio_queue_set_notification(q->vq, 1);
-    } while (budget && !virtio_queue_empty(q->vq));
+    } while (budget && has_more(q));
     kick(q);
     if (!budget) {
         /* Others have a right to the thread, too. */
@@ -442,24 +450,6 @@ void vhost_user_relay_queue_set_call(VhostUserRelayQueue *q, int fd,
     }
 }
 
-static VhostUserRelayInitial initial_of(const VirtIODevice *vdev)
-{
-    switch (vdev->device_id) {
-    case VIRTIO_ID_BLOCK:
-    case VIRTIO_ID_SCSI:
-        /* They may tell less than they have written. */
-        return VHOST_USER_RELAY_GUESTS;
-    case VIRTIO_ID_FS:
-        /*
-         * Its replies begin with their own length, which guests go by, and
-         * are up to 1 MiB long: to clear that is a fifth of the relay's work.
-         */
-        return VHOST_USER_RELAY_ANYTHING;
-    default:
-        return VHOST_USER_RELAY_ZEROS;
-    }
-}
-
 bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
                                   uint64_t features, Error **errp)
 {
@@ -482,7 +472,7 @@ bool vhost_user_relay_queue_start(VhostUserRelayQueue *q, unsigned num,
                                num, virtio_has_feature(features,
                                                    VIRTIO_RING_F_EVENT_IDX));
     q->indirect = virtio_has_feature(features, VIRTIO_RING_F_INDIRECT_DESC);
-    q->initial = initial_of(q->vdev);
+    q->initial = vhost_user_relay_request_initial(q->vdev);
     q->ordered = virtio_vdev_has_feature(q->vdev, VIRTIO_F_RING_PACKED) ||
                  virtio_vdev_has_feature(q->vdev, VIRTIO_F_IN_ORDER);
     q->pool->drain_end = 0;

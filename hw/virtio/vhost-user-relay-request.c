@@ -7,8 +7,28 @@
 
 #include "qemu/osdep.h"
 #include "system/dma.h"
+#include "standard-headers/linux/virtio_ids.h"
 #include "standard-headers/linux/virtio_ring.h"
 #include "vhost-user-relay-request.h"
+
+VhostUserRelayInitial
+vhost_user_relay_request_initial(const VirtIODevice *vdev)
+{
+    switch (vdev->device_id) {
+    case VIRTIO_ID_BLOCK:
+    case VIRTIO_ID_SCSI:
+        /* They may tell less than they have written. */
+        return VHOST_USER_RELAY_GUESTS;
+    case VIRTIO_ID_FS:
+        /*
+         * Its replies begin with their own length, which guests go by, and
+         * are up to 1 MiB long: to clear that is a fifth of the relay's work.
+         */
+        return VHOST_USER_RELAY_ANYTHING;
+    default:
+        return VHOST_USER_RELAY_ZEROS;
+    }
+}
 
 static uint64_t unmap(AddressSpace *as, struct iovec *iov, unsigned n,
                       DMADirection dir)

@@ -52,6 +52,10 @@ typedef struct VhostUserRelayRequest {
 typedef QTAILQ_HEAD(VhostUserRelayRequests, VhostUserRelayRequest)
     VhostUserRelayRequests;
 
+/* What is right for the requests of a kind of device. */
+VhostUserRelayInitial
+vhost_user_relay_request_initial(const VirtIODevice *vdev);
+
 /* The guest's next one, or NULL.  To be freed by g_free(). */
 VhostUserRelayRequest *vhost_user_relay_request_pop(VirtQueue *vq,
                                                     AddressSpace *as);

@@ -513,6 +513,13 @@ static void test_pop(void)
     q->enabled = true;
     g_assert_true(vhost_user_relay_queue_can_pop(q));
 
+    /* Nor does a device that needs a reset, and it does not wait for one. */
+    fake.vdev->broken = true;
+    g_assert_false(vhost_user_relay_queue_can_pop(q));
+    pop();
+    g_assert_cmpuint(vq->last_avail_idx, ==, 0);
+    fake.vdev->broken = false;
+
     /* The back end polls. */
     stw_le_p(used, VRING_USED_F_NO_NOTIFY);
     pop();

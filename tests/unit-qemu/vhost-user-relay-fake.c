@@ -110,6 +110,7 @@ void virtio_queue_set_notification(VirtQueue *vq, int enable)
     vq->notification = enable;
 }
 
+/* As QEMU 10.2 for packed rings, this does not look at vdev->broken. */
 int virtio_queue_empty(VirtQueue *vq)
 {
     return vq->last_avail_idx == vq->avail_idx;
@@ -162,7 +163,7 @@ void *virtqueue_pop(VirtQueue *vq, size_t sz)
     FakeRequest *r;
     unsigned head, n;
 
-    if (virtio_queue_empty(vq)) {
+    if (fake.vdev->broken || virtio_queue_empty(vq)) {
         return NULL;
     }
     g_assert_cmpuint(vq->popped->len, <, vq->num);

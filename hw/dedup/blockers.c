@@ -13,7 +13,7 @@
 #include "qemu/osdep.h"
 #include <sys/prctl.h>
 #include "exec/cpu-common.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "hw/boards.h"
 #include "hw/core/cpu.h"
 #include "hw/dedup/ram-guard.h"

@@ -36,7 +36,7 @@
 #ifndef HW_DEDUP_INTERNAL_H
 #define HW_DEDUP_INTERNAL_H
 
-#include "exec/memory.h"
+#include "hw/dedup/qemu-compat.h"
 #include "exec/ramlist.h"
 #include "hw/dedup/dedup.h"
 #include "migration/misc.h"

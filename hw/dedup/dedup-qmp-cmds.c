@@ -9,7 +9,7 @@
 
 #include "qemu/osdep.h"
 #include "exec/cpu-common.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-dedup.h"
 #include "qapi/qapi-events-dedup.h"

@@ -376,7 +376,7 @@ static void dedup_scanner_finalize(Object *obj)
     g_free(ds->group);
 }
 
-static void dedup_scanner_class_init(ObjectClass *oc, void *data)
+static void dedup_scanner_class_init(ObjectClass *oc, QemuClassData *data)
 {
     UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
 

@@ -16,7 +16,7 @@
 #include <sys/vfs.h>
 #include <linux/magic.h>
 #include "exec/cpu-common.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "hw/boards.h"
 #include "hw/dedup/ram-guard.h"
 #include "hw/mem/pc-dimm.h"

@@ -7,7 +7,7 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "hw/dedup/ram-guard.h"
 #include "qapi/error.h"
 #include "qemu/main-loop.h"

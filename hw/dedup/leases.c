@@ -28,7 +28,7 @@
 #include <poll.h>
 #include <sys/signalfd.h>
 #include "exec/cpu-common.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "qemu/error-report.h"
 #include "qemu/lockable.h"
 #include "qemu/main-loop.h"

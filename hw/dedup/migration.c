@@ -31,7 +31,7 @@
 
 #include "qemu/osdep.h"
 #include "exec/cpu-common.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "migration/misc.h"
 #include "migration/options.h"
 #include "qapi/error.h"

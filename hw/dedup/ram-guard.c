@@ -62,8 +62,7 @@
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/rcu.h"
-#include "exec/memory.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "hw/dedup/ram-guard.h"
 #include "trace/trace-hw_dedup.h"
 

@@ -17,9 +17,8 @@
 
 #include "qemu/osdep.h"
 #include <sys/eventfd.h>
-#include "exec/address-spaces.h"
+#include "hw/dedup/qemu-compat.h"
 #include "exec/cpu-common.h"
-#include "exec/ramblock.h"
 #include "qapi/error.h"
 #include "qemu/error-report.h"
 #include "qemu/lockable.h"

@@ -9,7 +9,7 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "qapi/error.h"
 #include "qemu/lockable.h"
 #include "qemu/main-loop.h"

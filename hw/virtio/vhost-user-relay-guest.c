@@ -7,7 +7,7 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qemu/rcu.h"
-#include "exec/memory.h"
+#include "hw/dedup/qemu-compat.h"
 #include "standard-headers/linux/virtio_ring.h"
 #include "vhost-user-relay-guest.h"
 #include "trace.h"

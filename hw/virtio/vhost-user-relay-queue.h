@@ -20,6 +20,7 @@
 #ifndef HW_VIRTIO_VHOST_USER_RELAY_QUEUE_H
 #define HW_VIRTIO_VHOST_USER_RELAY_QUEUE_H
 
+#include "hw/dedup/qemu-compat.h"
 #include "hw/virtio/virtio.h"
 #include "qemu/event_notifier.h"
 #include "qemu/queue.h"

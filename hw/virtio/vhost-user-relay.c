@@ -12,6 +12,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qemu/error-report.h"
 #include "block/aio.h"
 #include "qemu/host-utils.h"
 #include "qemu/main-loop.h"

@@ -11,8 +11,7 @@
 
 #include "qemu/osdep.h"
 #include "block/block.h"
-#include "exec/address-spaces.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "hw/dedup/ram-guard.h"
 #include "qapi/error.h"
 #include "qemu/main-loop.h"

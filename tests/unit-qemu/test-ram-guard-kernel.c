@@ -11,7 +11,7 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qemu/main-loop.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "hw/dedup/ram-guard.h"
 
 #define CHUNK (1ULL << RAM_GUARD_CHUNK_SHIFT)

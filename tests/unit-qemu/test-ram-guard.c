@@ -12,7 +12,7 @@
 #include "qapi/error.h"
 #include "qemu/main-loop.h"
 #include "qemu/thread.h"
-#include "exec/ramblock.h"
+#include "hw/dedup/qemu-compat.h"
 #include "hw/dedup/ram-guard.h"
 
 #define CHUNK (1ULL << RAM_GUARD_CHUNK_SHIFT)

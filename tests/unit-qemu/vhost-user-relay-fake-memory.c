@@ -6,7 +6,7 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/memory.h"
+#include "hw/dedup/qemu-compat.h"
 #include "vhost-user-relay-fake.h"
 
 bool fake_in_ram(hwaddr addr, hwaddr len)

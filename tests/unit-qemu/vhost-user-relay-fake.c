@@ -7,7 +7,7 @@
 
 #include "qemu/osdep.h"
 #include "block/aio.h"
-#include "exec/memory.h"
+#include "hw/dedup/qemu-compat.h"
 #include "qapi/error.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"

@@ -88,20 +88,25 @@ typedef struct VhostUser {
     const char *more;
 } VhostUser;
 
+static int listen_at(const char *path)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    g_strlcpy(address.sun_path, path, sizeof(address.sun_path));
+    g_assert_cmpint(bind(listener, (struct sockaddr *)&address,
+                         sizeof(address)), ==, 0);
+    g_assert_cmpint(listen(listener, 1), ==, 0);
+    return listener;
+}
+
 /* A machine with merged RAM and a chardev that is connected to *@peer. */
 static QTestState *start_with_peer(int *ram, int *peer)
 {
     g_autofree char *dir = dedup_tmpdir("/tmp");
     g_autofree char *path = g_strdup_printf("%s/sock", dir);
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int listener = listen_at(path);
     QTestState *qts;
-    int listener;
-
-    g_strlcpy(address.sun_path, path, sizeof(address.sun_path));
-    listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    g_assert_cmpint(bind(listener, (struct sockaddr *)&address,
-                         sizeof(address)), ==, 0);
-    g_assert_cmpint(listen(listener, 1), ==, 0);
 
     qts = start("");
     *ram = fill_and_merge(qts);
@@ -302,6 +307,100 @@ static void test_proxy(void)
     qtest_quit(qts);
 }
 
+#define VFIO_USER_VERSION 1
+#define VFIO_USER_REPLY 1
+
+typedef struct VfioUserHeader {
+    uint16_t id, command;
+    uint32_t size, flags, error;
+} VfioUserHeader;
+
+/* Receive a message with its body; the fd that came with it, or -1. */
+static int vfio_user_receive(int sock, VfioUserHeader *h)
+{
+    char control[CMSG_SPACE(sizeof(int))], body[4096];
+    struct iovec iov = { .iov_base = h, .iov_len = sizeof(*h) };
+    struct msghdr msg = {
+        .msg_iov = &iov, .msg_iovlen = 1,
+        .msg_control = control, .msg_controllen = sizeof(control),
+    };
+    struct cmsghdr *c;
+    int fd = -1;
+
+    wait_message(sock);
+    g_assert_cmpint(recvmsg(sock, &msg, MSG_WAITALL), ==, sizeof(*h));
+    c = CMSG_FIRSTHDR(&msg);
+    if (c && c->cmsg_type == SCM_RIGHTS) {
+        memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+    }
+    g_assert_cmpuint(h->size - sizeof(*h), <=, sizeof(body));
+    g_assert_cmpint(recv(sock, body, h->size - sizeof(*h), MSG_WAITALL), ==,
+                    h->size - sizeof(*h));
+    return fd;
+}
+
+/* The server of a vfio-user device is given the file when the device starts. */
+static void test_vfio_user(void)
+{
+    g_autofree char *dir = NULL, *path = NULL;
+    struct {
+        VfioUserHeader h;
+        uint16_t major, minor;
+        char capabilities[4];
+    } version = { .capabilities = "{}" };
+    struct stat ours, given;
+    int listener, peer, ram, fd;
+    QTestState *qts;
+    QDict *resp;
+
+    if (dedup_skip()) {
+        return;
+    }
+    dir = dedup_tmpdir("/tmp");
+    path = g_strdup_printf("%s/sock", dir);
+    listener = listen_at(path);
+    qts = start("");
+    ram = fill_and_merge(qts);
+    qtest_qmp_send(qts, "{ 'execute': 'device_add', 'arguments': {"
+                   " 'driver': 'vfio-user-pci', 'id': 'd0', 'socket': {"
+                   " 'type': 'unix', 'path': %s } } }", path);
+    peer = accept(listener, NULL, NULL);
+    g_assert_cmpint(peer, >=, 0);
+    g_assert_cmpint(vfio_user_receive(peer, &version.h), ==, -1);
+    g_assert_cmpint(version.h.command, ==, VFIO_USER_VERSION);
+    version.h.flags = VFIO_USER_REPLY;
+    version.h.size = sizeof(version);
+    g_assert_cmpint(send(peer, &version, sizeof(version), MSG_NOSIGNAL), ==,
+                    sizeof(version));
+
+    /* Other memory may come first. */
+    g_assert_cmpint(fstat(ram, &ours), ==, 0);
+    do {
+        VfioUserHeader h;
+
+        fd = vfio_user_receive(peer, &h);
+        given.st_ino = 0;
+        if (fd >= 0) {
+            g_assert_cmpint(fstat(fd, &given), ==, 0);
+            close(fd);
+        }
+    } while (given.st_ino != ours.st_ino);
+    g_assert_cmpint(pages_in_file(ram), ==, PAGES);
+    close(peer);
+    resp = qtest_qmp_receive(qts);
+    g_assert_true(qdict_haskey(resp, "error"));
+    qobject_unref(resp);
+
+    dedup_wait_at_least(qts, "pages-merged", PAGES);
+    g_assert_cmpint(pages_in_file(ram), ==, 0);
+    assert_guest_sees(qts);
+    close(ram);
+    close(listener);
+    unlink(path);
+    rmdir(dir);
+    qtest_quit(qts);
+}
+
 /* A udmabuf is made of pages of the memfd. */
 static void test_udmabuf(void)
 {
@@ -396,6 +495,9 @@ int main(int argc, char **argv)
     }
     qtest_add_func("dedup/whole/vhost-user-stays", test_vhost_user_stays);
     qtest_add_func("dedup/whole/proxy", test_proxy);
+    if (qtest_has_device("vfio-user-pci")) {        /* since 10.1 */
+        qtest_add_func("dedup/whole/vfio-user", test_vfio_user);
+    }
     qtest_add_func("dedup/whole/udmabuf", test_udmabuf);
     qtest_add_func("dedup/whole/vhost-scsi", test_vhost_scsi);
     for (i = 0; i < G_N_ELEMENTS(memory_devices); i++) {

@@ -18,6 +18,19 @@ B := $(top)/build
 prefix ?= /usr/local
 SANITIZE ?=
 LONG ?=
+QEMU_SRC ?=
+QEMU_VERSION ?= 10.0
+ifneq ($(QEMU_SRC),)
+  override QEMU_VERSION := $(shell cat $(QEMU_SRC)/VERSION 2>/dev/null)
+endif
+
+# Every version has its own directory; the usual one is build/ itself.
+version := $(shell echo $(QEMU_VERSION) | cut -d. -f1,2)
+usual := 10.0
+export QEMU_SRC QEMU_VERSION
+export QEMU_DIR := $(B)$(if $(filter-out $(usual),$(version)),/$(version))
+others := $(filter-out $(usual),$(patsubst patches/series-%,%,\
+    $(wildcard patches/series-*)))
 JOBS ?= $(shell nproc)
 
 # The standalone build of the engine, one directory per kind of sanitizer.
@@ -35,17 +48,21 @@ lock = mkdir -p $(B) && \
     { flock -n $(B)/.lock true || echo 'waiting for another make'; } && \
     flock $(B)/.lock
 
-.PHONY: all deps tree qemu engine demo check check-engine bench install clean \
-        help
+.PHONY: all deps tree qemu engine demo check check-engine check-versions bench \
+        install clean help
 all: qemu
 
 help:
 	@echo 'make                build QEMU with dedup: build/bin/qemu-system-x86_64'
-	@echo '                    (QEMU_SRC=DIR: from your own source of QEMU 10.0.x)'
+	@echo '                    (QEMU_SRC=DIR: from your own source of QEMU)'
+	@echo '                    QEMU_VERSION=10.2 with it, or with demo, check, bench,'
+	@echo '                    install: that version, build/10.2/bin/qemu-system-x86_64'
 	@echo 'make demo           four guests share their memory, with a live table'
 	@echo 'make check          all tests'
 	@echo 'make check-engine   the engine alone, in a minute; LONG=1: all of its tests,'
 	@echo '                    as SANITIZE=address or SANITIZE=thread runs them'
+	@echo 'make check-versions builds every other version of QEMU, runs what tests it'
+	@echo '                    without a guest'
 	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR'
 	@echo 'make clean          remove what was built; keeps what was downloaded'
@@ -74,6 +91,13 @@ check: engine
 	@scripts/link-mutants
 	@scripts/run-tests
 
+check-versions: $(others:%=check-version-%)
+
+check-version-%: engine
+	@$(lock) env QEMU_SRC= QEMU_VERSION=$* QEMU_DIR=$(B)/$* PREFIX=$(prefix) \
+	    JOBS=$(JOBS) scripts/build-qemu --with-tests
+	@QEMU_DIR=$(B)/$* scripts/run-tests check/ unit/test- qtest/
+
 demo: qemu
 	@scripts/demo
 
@@ -85,4 +109,5 @@ install: deps
 	    scripts/build-qemu --install
 
 clean:
-	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* $(B)/test-logs
+	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* $(B)/test-logs \
+	    $(others:%=$(B)/%)

@@ -9,7 +9,7 @@ import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
-from checks import BUILD, TOP, TREE, run, tracked
+from checks import BUILD, OBJ, TOP, TREE, run, tracked
 import tap
 
 CHECKPATCH = os.path.join(TREE, 'scripts', 'checkpatch.pl')
@@ -99,7 +99,7 @@ def test_warnings_qemu():
         manifest = json.load(f)
     for path in manifest['patched'] + manifest['overlay']:
         ours.add(os.path.join(TREE, path))
-    compile_all(os.path.join(BUILD, 'qemu-obj', 'compile_commands.json'), None,
+    compile_all(os.path.join(OBJ, 'compile_commands.json'), None,
                 lambda s: s in ours and '/tests/' not in s)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 
-from checks import BUILD, TOP, run, tracked
+from checks import BUILD, OBJ, TOP, run, tracked
 import tap
 
 SIDE = 'hw/dedup/'
@@ -137,7 +137,7 @@ class Includes:
 
 def commands(build, wanted):
     """[(source, object, command's words)] of a build, made there or not."""
-    with open(os.path.join(BUILD, build, 'compile_commands.json'),
+    with open(os.path.join(build, 'compile_commands.json'),
               encoding='utf-8') as f:
         entries = json.load(f)
     return [(os.path.realpath(os.path.join(c['directory'], c['file'])),
@@ -181,7 +181,7 @@ class Calls:
 
 @functools.lru_cache
 def engine_calls():
-    found = commands('engine', lambda o: 'libdedup-engine.a.p/' in o)
+    found = commands(os.path.join(BUILD, 'engine'), lambda o: 'libdedup-engine.a.p/' in o)
     sources = engine_files('.c')
     objects = {name: None for name in sources}
     for source, path, _ in found:
@@ -194,9 +194,9 @@ def engine_calls():
 
 def qemu_calls(directory, files):
     """Calls between files of a directory that is built within QEMU."""
-    found = commands('qemu-obj', lambda o: re.search(
+    found = commands(OBJ, lambda o: re.search(
         r'\.p/%s[^/]*\.o$' % directory.replace('/', '_'), o))
-    objects = {name: os.path.join(BUILD, 'qemu-obj', 'not-built', name)
+    objects = {name: os.path.join(OBJ, 'not-built', name)
                for name in files}
     for _, path, c in found:
         name = directory + os.path.basename(c['file'])

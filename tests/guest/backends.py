@@ -208,7 +208,7 @@ class Storage(Backend):
                 f.truncate(size * MIB)
 
     def command(self):
-        return [os.path.join(host.BUILD, 'bin', 'qemu-storage-daemon'),
+        return [os.path.join(host.QEMU_DIR, 'bin', 'qemu-storage-daemon'),
                 '--blockdev', 'driver=file,node-name=disk,locking=off,'
                 'filename=%s,cache.direct=%s' % (
                     self.image, 'on' if self.direct else 'off'),
@@ -221,7 +221,7 @@ class ContribBlk(Storage):
     """vhost-user-blk by the example among QEMU's sources."""
 
     def command(self):
-        program = os.path.join(host.BUILD, 'qemu-obj', 'contrib',
+        program = os.path.join(host.QEMU_DIR, 'qemu-obj', 'contrib',
                                'vhost-user-blk', 'vhost-user-blk')
         if not os.access(program, os.X_OK):
             tap.skip('contrib/vhost-user-blk is not built')

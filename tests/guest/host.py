@@ -16,8 +16,10 @@ from qmp import fields
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
 BUILD = os.environ.get('BUILD_DIR', os.path.join(TOP, 'build'))
+# Another version of QEMU than the usual one is built elsewhere.
+QEMU_DIR = os.environ.get('QEMU_DIR', BUILD)
 QEMU = os.environ.get('QEMU_SYSTEM',
-                      os.path.join(BUILD, 'bin', 'qemu-system-x86_64'))
+                      os.path.join(QEMU_DIR, 'bin', 'qemu-system-x86_64'))
 IMAGES = os.path.join(BUILD, 'guest')
 MIB = 1 << 20
 PAGE = 4096

@@ -15,7 +15,7 @@ import tap
 import vm as vms
 from qmp import Timeout
 
-QEMU = os.path.join(host.BUILD, 'mutants', 'qemu-system-x86_64')
+QEMU = os.path.join(host.QEMU_DIR, 'mutants', 'qemu-system-x86_64')
 DISK = (4096, 9, 700)           # blocks, seed, distinct
 GUARDED_SECONDS = 20
 

@@ -59,7 +59,8 @@ def fetch(version):
         env=dict(os.environ, QEMU_VERSION=version),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if out.returncode:
-        return None, out.stderr.strip().rsplit('\n', 1)[-1]
+        lines = out.stderr.strip().split('\n')
+        return None, next((s for s in lines if s.startswith('E: ')), lines[-1])
     return out.stdout.strip(), None
 
 

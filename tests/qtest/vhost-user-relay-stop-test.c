@@ -425,6 +425,51 @@ static void test_quit(gconstpointer data)
     vub_request_free(req);
 }
 
+/* A disk that is not to be waited for when QEMU is killed: since QEMU 10.2. */
+#define FORCED "skip-get-vring-base-on-force-shutdown"
+
+static bool can_be_forced(void)
+{
+    QTestState *qts = qtest_init("-machine none");
+    QDict *resp = qtest_qmp(qts, "{ 'execute': 'device-list-properties',"
+                            " 'arguments': { 'typename': %s } }", RVM_BLK);
+    QListEntry *e;
+    bool found = false;
+
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(resp, "return"), e) {
+        found |= g_str_equal(qdict_get_str(qobject_to(QDict, e->value),
+                                           "name"), FORCED);
+    }
+    qobject_unref(resp);
+    qtest_quit(qts);
+    return found;
+}
+
+static void test_forced(void)
+{
+    static const Kind kind = {
+        "forced", RVM_BLK, "," FORCED "=on", "", INDIRECT, .waits = true
+    };
+    VubRequest *req;
+    Machine m;
+
+    if (rvm_skip_plain()) {
+        return;
+    }
+    if (!can_be_forced()) {
+        g_test_skip("no " FORCED);
+        return;
+    }
+    run(&m, &kind, 0);
+    send_tag(&m, 1);
+    req = rvm_expect_tag(m.r, 1);
+    qtest_qmp_assert_success(m.vm.qts, "{ 'execute': 'quit' }");
+    qtest_wait_qemu(m.vm.qts);
+    g_assert_cmpuint(vub_count(m.vm.b, VUB_GET_VRING_BASE), ==, 0);
+    rvm_quit(&m.vm);
+    vub_request_free(req);
+}
+
 static void add(const char *name, bool all, GTestDataFunc test)
 {
     unsigned i;
@@ -449,5 +494,6 @@ int main(int argc, char **argv)
     add("reset", false, test_reset);
     add("system-reset", false, test_system_reset);
     add("quit", false, test_quit);
+    qtest_add_func("relay/stop/forced", test_forced);
     return g_test_run();
 }

@@ -13,7 +13,8 @@
 
 #include "qom/object.h"
 
-#if __has_include("system/ramblock.h")  /* since 10.1 */
+#if /* since 10.1 */ \
+    __has_include("system/ramblock.h")
 
 #include "system/address-spaces.h"
 #include "system/memory.h"
@@ -32,7 +33,8 @@ typedef void QemuClassData;
 
 #endif
 
-#if __has_include("hw/virtio/virtio-features.h")  /* since 10.2 */
+#if /* since 10.2 */ \
+    __has_include("hw/virtio/virtio-features.h")
 /* One function that knows whether it is called from an iothread */
 #define virtio_notify_irqfd virtio_notify
 #endif

@@ -201,7 +201,7 @@ def test_migrate_fs():
 def test_snapshot():
     """savevm while stopped under load, and loadvm: the rings go on there"""
     image = os.path.join(vms.scratch(), 'snapshot.qcow2')
-    subprocess.run([os.path.join(host.BUILD, 'bin', 'qemu-img'), 'create',
+    subprocess.run([os.path.join(host.QEMU_DIR, 'bin', 'qemu-img'), 'create',
                     '-q', '-f', 'qcow2', image, '1G'], check=True)
     g = guest(extra=['-drive', 'if=none,format=qcow2,file=' + image])
     for _ in range(3):

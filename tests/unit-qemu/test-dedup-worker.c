@@ -360,7 +360,8 @@ static void test_hang(void)
     g_assert_false(get_whole());
     g_assert_cmpuint(drains, ==, 1);
     ms = (g_get_monotonic_time() - start) / 1000;
-    g_assert_cmpint(ms, >=, DEDUP_DRAIN_MS);
+    /* A timer begins to count at a whole millisecond, which may be over. */
+    g_assert_cmpint(ms, >=, DEDUP_DRAIN_MS - 1);
     g_assert_cmpint(ms, <, DEDUP_DRAIN_MS + 10000);
     /* It works again, and so does the next try. */
     hangs = false;

@@ -48,6 +48,8 @@ static bool guard_whole_begin(void *opaque, RAMBlock *rb, Error **errp)
         /* The user is on the guard's list already: no block may stay. */
         dedup_scanner_recheck(ds);
         ok = dedup_whole_wait(ds, is_needed_whole, errp);
+        /* Nothing needs discards any more: vfio-user forbids them next. */
+        dedup_scanner_recheck(ds);
     }
     if (!ok) {
         error_append_hint(errp, "Stop dedup-scanner '%s' with dedup-unmerge "

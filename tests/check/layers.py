@@ -136,8 +136,9 @@ class Includes:
 
 
 def commands(build, wanted):
-    """[(source, object, command's words)] of a build, made there or not."""
-    with open(os.path.join(build, 'compile_commands.json'),
+    """[(source, object, command's words)] of a build's directory (in build/,
+    unless it is a whole path), made there or not."""
+    with open(os.path.join(BUILD, build, 'compile_commands.json'),
               encoding='utf-8') as f:
         entries = json.load(f)
     return [(os.path.realpath(os.path.join(c['directory'], c['file'])),
@@ -181,7 +182,7 @@ class Calls:
 
 @functools.lru_cache
 def engine_calls():
-    found = commands(os.path.join(BUILD, 'engine'), lambda o: 'libdedup-engine.a.p/' in o)
+    found = commands('engine', lambda o: 'libdedup-engine.a.p/' in o)
     sources = engine_files('.c')
     objects = {name: None for name in sources}
     for source, path, _ in found:

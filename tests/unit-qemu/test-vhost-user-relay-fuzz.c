@@ -129,7 +129,7 @@ static void offer(unsigned i)
     memcpy(shadow + ring, fake.ram + ring, FAKE_PAGE);
 }
 
-static void allow(const FakeRequest *r, uint32_t len, bool all)
+static void allow(unsigned q, const FakeRequest *r, uint32_t len)
 {
     uint64_t left = 0;
 
@@ -137,7 +137,7 @@ static void allow(const FakeRequest *r, uint32_t len, bool all)
         left += r->part[i].len;
     }
     g_assert_cmpuint(len, <=, left);
-    left = all ? left : len;
+    left = fake.q[q].initial == VHOST_USER_RELAY_GUESTS ? left : len;
     for (unsigned i = r->n_out; i < r->n_out + r->n_in; i++) {
         uint32_t n = MIN(left, r->part[i].len);
         hwaddr at = r->part[i].addr - FAKE_RAM;
@@ -156,8 +156,7 @@ static void see(unsigned i)
         FakeUsed used = fake_used(i, m->n_seen++);
 
         g_assert_nonnull(m->offered[used.head]);
-        allow(m->offered[used.head], used.len,
-              fake.q[i].initial == VHOST_USER_RELAY_GUESTS);
+        allow(i, m->offered[used.head], used.len);
         g_clear_pointer(&m->offered[used.head], g_free);
         figures.pushed++;
     }

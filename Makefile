@@ -16,6 +16,7 @@ endif
 top := $(CURDIR)
 B := $(top)/build
 prefix ?= /usr/local
+FULL ?=
 SANITIZE ?=
 LONG ?=
 QEMU_SRC ?=
@@ -48,8 +49,10 @@ lock = mkdir -p $(B) && \
     { flock -n $(B)/.lock true || echo 'waiting for another make'; } && \
     flock $(B)/.lock
 
+build = $(lock) env FULL=$(FULL) PREFIX=$(prefix) JOBS=$(JOBS)
+
 .PHONY: all deps tree qemu engine demo check check-engine check-versions bench \
-        install clean help
+        install uninstall deb debian-series clean help
 all: qemu
 
 help:
@@ -57,6 +60,7 @@ help:
 	@echo '                    (QEMU_SRC=DIR: from your own source of QEMU)'
 	@echo '                    QEMU_VERSION=10.2 with it, or with demo, check, bench,'
 	@echo '                    install: that version, build/10.2/bin/qemu-system-x86_64'
+	@echo 'make FULL=1         with all that Debian has in its own: build/full/bin'
 	@echo 'make demo           four guests share their memory, with a live table'
 	@echo 'make check          all tests'
 	@echo 'make check-engine   the engine alone, in a minute; LONG=1: all of its tests,'
@@ -64,18 +68,21 @@ help:
 	@echo 'make check-versions builds every other version of QEMU, runs what tests it'
 	@echo '                    without a guest'
 	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
-	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR'
+	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR; FULL=1'
+	@echo 'make uninstall      takes all of that away again'
+	@echo 'make deb            a package, to be installed beside Debian'"'"'s own: build/deb'
+	@echo 'make debian-series  Debian'"'"'s own source package with dedup: build/debian-series'
 	@echo 'make clean          remove what was built; keeps what was downloaded'
 	@echo 'As root, missing Debian packages are installed first.'
 
 deps:
-	@scripts/install-deps
+	@env FULL=$(FULL) scripts/install-deps
 
 tree: deps
 	@$(lock) scripts/build-qemu --tree-only
 
 qemu: deps
-	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu
+	@$(build) scripts/build-qemu
 
 engine: deps
 	@$(lock) sh -ec 'test -f $(engine)/build.ninja || \
@@ -87,7 +94,7 @@ check-engine: engine
 	@scripts/run-tests --engine $(engine) $(if $(SANITIZE)$(LONG),--long)
 
 check: engine
-	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu --with-tests
+	@$(build) FULL= scripts/build-qemu --with-tests
 	@scripts/link-mutants
 	@scripts/run-tests
 
@@ -105,9 +112,18 @@ bench: engine
 	@scripts/bench
 
 install: deps
-	@$(lock) env PREFIX=$(prefix) JOBS=$(JOBS) DESTDIR=$(DESTDIR) \
-	    scripts/build-qemu --install
+	@$(build) DESTDIR=$(DESTDIR) scripts/build-qemu --install
+
+uninstall:
+	@scripts/install-files --remove "$(DESTDIR)" "$(prefix)"
+
+deb:
+	@env FULL=1 DEB=1 scripts/install-deps
+	@$(build) scripts/build-deb
+
+debian-series:
+	@$(lock) scripts/debian-series
 
 clean:
-	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* $(B)/test-logs \
-	    $(others:%=$(B)/%)
+	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* \
+	    $(B)/full $(B)/deb $(B)/debian-series $(B)/test-logs $(others:%=$(B)/%)

@@ -14,7 +14,8 @@ import tap
 
 CHECKPATCH = os.path.join(TREE, 'scripts', 'checkpatch.pl')
 # Not C, or not a language that has comments.
-NO_LICENCE_LINE = ('COPYING', '.gitignore', '.patch', '.md')
+NO_LICENCE_LINE = ('COPYING', '.gitignore', '.patch', '.md', '.Debian',
+                   'debian/changelog', 'debian/copyright', 'source/format')
 
 
 def each(function, items):

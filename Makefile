@@ -112,10 +112,10 @@ bench: engine
 	@scripts/bench
 
 install: deps
-	@$(build) DESTDIR=$(DESTDIR) scripts/build-qemu --install
+	@$(build) DESTDIR=$(abspath $(DESTDIR)) scripts/build-qemu --install
 
 uninstall:
-	@scripts/install-files --remove "$(DESTDIR)" "$(prefix)"
+	@scripts/install-files --remove "$(abspath $(DESTDIR))" $(prefix)
 
 deb:
 	@env FULL=1 DEB=1 scripts/install-deps

@@ -34,6 +34,7 @@ SHARED = '/var/lib/libvirt/shared'
 CHANGES = ('/cache', '/dev', '/proc', '/run', '/sys', '/tmp', '/var/cache',
            '/var/lib/apt', '/var/lib/dpkg', '/var/log', '/etc/ld.so.cache')
 
+# The guest's port is to stay its first virtio device: an address for the other.
 MORE = '''<x>
 <graphics type='vnc'><listen type='socket'/></graphics>
 <graphics type='spice'><listen type='socket'/></graphics>
@@ -41,7 +42,8 @@ MORE = '''<x>
 <redirdev bus='usb' type='spicevmc'/>
 <tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>
 <filesystem type='mount' accessmode='passthrough'>
-<driver type='virtiofs'/><source dir='%s'/><target dir='share'/></filesystem>
+<driver type='virtiofs'/><source dir='%s'/><target dir='share'/>
+<address type='pci' domain='0' bus='0' slot='0x10' function='0'/></filesystem>
 </x>''' % SHARED
 RELAY = '''<x xmlns:qemu='%s'><qemu:override><qemu:device alias='fs0'>
 <qemu:frontend><qemu:property name='relay' type='string' value='on'/>
@@ -146,8 +148,11 @@ def domain(root):
     for element in ET.fromstring(MORE):
         devices.append(element)
     vm.root.append(ET.fromstring(RELAY)[0])
-    vm.root.find('os').set('firmware', 'efi')
-    vm.root.find('os/type').set('machine', 'q35')
+    element = vm.root.find('os')
+    element.set('firmware', 'efi')
+    # The guest's modules are not signed.
+    element.insert(0, ET.fromstring(
+        "<firmware><feature enabled='no' name='secure-boot'/></firmware>"))
     return vm
 
 

@@ -105,7 +105,7 @@ def debian():
         if os.path.isdir(path)]
     # Some have a directory of their own, and find it when installed.
     libraries += sorted({os.path.dirname(p) for p in glob.glob(
-        libraries[0] + '/*/lib*.so.*')})
+        libraries[0] + '/*/lib*.so*')})
     loader, = glob.glob(libraries[0] + '/ld-linux-x86-64.so.2')
     return Programs(os.path.join(root, 'usr', 'bin'),
                     [loader, '--library-path', ':'.join(libraries)],
@@ -154,7 +154,7 @@ LISTS = {
     'block drivers of qemu-img': lambda p: formats(p.run('qemu-img', '--help')),
 }
 for _name in ('display', 'audiodev', 'netdev', 'chardev', 'object', 'accel',
-              'machine', 'cpu', 'tpmdev', 'vga'):
+              'machine', 'cpu', 'vga'):
     LISTS['-%s help' % _name] = (
         lambda p, name=_name: names(p.qemu('-' + name, 'help')))
 

@@ -7,14 +7,13 @@ long to make.  What can be told without making them is told here.
 """
 
 import fnmatch
-import glob
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 
-from checks import BUILD, TOP, run, tracked
+from checks import BUILD, TOP, run, script, tracked
 import tap
 
 DEBIAN = os.path.join(TOP, 'packaging', 'debian')
@@ -234,9 +233,9 @@ def small_source():
                     os.path.join(small, 'debian'))
     shutil.copytree(os.path.join(full, '.pc'), os.path.join(small, '.pc'))
     paths = set()
-    for patch in glob.glob(os.path.join(TOP, 'patches', '*.patch')):
+    for patch in script('prepare-tree').patches_for(full):
         paths |= set(re.findall(r'^--- a/(\S+)', read(patch), re.M))
-    for path in paths:
+    for path in paths | {'VERSION'}:
         os.makedirs(os.path.dirname(os.path.join(small, path)), exist_ok=True)
         shutil.copy2(os.path.join(full, path), os.path.join(small, path))
     return small, paths

@@ -25,6 +25,16 @@ def wait_until(condition, what, timeout=60, pause=0.05,
         time.sleep(pause)
 
 
+def wait_saved(cgroup, before, least):
+    """Bytes that a cgroup has fallen by since it held @before: @least, or as
+    far as it came.  What is given back is charged for a moment longer."""
+    try:
+        wait_until(lambda: before - cgroup.usage() >= least, 'memory', 20)
+    except Timeout:
+        pass
+    return before - cgroup.usage()
+
+
 def stats(vm):
     """query-dedup-stats of the VM's object."""
     found = vm.qmp.command('query-dedup-stats')

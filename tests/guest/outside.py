@@ -139,7 +139,9 @@ class Scene:
         self.others = dedup.stats(self.other)
         self.seen = Outside(self.vm)
         self.seen_other = Outside(self.other)
-        self.saved = self.usage_before - self.cgroup.usage()
+        self.saved = dedup.wait_saved(self.cgroup, self.usage_before,
+                                      self.said['group']['bytes-saved'] -
+                                      MIB)
         self.grown = self.anonymous() - self.anon_before
         tap.note(dedup.summary(self.vm))
         tap.note(dedup.summary(self.other))

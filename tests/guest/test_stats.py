@@ -538,6 +538,10 @@ def check_estimate(s):
         machine.kill()
 
 
+# A host that has no time for us at that moment spoils them.
+TIMED = (check_full_scans, check_scanned, check_cpu_time)
+
+
 @tap.case
 def test_every_member():
     """Each member of the schema has a check, and the check agrees"""
@@ -549,7 +553,13 @@ def test_every_member():
     failed = []
     for check in dict.fromkeys(CHECKS.values()):
         try:
-            check(scene)
+            try:
+                check(scene)
+            except tap.Failure as e:
+                if check not in TIMED:
+                    raise
+                tap.note('once more, %s: %s' % (check.__name__, e))
+                check(scene)
         except tap.Failure as e:
             tap.note('FAILED %s: %s' % (check.__name__, e))
             failed.append('%s: %s' % (check.__name__, e))

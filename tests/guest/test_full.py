@@ -18,7 +18,7 @@ import subprocess
 import host
 import tap
 
-FULL = os.environ.get('QEMU_FULL', os.path.join(host.BUILD, 'full', 'bin'))
+FULL = os.environ.get('QEMU_FULL', os.path.join(host.QEMU_DIR, 'full', 'bin'))
 DEBIAN = os.path.join(host.IMAGES, 'debian-qemu')
 SUITE = 'trixie'
 PACKAGES = ['qemu-system-x86', 'qemu-system-gui', 'qemu-system-modules-spice',
@@ -161,7 +161,7 @@ for _name in ('display', 'audiodev', 'netdev', 'chardev', 'object', 'accel',
 
 def left_out():
     """What this build's configure was told to do without."""
-    path = os.path.join(host.BUILD, 'full', 'obj', '.arguments')
+    path = os.path.join(host.QEMU_DIR, 'full', 'obj', '.arguments')
     try:
         with open(path, encoding='utf-8') as f:
             given = f.read().split()

@@ -67,7 +67,7 @@ def test_small():
 @tap.case
 def test_full():
     """the full build"""
-    if not os.path.exists(os.path.join(host.BUILD, 'full', 'obj',
+    if not os.path.exists(os.path.join(host.QEMU_DIR, 'full', 'obj',
                                        'qemu-system-x86_64')):
         tap.skip('no full build: make FULL=1')
     install('1')

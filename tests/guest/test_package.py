@@ -87,7 +87,7 @@ def check_installed(root):
     tap.check('ailed to' not in text, text[:2000])
     for name in 'qxl', 'usb-redir', 'virtio-gpu-gl-pci', 'virtio-9p-pci':
         tap.check('name "%s"' % name in text, 'no ' + name)
-    tap.check('spice' in root.run(PROGRAM, '-chardev', 'help'), 'no SPICE')
+    tap.check('spice-app' in root.run(PROGRAM, '-display', 'help'), 'no SPICE')
     text = root.run('sh', '-c', 'ldd %s /usr/lib/qemu-dedup/*.so' % PROGRAM)
     tap.check('not found' not in text, text)
     # Not the modules of another QEMU, nor of none

@@ -230,18 +230,24 @@ static void test_length(void)
     length(VIRTIO_ID_BLOCK, UINT32_MAX, 1000, 1000);
 }
 
-/* What the device did not write is the guest's own, not what lay there. */
-static void test_prefill(void)
+/* A request of 5000 bytes to write to, where others have left something. */
+static void offer_stale(uint16_t id, FakeChain *chain)
 {
-    g_autofree FakeChain *chain = g_new(FakeChain, 1);
-
-    begin(VIRTIO_ID_BLOCK, 0, INDIRECT);
+    begin(id, 0, INDIRECT);
     memset(vhost_user_relay_area_ptr(fake.pool.area, 1), 0xee,
            AREA - FAKE_PAGE);
     request(1, 16, 5000);
     remember();
     pop();
     g_assert_true(fake_get(0, chain));
+}
+
+/* What the device did not write is the guest's own, not what lay there. */
+static void test_prefill(void)
+{
+    g_autofree FakeChain *chain = g_new(FakeChain, 1);
+
+    offer_stale(VIRTIO_ID_BLOCK, chain);
     memset(chain->part[1].ptr + 1000, 0x99, 10);
     fake_use(0, chain->head, 0);
     push();
@@ -258,13 +264,7 @@ static void test_cleared(void)
 {
     g_autofree FakeChain *chain = g_new(FakeChain, 1);
 
-    begin(VIRTIO_ID_NET, 0, INDIRECT);
-    memset(vhost_user_relay_area_ptr(fake.pool.area, 1), 0xee,
-           AREA - FAKE_PAGE);
-    request(1, 16, 5000);
-    remember();
-    pop();
-    g_assert_true(fake_get(0, chain));
+    offer_stale(VIRTIO_ID_NET, chain);
     fake_use(0, chain->head, 5000);
     push();
     expect(IN(1) + 0x20, 0, 5000);

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Members that serve segments are killed with SIGKILL, one after the other.
+"""Members that serve segments are killed (C19), one after the other.
 
 Each time the survivor keeps every byte, and a new member still shares with it
 what the dead one had published.

@@ -89,7 +89,7 @@ static void test_main_memory(void)
     check_main_memory(nameless, "ram0", NULL);
 }
 
-/* Two NUMA nodes, two backends. */
+/* C23: two NUMA nodes, two backends. */
 static void test_numa(void)
 {
     QTestState *qts;
@@ -107,7 +107,7 @@ static void test_numa(void)
     qtest_quit(qts);
 }
 
-/* What is there beside RAM */
+/* What is there beside RAM; some of it is read-only (C6). */
 static void test_other_blocks(void)
 {
     QTestState *qts;

@@ -132,7 +132,7 @@ static void test_dma_saturated(void)
         ram_guard_dma_map(rb, 0, 1, true);
     }
     g_assert_cmpuint(ram_guard_dma_maps(rb, true)[0], ==, UINT16_MAX);
-    /* How often it was raised since is not known: it must not be lowered. */
+    /* C22: how often it was raised since is not known: it is not lowered. */
     for (i = 0; i < 2 * UINT16_MAX; i++) {
         ram_guard_dma_unmap(rb, 0, 1, true);
     }

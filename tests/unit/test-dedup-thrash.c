@@ -3,7 +3,7 @@
  * A guest that writes round and round to equal pages, as the boot block of
  * QEMU's migration test does: pages that are equal whenever they are looked at,
  * and written some milliseconds later.  It is disturbed once, and then left
- * alone; and when it stops, all of it is merged after all.
+ * alone (C25); and when it stops, all of it is merged after all.
  */
 
 #include "engine-fixture.h"

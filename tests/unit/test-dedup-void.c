@@ -256,7 +256,7 @@ static void test_vast(gconstpointer data)
     fx_ram_free(ram);
 }
 
-/* What is on swap is not void: it is counted, and left where it is. */
+/* C16: what is on swap is not void: it is counted, and left where it is. */
 static void test_swapped(gconstpointer data)
 {
     FxRam *ram = fx_ram_new_vast(GPOINTER_TO_INT(data), PAGES);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the kernel may refuse in the middle of a window: every page has the
- * bytes that it had, the ledger says what is mapped, nobody waits for ever.
+ * What the kernel may refuse in the middle of a window, case C18: every page
+ * has the bytes that it had, the ledger says what is mapped, nobody waits for
+ * ever.
  */
 
 #include <errno.h>

@@ -101,7 +101,7 @@ check: engine
 check-versions: $(others:%=check-version-%)
 
 check-version-%: engine
-	@$(lock) env QEMU_SRC= QEMU_VERSION=$* QEMU_DIR=$(B)/$* PREFIX=$(prefix) \
+	@$(lock) env FULL= QEMU_SRC= QEMU_VERSION=$* QEMU_DIR=$(B)/$* PREFIX=$(prefix) \
 	    JOBS=$(JOBS) scripts/build-qemu --with-tests
 	@QEMU_DIR=$(B)/$* scripts/run-tests check/ unit/test- qtest/
 

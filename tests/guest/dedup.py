@@ -25,14 +25,14 @@ def wait_until(condition, what, timeout=60, pause=0.05,
         time.sleep(pause)
 
 
-def wait_saved(cgroup, before, least):
-    """Bytes that a cgroup has fallen by since it held @before: @least, or as
-    far as it came.  What is given back is charged for a moment longer."""
+def wait_saved(usage, before, least):
+    """Bytes that a cgroup has fallen by since @usage() was @before: @least, or
+    as far as it came.  What is given back is charged for a moment longer."""
     try:
-        wait_until(lambda: before - cgroup.usage() >= least, 'memory', 20)
+        wait_until(lambda: before - usage() >= least, 'memory', 20)
     except Timeout:
         pass
-    return before - cgroup.usage()
+    return before - usage()
 
 
 def stats(vm):

@@ -139,7 +139,7 @@ class Scene:
         self.others = dedup.stats(self.other)
         self.seen = Outside(self.vm)
         self.seen_other = Outside(self.other)
-        self.saved = dedup.wait_saved(self.cgroup, self.usage_before,
+        self.saved = dedup.wait_saved(self.cgroup.usage, self.usage_before,
                                       self.said['group']['bytes-saved'] -
                                       MIB)
         self.grown = self.anonymous() - self.anon_before

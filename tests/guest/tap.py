@@ -53,7 +53,8 @@ def cleanup(function):
 
 def run_cleanups():
     """Do what cleanup() was asked for, the last first; return the tracebacks
-    of those that failed.  For programs that have no cases."""
+    of those that failed.  For programs that have no cases, and for cases that
+    are done with what they have."""
     failed = []
     while _cleanups:
         try:
@@ -98,6 +99,8 @@ def _run(number, function):
                 _comment('\n'.join(function()))
             except Exception as why:
                 _comment('no detail: %s' % why)
+        # Once more, last: the end of a log is all that some readers have.
+        _comment('%s: %s' % (type(e).__name__, str(e)[-500:]))
         if isinstance(e, KeyboardInterrupt):
             raise
     finally:

@@ -76,7 +76,7 @@ def saved_by(way, backing, share):
         dedup.run(vm, True)
     dedup.wait_scans(guests, SCANS)
     want = want['saveable'] * PAGE
-    saved = dedup.wait_saved(cgroup, before, share * want)
+    saved = dedup.wait_saved(cgroup.usage, before, share * want)
     for vm in guests:
         vm.agent.ask('loop u stop')
         vm.check_regions('su')

@@ -87,7 +87,7 @@ def saving(backing):
         vm.cont()
         dedup.run(vm, True)
     dedup.wait_scans(guests, SCANS)
-    got = dedup.wait_saved(cgroup, before, SHARE * want)
+    got = dedup.wait_saved(cgroup.usage, before, SHARE * want)
     for vm in guests:
         tap.note(dedup.summary(vm))
         tap.note(str(backends.relays(vm)))

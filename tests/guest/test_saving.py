@@ -47,7 +47,7 @@ def saving(backings):
         dedup.run(vm, True)
     dedup.wait_scans(guests, SCANS)
     want = count['saveable'] * PAGE
-    got = dedup.wait_saved(cgroup, before, SHARE * want)
+    got = dedup.wait_saved(cgroup.usage, before, SHARE * want)
     for vm in guests:
         tap.note(dedup.summary(vm))
     tap.note(dedup.group_summary(guests[0]))

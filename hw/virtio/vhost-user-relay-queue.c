@@ -339,10 +339,9 @@ static void forget(VhostUserRelayQueue *q, VhostUserRelayRequest *r)
 static void push_one(VhostUserRelayQueue *q, VhostUserRelayRequest *r,
                      unsigned n)
 {
-    uint64_t bytes = q->initial == VHOST_USER_RELAY_GUESTS ? r->in_bytes :
-                                                             r->len;
+    uint64_t bytes = vhost_user_relay_request_copy_back(r, q->vdev->dma_as,
+                                                        q->initial);
 
-    vhost_user_relay_request_copy_back(r, q->vdev->dma_as, bytes);
     stat64_add(&q->pool->requests, 1);
     stat64_add(&q->pool->bytes_in, bytes);
     trace_vhost_user_relay_push(q->vdev, q->index, r->elem.index, r->len);
@@ -532,7 +531,7 @@ static bool may_be_late(VhostUserRelayQueue *q, int taken)
     if ((int16_t)(taken - q->ring.used_idx) <= 0) {
         return false;
     }
-    if (q->initial == VHOST_USER_RELAY_GUESTS) {
+    if (vhost_user_relay_request_stores(q->initial)) {
         /* Of a disk: what it writes then may be older than what follows. */
         warn_report("%s: queue %d: the vhost-user back end has stopped and "
                     "not completed %d requests, which will be done again",

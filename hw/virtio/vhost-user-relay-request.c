@@ -7,6 +7,7 @@
 
 #include "qemu/osdep.h"
 #include "system/dma.h"
+#include "standard-headers/linux/virtio_blk.h"
 #include "standard-headers/linux/virtio_ids.h"
 #include "standard-headers/linux/virtio_ring.h"
 #include "vhost-user-relay-request.h"
@@ -16,6 +17,8 @@ vhost_user_relay_request_initial(const VirtIODevice *vdev)
 {
     switch (vdev->device_id) {
     case VIRTIO_ID_BLOCK:
+        /* Of a read the status tells whether all has been written. */
+        return VHOST_USER_RELAY_DISKS;
     case VIRTIO_ID_SCSI:
         /* They may tell less than they have written. */
         return VHOST_USER_RELAY_GUESTS;
@@ -62,7 +65,7 @@ VhostUserRelayRequest *vhost_user_relay_request_pop(VirtQueue *vq,
                          DMA_DIRECTION_TO_DEVICE);
     r->elem.in_num = r->elem.out_num = 0;
     r->pages = 0;
-    r->done = false;
+    r->read = r->done = false;
     return r;
 }
 
@@ -131,6 +134,18 @@ static void clear(VhostUserRelayRequest *r)
     }
 }
 
+/* Asked of the guest: in the area the back end may have changed it. */
+static bool is_read(const VhostUserRelayRequest *r, AddressSpace *as)
+{
+    uint32_t type;
+
+    return r->out_num && r->in_num &&
+           r->elem.out_sg[0].iov_len >= sizeof(type) &&
+           !dma_memory_read(as, r->elem.out_addr[0], &type, sizeof(type),
+                            VHOST_USER_RELAY_ATTRS) &&
+           type == VIRTIO_BLK_T_IN;     /* 0 in each byte order */
+}
+
 bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
                                    VhostUserRelayArea *area, AddressSpace *as,
                                    VhostUserRelayLayout *layout,
@@ -140,8 +155,9 @@ bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
     unsigned first = r->page + table_pages(layout, indirect);
 
     r->data = vhost_user_relay_area_ptr(area, first);
+    r->read = initial == VHOST_USER_RELAY_DISKS && is_read(r, as);
     if (!copy_out(r, as, r->elem.out_addr, r->elem.out_sg, r->out_num) ||
-        (initial == VHOST_USER_RELAY_GUESTS &&
+        (vhost_user_relay_request_stores(initial) && !r->read &&
          !copy_out(r, as, r->elem.in_addr, r->elem.in_sg, r->in_num))) {
         return false;
     }
@@ -163,8 +179,8 @@ bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
     return true;
 }
 
-void vhost_user_relay_request_copy_back(VhostUserRelayRequest *r,
-                                        AddressSpace *as, uint64_t bytes)
+static void copy_in(VhostUserRelayRequest *r, AddressSpace *as,
+                    uint64_t bytes)
 {
     for (unsigned i = 0; bytes && i < r->in_num; i++) {
         const struct iovec *iov = &r->elem.in_sg[i];
@@ -176,4 +192,33 @@ void vhost_user_relay_request_copy_back(VhostUserRelayRequest *r,
                          VHOST_USER_RELAY_ATTRS);
         bytes -= n;
     }
+}
+
+static uint64_t copy_read_in(VhostUserRelayRequest *r, AddressSpace *as)
+{
+    const struct iovec *last = &r->elem.in_sg[r->in_num - 1];
+    size_t at = last->iov_len - 1;
+    uint8_t status = qatomic_read((uint8_t *)r->data +
+                                  (uintptr_t)last->iov_base + at);
+    uint64_t bytes = status == VIRTIO_BLK_S_OK ? r->in_bytes - 1 : 0;
+
+    copy_in(r, as, bytes);
+    /* Read once: the guest gets the status by which this went. */
+    dma_memory_write(as, r->elem.in_addr[r->in_num - 1] + at, &status, 1,
+                     VHOST_USER_RELAY_ATTRS);
+    return bytes + 1;
+}
+
+uint64_t vhost_user_relay_request_copy_back(VhostUserRelayRequest *r,
+                                            AddressSpace *as,
+                                            VhostUserRelayInitial initial)
+{
+    uint64_t bytes = vhost_user_relay_request_stores(initial) ? r->in_bytes :
+                                                                r->len;
+
+    if (r->read) {
+        return copy_read_in(r, as);
+    }
+    copy_in(r, as, bytes);
+    return bytes;
 }

@@ -32,6 +32,7 @@
 /* What bytes that the device may write to hold before it does. */
 typedef enum VhostUserRelayInitial {
     VHOST_USER_RELAY_GUESTS,    /* what the guest has in them */
+    VHOST_USER_RELAY_DISKS,     /* likewise, but for a disk's read: anything */
     VHOST_USER_RELAY_ZEROS,
     VHOST_USER_RELAY_ANYTHING,  /* parts of the device's earlier requests */
 } VhostUserRelayInitial;
@@ -45,6 +46,7 @@ typedef struct VhostUserRelayRequest {
     uint64_t in_bytes, out_bytes;
     unsigned page, pages;     /* its run; 0 pages: it has none */
     void *data;               /* where the buffers begin in the run */
+    bool read;                /* a disk's: written whole if it succeeds */
     bool done;                /* used, but not its turn yet */
     uint32_t len;             /* of what is done */
 } VhostUserRelayRequest;
@@ -55,6 +57,14 @@ typedef QTAILQ_HEAD(VhostUserRelayRequests, VhostUserRelayRequest)
 /* What is right for the requests of a kind of device. */
 VhostUserRelayInitial
 vhost_user_relay_request_initial(const VirtIODevice *vdev);
+
+/* Does a device with @initial write to what outlives its requests? */
+static inline bool
+vhost_user_relay_request_stores(VhostUserRelayInitial initial)
+{
+    return initial == VHOST_USER_RELAY_GUESTS ||
+           initial == VHOST_USER_RELAY_DISKS;
+}
 
 /* The guest's next one, or NULL.  To be freed by g_free(). */
 VhostUserRelayRequest *vhost_user_relay_request_pop(VirtQueue *vq,
@@ -94,8 +104,18 @@ bool vhost_user_relay_request_fill(VhostUserRelayRequest *r,
                                    bool indirect,
                                    VhostUserRelayInitial initial);
 
-/* Copy the first @bytes of what the device may write to the guest. */
-void vhost_user_relay_request_copy_back(VhostUserRelayRequest *r,
-                                        AddressSpace *as, uint64_t bytes);
+/**
+ * vhost_user_relay_request_copy_back - copy what was written to the guest
+ * @initial: as for fill()
+ *
+ * That is all that the device may write to, of which it wrote what it did, or
+ * the first @r->len bytes where the others hold nothing of the guest's.  Of a
+ * disk's read that failed it is the status alone.
+ *
+ * Returns: how many bytes.
+ */
+uint64_t vhost_user_relay_request_copy_back(VhostUserRelayRequest *r,
+                                            AddressSpace *as,
+                                            VhostUserRelayInitial initial);
 
 #endif /* HW_VIRTIO_VHOST_USER_RELAY_REQUEST_H */

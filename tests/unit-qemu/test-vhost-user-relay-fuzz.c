@@ -137,7 +137,7 @@ static void allow(unsigned q, const FakeRequest *r, uint32_t len)
         left += r->part[i].len;
     }
     g_assert_cmpuint(len, <=, left);
-    left = fake.q[q].initial == VHOST_USER_RELAY_GUESTS ? left : len;
+    left = vhost_user_relay_request_stores(fake.q[q].initial) ? left : len;
     for (unsigned i = r->n_out; i < r->n_out + r->n_in; i++) {
         uint32_t n = MIN(left, r->part[i].len);
         hwaddr at = r->part[i].addr - FAKE_RAM;

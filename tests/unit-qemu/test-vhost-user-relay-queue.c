@@ -8,6 +8,8 @@
  */
 
 #include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "standard-headers/linux/virtio_blk.h"
 #include "standard-headers/linux/virtio_ids.h"
 #include "standard-headers/linux/virtio_ring.h"
 #include "vhost-user-relay-fake.h"
@@ -230,13 +232,15 @@ static void test_length(void)
     length(VIRTIO_ID_BLOCK, UINT32_MAX, 1000, 1000);
 }
 
-/* A request of 5000 bytes to write to, where others have left something. */
-static void offer_stale(uint16_t id, FakeChain *chain)
+/* A request of 5001 bytes to write to, where others have left something. */
+static void offer_stale(uint16_t id, uint32_t type, uint32_t header,
+                        FakeChain *chain)
 {
     begin(id, 0, INDIRECT);
     memset(vhost_user_relay_area_ptr(fake.pool.area, 1), 0xee,
            AREA - FAKE_PAGE);
-    request(1, 16, 5000);
+    stl_le_p(fake_ram(OUT(1) + 0x10), type);
+    request(1, header, 5001);
     remember();
     pop();
     g_assert_true(fake_get(0, chain));
@@ -247,13 +251,44 @@ static void test_prefill(void)
 {
     g_autofree FakeChain *chain = g_new(FakeChain, 1);
 
-    offer_stale(VIRTIO_ID_BLOCK, chain);
+    offer_stale(VIRTIO_ID_SCSI, 0, 16, chain);
     memset(chain->part[1].ptr + 1000, 0x99, 10);
     fake_use(0, chain->head, 0);
     push();
     expect(IN(1) + 0x20 + 1000, 0x99, 10);
     assert_ram();
     end();
+}
+
+/* @header: bytes of it; @filled: the back end finds what the guest has. */
+static void disk(uint32_t type, uint32_t header, uint8_t status, bool filled)
+{
+    g_autofree FakeChain *chain = g_new(FakeChain, 1);
+    bool all = filled || status == VIRTIO_BLK_S_OK;
+
+    offer_stale(VIRTIO_ID_BLOCK, type, header, chain);
+    g_assert_true(!memcmp(chain->part[1].ptr, fake_ram(IN(1) + 0x20), 5001) ==
+                  filled);
+    memset(chain->part[1].ptr, 0x77, all ? 5000 : 1000);
+    chain->part[1].ptr[5000] = status;
+    fake_use(0, chain->head, 1);
+    push();
+    assert_used(0, 1, 1);
+    expect(IN(1) + 0x20, 0x77, all ? 5000 : 0);
+    expect(IN(1) + 0x20 + 5000, status, 1);
+    assert_ram();
+    end();
+}
+
+/* A read that succeeds is written whole, and one that fails is not. */
+static void test_disk(void)
+{
+    disk(VIRTIO_BLK_T_IN, 16, VIRTIO_BLK_S_OK, false);
+    disk(VIRTIO_BLK_T_IN, 16, VIRTIO_BLK_S_IOERR, false);
+    disk(VIRTIO_BLK_T_IN, 4, VIRTIO_BLK_S_OK, false);
+    disk(VIRTIO_BLK_T_IN, 3, VIRTIO_BLK_S_OK, true);
+    disk(VIRTIO_BLK_T_GET_ID, 16, VIRTIO_BLK_S_IOERR, true);
+    disk(1u << 24, 16, VIRTIO_BLK_S_OK, true);
 }
 
 /*
@@ -264,10 +299,10 @@ static void test_cleared(void)
 {
     g_autofree FakeChain *chain = g_new(FakeChain, 1);
 
-    offer_stale(VIRTIO_ID_NET, chain);
-    fake_use(0, chain->head, 5000);
+    offer_stale(VIRTIO_ID_NET, 0, 16, chain);
+    fake_use(0, chain->head, 5001);
     push();
-    expect(IN(1) + 0x20, 0, 5000);
+    expect(IN(1) + 0x20, 0, 5001);
     assert_ram();
     end();
 }
@@ -554,6 +589,7 @@ int main(int argc, char **argv)
     g_test_add_func("/vhost-user-relay/queue/table", test_table);
     g_test_add_func("/vhost-user-relay/queue/length", test_length);
     g_test_add_func("/vhost-user-relay/queue/prefill", test_prefill);
+    g_test_add_func("/vhost-user-relay/queue/disk", test_disk);
     g_test_add_func("/vhost-user-relay/queue/cleared", test_cleared);
     g_test_add_func("/vhost-user-relay/queue/scribble", test_scribble);
     g_test_add_func("/vhost-user-relay/queue/bad", test_bad);

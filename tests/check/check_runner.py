@@ -4,6 +4,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 import tempfile
 import time
@@ -46,6 +47,30 @@ def test_subtests():
     """the lines of a subtest are its own"""
     expect('echo 1..1; echo "    ok 1 x"; echo "    not ok 2 y"; echo ok 1 a',
            (1, 0, 0))
+
+
+@tap.case
+def test_lanes():
+    """two lanes run beside each other, a lane's programs one by one"""
+    run_tests.LOGS = tempfile.mkdtemp(prefix='dedup-check-')
+    tap.cleanup(lambda d=run_tests.LOGS: shutil.rmtree(d))
+    pipe = os.path.join(run_tests.LOGS, 'pipe')
+    os.mkfifo(pipe)
+    mark = os.path.join(run_tests.LOGS, 'mark')
+    # Opening a pipe waits for its other end.
+    writer, reader, later, last = [
+        run_tests.Program(name, ['sh', '-c', 'echo 1..1; %s && echo ok' % does],
+                          timeout=20)
+        for name, does in (('writer', ': > ' + pipe),
+                           ('reader', ': < %s && : > %s' % (pipe, mark)),
+                           ('later', 'test -e ' + mark),
+                           ('last', 'test -e ' + mark))]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_tests.run_lanes((1, [writer]), (1, [reader, later]))
+        run_tests.run_lanes((2, [last]))
+    for program in writer, reader, later, last:
+        tap.check(program.passed == 1 and not program.failed,
+                  '%s: %s' % (program.name, program.failures))
 
 
 @tap.case

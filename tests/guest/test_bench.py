@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
+# alone
 """What merging real guests' RAM costs, in counts that do not depend on the
 machine, and that every byte is right afterwards.
 

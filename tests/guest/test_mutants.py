@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
+# alone
 """What the guests' own checks see when a guard is taken out of the engine.
 
 The same run is made without the mutant: it must be right there.

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
+# alone
 """Each figure of query-dedup-stats beside an outside source.
 
 The members are taken from QEMU's own schema: one without a check here fails

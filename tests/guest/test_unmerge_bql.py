@@ -1,5 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
+# alone
 """dedup-unmerge of 2 GiB: QEMU's monitor answers all the time.
 
 The monitor needs the BQL for each answer.  How fast it answers depends on

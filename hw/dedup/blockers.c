@@ -85,7 +85,7 @@ static bool guest_is_hypervisor(void)
     return false;
 }
 
-static bool host_is_supported(void)
+bool dedup_host_is_supported(void)
 {
 #ifdef HOST_X86_64
     return qemu_real_host_page_size() == 4096;
@@ -151,10 +151,9 @@ uint32_t dedup_blockers(DedupScanner *ds)
     uint32_t r = 0;
     g_autofree char *group_error = NULL;
 
-    if (!host_is_supported()) {
+    if (!dedup_host_is_supported()) {
         r |= BIT(DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE);
-    }
-    if (!ds->engine || dedup_engine_lost_userfaultfd(ds->engine) ||
+    } else if (!ds->engine || dedup_engine_lost_userfaultfd(ds->engine) ||
         needs_userfaultfd(ds) || holds_vcpus_long(ds)) {
         r |= BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
     }

@@ -317,6 +317,8 @@ bool dedup_whole_wait_removable(DedupScanner *ds, RAMBlock *rb, Error **errp);
  * Without discard-disabled, which is only known by trying.
  */
 uint32_t dedup_blockers(DedupScanner *ds);
+/* Can there be an engine at all? */
+bool dedup_host_is_supported(void);
 /* Is one of them such that nothing may be remapped at all? */
 bool dedup_blockers_hard(DedupScanner *ds);
 /* The same as a list for people, with what limits the engine. */

@@ -193,6 +193,13 @@ static bool lacks_userfaultfd(const GError *gerr)
     return g_error_matches(gerr, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD);
 }
 
+/* There will be nothing to start: say so now. */
+static void do_without_engine(DedupScanner *ds, DedupBlockedReason reason)
+{
+    ds->reasons = BIT(reason);
+    dedup_blockers_warn(ds);
+}
+
 /*
  * A userfaultfd, if the host grants one: then everybody waits, and nothing is
  * excluded.  Else mprotect(); what stands in its way: blockers.c.
@@ -202,6 +209,10 @@ static bool make_engine(DedupScanner *ds, Error **errp)
     bool is_auto = ds->write_protect == DEDUP_WRITE_PROTECT_AUTO;
     g_autoptr(GError) gerr = NULL, other = NULL;
 
+    if (!dedup_host_is_supported()) {
+        do_without_engine(ds, DEDUP_BLOCKED_REASON_HOST_PAGE_SIZE);
+        return true;
+    }
     ds->engine = try_engine(ds, ds->write_protect ==
                             DEDUP_WRITE_PROTECT_MPROTECT ?
                             DEDUP_FREEZE_MPROTECT :
@@ -217,9 +228,7 @@ static bool make_engine(DedupScanner *ds, Error **errp)
         return true;
     }
     if (other) {
-        /* There will be nothing to start. */
-        ds->reasons = BIT(DEDUP_BLOCKED_REASON_USERFAULTFD);
-        dedup_blockers_warn(ds);
+        do_without_engine(ds, DEDUP_BLOCKED_REASON_USERFAULTFD);
         return true;
     }
     error_setg(errp, "%s%s", lacks_userfaultfd(gerr) ?

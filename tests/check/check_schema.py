@@ -28,9 +28,6 @@ UNITS = {'bytes': 'bytes', 'ms': 'milliseconds', 'ns': 'nanoseconds',
 # Reasons that no test can bring about, and why
 NO_TEST = {
     'discard-disabled': 'needs a device for VFIO',
-    'confidential': 'needs a processor with SEV or TDX',
-    'kvm-sync-mmu': 'needs a kernel without MMU notifiers',
-    'host-page-size': 'needs a host that is not an x86-64 one',
 }
 
 

@@ -546,21 +546,6 @@ static void test_discard_disabled(void)
     g_test_skip("needs a device for VFIO");
 }
 
-static void test_confidential(void)
-{
-    g_test_skip("needs a processor with SEV or TDX");
-}
-
-static void test_kvm_sync_mmu(void)
-{
-    g_test_skip("needs a kernel without MMU notifiers");
-}
-
-static void test_host_page_size(void)
-{
-    g_test_skip("needs a host that is not an x86-64 one");
-}
-
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -585,8 +570,5 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/blocked/no-eligible-memory",
                    test_no_eligible_memory);
     qtest_add_func("/dedup/blocked/discard-disabled", test_discard_disabled);
-    qtest_add_func("/dedup/blocked/confidential", test_confidential);
-    qtest_add_func("/dedup/blocked/kvm-sync-mmu", test_kvm_sync_mmu);
-    qtest_add_func("/dedup/blocked/host-page-size", test_host_page_size);
     return g_test_run();
 }

@@ -541,11 +541,6 @@ static void test_no_eligible_memory(void)
     rmdir(dir);
 }
 
-static void test_discard_disabled(void)
-{
-    g_test_skip("needs a device for VFIO");
-}
-
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -569,6 +564,5 @@ int main(int argc, char **argv)
     qtest_add_func("/dedup/blocked/pagemap", test_pagemap);
     qtest_add_func("/dedup/blocked/no-eligible-memory",
                    test_no_eligible_memory);
-    qtest_add_func("/dedup/blocked/discard-disabled", test_discard_disabled);
     return g_test_run();
 }

@@ -30,11 +30,12 @@
 
 #include "engine-internal.h"
 #include "host/mutant.h"
+#include "../unit/patience.h"
 #include "space/ledger.h"
 #include "stress.h"
 
 /* A thread that does nothing for so long hangs. */
-#define DEADLINE_S 30
+#define DEADLINE_S (30 * test_patience())
 #define TICK_US (100 * 1000)
 /* The restorer rests while less than this part of all pages is merged. */
 #define MERGED_PART 4

@@ -65,7 +65,7 @@ void fx_fail(const char *symptom, const char *format, ...)
 gint64 fx_hang_us(void)
 {
     /* with a mutant it is expected: do not take all day */
-    return (dedup_mutant ? 3 : 60) * G_USEC_PER_SEC;
+    return (dedup_mutant ? 3 : 60) * test_patience() * G_USEC_PER_SEC;
 }
 
 DedupFreezeHow fx_freeze;

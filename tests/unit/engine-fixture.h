@@ -27,6 +27,7 @@
 #include <stdint.h>
 
 #include "engine.h"
+#include "patience.h"
 
 /* volatile: what it points at changes behind the compiler's back */
 typedef volatile uint64_t FxWord;
@@ -48,7 +49,7 @@ typedef volatile uint8_t FxByte;
  * Seconds after which something that must happen is said not to.  Long: it
  * bounds a hang, and must hold on a host that does other work.
  */
-#define FX_DEADLINE 180
+#define FX_DEADLINE (180 * test_patience())
 
 /* Without progress for so long a thread is said to hang; in microseconds. */
 gint64 fx_hang_us(void);

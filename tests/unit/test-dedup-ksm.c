@@ -268,7 +268,7 @@ static void test_opened(gconstpointer data)
     if (!ksm_begin()) {
         return;
     }
-    fx_must_pass(opened_in_child, &how, 60);
+    fx_must_pass(opened_in_child, &how, FX_DEADLINE);
 }
 
 /* ---- KSM's savings, in a memory cgroup; without a shadow, it is charged */
@@ -446,7 +446,7 @@ static void in_cgroup(void (*body)(void *opaque), Savings in)
     if (!in.cg) {
         return;
     }
-    status = fx_in_child(body, &in, 60);
+    status = fx_in_child(body, &in, FX_DEADLINE);
     fx_cgroup_free(in.cg);
     if (status) {
         fx_fail("killed", "wait status 0x%x", status);

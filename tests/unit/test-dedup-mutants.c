@@ -26,7 +26,7 @@
  * A test that does not end is killed: also the one for "hangs" ends.  But it
  * may wait for KSM, which another checkout's tests have.
  */
-#define SECONDS 300
+#define SECONDS (300 * test_patience())
 
 /* With which way to freeze does the mutant do harm? */
 typedef enum Way {

@@ -19,6 +19,9 @@ prefix ?= /usr/local
 FULL ?=
 SANITIZE ?=
 LONG ?=
+# Debian's: 6.1, 6.12, the newest.
+KERNELS ?= bookworm trixie trixie-backports
+TESTS ?=
 QEMU_SRC ?=
 QEMU_VERSION ?= 10.0
 ifneq ($(QEMU_SRC),)
@@ -51,7 +54,8 @@ lock = mkdir -p $(B) && \
 
 build = $(lock) env FULL=$(FULL) PREFIX=$(prefix) JOBS=$(JOBS)
 
-.PHONY: all deps tree qemu engine demo check check-engine check-versions bench \
+.PHONY: all deps tree qemu engine demo check check-engine check-versions \
+        check-kernels bench \
         install uninstall deb debian-series clean help
 all: qemu
 
@@ -67,6 +71,8 @@ help:
 	@echo '                    as SANITIZE=address or SANITIZE=thread runs them'
 	@echo 'make check-versions builds every other version of QEMU, runs what tests it'
 	@echo '                    without a guest'
+	@echo 'make check-kernels  the engine, and guests of guests, under other kernels: KERNELS,'
+	@echo '                    suites of Debian; hours, as nothing there is run by KVM'
 	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR; FULL=1'
 	@echo 'make uninstall      takes all of that away again'
@@ -105,6 +111,12 @@ check-version-%: engine
 	    JOBS=$(JOBS) scripts/build-qemu --with-tests
 	@QEMU_DIR=$(B)/$* scripts/run-tests check/ unit/test- qtest/
 
+check-kernels: engine
+	@$(build) FULL= QEMU_SRC= QEMU_VERSION=$(usual) QEMU_DIR=$(B) scripts/build-qemu
+	@tests/kernels/build-kernels $(KERNELS)
+	@scripts/run-tests --kernels "$(KERNELS)" \
+	    $(if $(LONG),--long) $(TESTS)
+
 demo: qemu
 	@scripts/demo
 
@@ -126,4 +138,5 @@ debian-series:
 
 clean:
 	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* \
-	    $(B)/full $(B)/deb $(B)/debian-series $(B)/test-logs $(others:%=$(B)/%)
+	    $(B)/full $(B)/deb $(B)/debian-series $(B)/test-logs $(B)/kernels \
+	    $(others:%=$(B)/%)

@@ -299,11 +299,13 @@ class Cgroup:
         tap.skip('no memory cgroup here')
         return None
 
-    def _read(self, name):
+    def read(self, name):
+        """A file of the group's."""
         with open(os.path.join(self.path, name), encoding='ascii') as f:
             return f.read()
 
-    def _write(self, name, value):
+    def write(self, name, value):
+        """Write one."""
         with open(os.path.join(self.path, name), 'w', encoding='ascii') as f:
             f.write(str(value))
 
@@ -313,16 +315,16 @@ class Cgroup:
 
     def enter(self, pid):
         """Move a process that runs into the group."""
-        self._write('cgroup.procs', pid)
+        self.write('cgroup.procs', pid)
 
     def usage(self):
         """Bytes charged to the group."""
-        return int(self._read(self._current))
+        return int(self.read(self._current))
 
     def stat(self):
         """memory.stat."""
         return {line.split()[0]: int(line.split()[1])
-                for line in self._read('memory.stat').splitlines()}
+                for line in self.read('memory.stat').splitlines()}
 
     def shmem(self):
         """Bytes of shared memory charged, whoever maps it."""
@@ -330,13 +332,13 @@ class Cgroup:
 
     def limit(self, value):
         """Set the hard limit in bytes; no swap beyond it."""
-        self._write('memory.max' if self.v2 else 'memory.limit_in_bytes',
-                    value)
+        self.write('memory.max' if self.v2 else 'memory.limit_in_bytes',
+                   value)
 
     def kills(self):
         """How many processes the group's limit has killed."""
         name = 'memory.events' if self.v2 else 'memory.oom_control'
-        for line in self._read(name).splitlines():
+        for line in self.read(name).splitlines():
             if line.split()[0] == 'oom_kill':
                 return int(line.split()[1])
         return 0

@@ -125,7 +125,7 @@ def new_root(with_proc):
 
 @tap.case
 def test_chroot():
-    """one in another root, which has a /proc: it is of the group (F.2)"""
+    """one in another root, which has a /proc: it is of the group"""
     group = vms.group_dir()
     guests = [start('inside', 'memfd-shared', group, accel='tcg',
                     extra=new_root(True)),
@@ -136,7 +136,7 @@ def test_chroot():
 
 @tap.case
 def test_chroot_bare():
-    """one in another root, which has none: it says so, and is right (F.2)"""
+    """one in another root, which has none: it says so, and is right"""
     vm = start('inside', 'memfd-shared', vms.group_dir(), accel='tcg',
                extra=new_root(False))
     state = dedup.wait_state(vm, ('blocked',))
@@ -156,7 +156,7 @@ def push_out(cgroup, size):
 
 @tap.case
 def test_swap():
-    """own and merged pages go to swap and come back, again and again"""
+    """C16: own and merged pages go to swap and come back, again and again"""
     with open('/proc/swaps', encoding='ascii') as f:
         if len(f.readlines()) < 2:
             tap.skip('no swap')

@@ -55,7 +55,7 @@ lock = mkdir -p $(B) && \
 build = $(lock) env FULL=$(FULL) PREFIX=$(prefix) JOBS=$(JOBS)
 
 .PHONY: all deps tree qemu engine demo check check-engine check-versions \
-        check-kernels bench \
+        check-kernels fuzz fuzzers bench \
         install uninstall deb debian-series clean help
 all: qemu
 
@@ -73,6 +73,7 @@ help:
 	@echo '                    without a guest'
 	@echo 'make check-kernels  the engine, and guests of guests, under other kernels: KERNELS,'
 	@echo '                    suites of Debian; hours, as nothing there is run by KVM'
+	@echo 'make fuzz           the fuzzers, each for SECONDS=60 of CPU time; wants clang'
 	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR; FULL=1'
 	@echo 'make uninstall      takes all of that away again'
@@ -99,7 +100,22 @@ engine: deps
 check-engine: engine
 	@scripts/run-tests --engine $(engine) $(if $(SANITIZE)$(LONG),--long)
 
-check: engine
+# The engine once more, instrumented for libFuzzer; without clang nothing.
+fuzzers: deps
+	@if command -v clang > /dev/null; then \
+	    $(lock) sh -ec 'test -f $(B)/engine-fuzz/build.ninja || \
+	        CC="ccache clang" meson setup -Db_sanitize=address,undefined \
+	            -Db_lundef=false -Dc_args=-fsanitize=fuzzer-no-link \
+	            $(B)/engine-fuzz $(top) > $(B)/engine-fuzz-setup.log || \
+	        { cat $(B)/engine-fuzz-setup.log; exit 1; }; \
+	        ninja -j$(JOBS) -C $(B)/engine-fuzz --quiet fuzzers'; \
+	fi
+
+SECONDS ?= 60
+fuzz: fuzzers
+	@scripts/fuzz --seconds $(SECONDS)
+
+check: engine fuzzers
 	@$(build) FULL= scripts/build-qemu --with-tests
 	@scripts/link-mutants
 	@scripts/run-tests
@@ -138,5 +154,5 @@ debian-series:
 
 clean:
 	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* \
-	    $(B)/full $(B)/deb $(B)/debian-series $(B)/test-logs $(B)/kernels \
-	    $(others:%=$(B)/%)
+	    $(B)/full $(B)/fuzz $(B)/deb $(B)/debian-series $(B)/test-logs \
+	    $(B)/kernels $(others:%=$(B)/%)

@@ -99,6 +99,24 @@ static void test_visible(TestPair *f, gconstpointer data)
     g_assert_nonnull(strstr(text, path));
 }
 
+/* Nor does the path need to be the one that the kernel knows. */
+static void test_visible_by_link(TestPair *f, gconstpointer data)
+{
+    g_autofree char *real = g_strdup_printf("%s/real", f->dir);
+    g_autofree char *link = g_strdup_printf("%s/link", f->dir);
+    g_autofree char *group = g_strdup_printf("%s/web", link);
+    g_autofree char *sock = g_strdup_printf("%s/web/v1-4k/m0.sock", real);
+    g_autofree char *text = NULL;
+    TestMember *m;
+
+    g_assert_cmpint(mkdir(real, 0700), ==, 0);
+    g_assert_cmpint(symlink("real", link), ==, 0);
+    m = test_member_new(group, 0);
+    g_assert_true(g_file_get_contents("/proc/net/unix", &text, NULL, NULL));
+    g_assert_nonnull(strstr(text, sock));
+    test_member_free(m);
+}
+
 /* Names of members whose "slots" is gone stay, and lead to their group. */
 static void test_newcomer(TestPair *f, gconstpointer data)
 {
@@ -344,6 +362,19 @@ static void wait_shared(FxEngine *fe, uint64_t pages)
     fx_wait_until(is_reached, &w, "not shared");
 }
 
+/* What is wrong is said as long as it is. */
+static void check_says(FxEngine *fe)
+{
+    g_autofree char *text = dedup_engine_group_error(fe->e);
+    DedupStats stats;
+
+    fx_stats(fe, &stats);
+    if (stats.state == DEDUP_STATE_BLOCKED) {
+        g_assert_nonnull(text);
+        g_assert_nonnull(strstr(text, "deleted or replaced"));
+    }
+}
+
 /* Deleted by somebody; notice, say why, be together again. */
 static void check_heals(Pair *p, const char *deletes)
 {
@@ -357,6 +388,7 @@ static void check_heals(Pair *p, const char *deletes)
     g_assert_cmpint(system(command), ==, 0);
     for (unsigned i = 0; i < 2; i++) {
         fx_wait_state(p->fe[i], DEDUP_STATE_BLOCKED);
+        check_says(p->fe[i]);
     }
     for (unsigned i = 0; i < 2; i++) {
         Wanted w = { .fe = p->fe[i], .members = 2 };
@@ -429,6 +461,7 @@ int main(int argc, char **argv)
     test_pair_add("/rejoin/refused", test_refused);
     test_pair_add("/rejoin/missing", test_missing);
     test_pair_add("/rejoin/visible", test_visible);
+    test_pair_add("/rejoin/visible-by-link", test_visible_by_link);
     test_pair_add("/rejoin/newcomer", test_newcomer);
     test_pair_add("/rejoin/no-answer", test_no_answer);
     test_pair_add("/rejoin/no-proc", test_no_proc);
@@ -437,6 +470,8 @@ int main(int argc, char **argv)
     test_pair_add("/rejoin/clear-use", test_clear_use);
     test_pair_add("/rejoin/two-threads", test_two_threads);
     g_test_add_data_func("/rejoin/deleted/slots", "rm %s/v1-4k/slots",
+                         test_deleted);
+    g_test_add_data_func("/rejoin/deleted/sockets", "rm %s/v1-4k/m?.sock",
                          test_deleted);
     g_test_add_data_func("/rejoin/deleted/all", "rm -r %1$s/v1-4k",
                          test_deleted);

@@ -112,8 +112,7 @@ static bool is_missing(int error)
     return error == ENOENT || error == ENOTDIR;
 }
 
-/* Is a name in an open directory another file than @fd, or none? */
-static bool is_replaced(int dirfd, const char *name, int fd)
+bool dedup_group_is_replaced(int dirfd, const char *name, int fd)
 {
     struct stat now, then;
 
@@ -163,7 +162,8 @@ bool dedup_group_is_current(const DedupGroup *g)
     if (!g->path || !g->has_slot) {
         return true;
     }
-    if (is_replaced(g->dirfd, DEDUP_GROUP_SUBDIR "/slots", g->slots_fd) ||
+    if (dedup_group_is_replaced(g->dirfd, DEDUP_GROUP_SUBDIR "/slots",
+                                g->slots_fd) ||
         is_socket_replaced(g)) {
         return false;
     }
@@ -179,24 +179,26 @@ bool dedup_group_is_current(const DedupGroup *g)
 
 /*
  * Where a member listens: by the path that others see in /proc/net/unix, or
- * systemd-tmpfiles takes the socket for a dead one; by way of the open
- * directory if the path is too long for a socket, or is another directory's.
+ * systemd-tmpfiles takes the socket for a dead one.  So it is what the kernel
+ * calls the directory, which is not what we were told if that has a symbolic
+ * link in it (/var/run).  By way of the open directory if the path is too long
+ * for a socket, or leads elsewhere from here.
  */
 void dedup_group_socket_address(const DedupGroup *g,
                                 struct sockaddr_un *addr)
 {
-    g_autofree char *dir = g_build_filename(g->path, DEDUP_GROUP_SUBDIR,
-                                            NULL);
-    g_autofree char *path = g_strdup_printf("%s/" DEDUP_GROUP_SOCKET, dir,
-                                            g->self);
+    g_autofree char *link = g_strdup_printf("/proc/self/fd/%d", g->subfd);
+    g_autofree char *dir = g_file_read_link(link, NULL);
+    g_autofree char *path = g_strdup_printf("%s/" DEDUP_GROUP_SOCKET,
+                                            dir ? dir : link, g->self);
     struct stat seen, held;
 
     *addr = (struct sockaddr_un) { .sun_family = AF_UNIX };
-    if (strlen(path) < sizeof(addr->sun_path) && stat(dir, &seen) == 0 &&
-        fstat(g->subfd, &held) == 0 && same_file(&seen, &held)) {
-        g_strlcpy(addr->sun_path, path, sizeof(addr->sun_path));
-    } else {
-        snprintf(addr->sun_path, sizeof(addr->sun_path),
-                 "/proc/self/fd/%d/" DEDUP_GROUP_SOCKET, g->subfd, g->self);
+    if (strlen(path) >= sizeof(addr->sun_path) || !dir ||
+        stat(dir, &seen) < 0 || fstat(g->subfd, &held) < 0 ||
+        !same_file(&seen, &held)) {
+        g_free(path);
+        path = g_strdup_printf("%s/" DEDUP_GROUP_SOCKET, link, g->self);
     }
+    g_strlcpy(addr->sun_path, path, sizeof(addr->sun_path));
 }

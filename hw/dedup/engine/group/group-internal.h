@@ -95,6 +95,8 @@ typedef struct DedupTableWalk {
     DedupSegmentUse own[DEDUP_WALK_ENTRIES];
     DedupSlot slots[DEDUP_MAX_MEMBERS];
     GArray *orphans;          /* gids without user and publisher, sorted */
+    bool (*is_stopping)(void *opaque); /* as whoever joined said, or NULL */
+    void *opaque;
 } DedupTableWalk;
 
 struct DedupGroup {
@@ -187,6 +189,8 @@ bool dedup_group_uses(const DedupGroup *g, unsigned member, uint32_t gid);
  * nobody can mean that; other failures are in @open_errno.
  */
 bool dedup_group_open_path(DedupGroup *g, GError **error);
+/* Is a name in an open directory another file than @fd, or none? */
+bool dedup_group_is_replaced(int dirfd, const char *name, int fd);
 void dedup_group_socket_address(const DedupGroup *g,
                                 struct sockaddr_un *addr);
 /* The name is there: remember it; and later, is it still ours? */

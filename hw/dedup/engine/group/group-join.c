@@ -13,7 +13,8 @@
  *
  * A joiner holds the join lock from before it looks for members until it
  * listens.  So there is never more than one that finds nobody and makes a
- * new file, and whoever holds a slot can be asked.
+ * new file, and whoever holds a slot can be asked.  Where somebody takes the
+ * file of that lock away meanwhile, who holds the old one gives up in the end.
  *
  * Thread: the scanner's.
  */
@@ -36,6 +37,9 @@
 /* A join gives up after this: somebody was stopped in the middle of it. */
 #define JOIN_TIMEOUT_MS 3000
 #define JOIN_RETRY_US 10000
+
+/* Names of the directory that are looked at: an enemy can make a million. */
+#define NAMES_MOST 256
 
 G_GNUC_PRINTF(3, 4)
 static bool group_error(const DedupGroup *g, GError **error,
@@ -392,6 +396,12 @@ bool dedup_group_join_directory(DedupGroup *g, const DedupGroupOps *ops,
     if (sock < 0) {
         goto out;
     }
+    if (dedup_group_is_replaced(g->subfd, "lock", lock)) {
+        group_error(g, error, "its files were deleted or replaced while this"
+                    " process joined it");
+        close(sock);
+        goto out;
+    }
     g->server = dedup_peer_server_new(sock, g->file.fd, g->self, ops, opaque,
                                       &g->cpu_ns, error);
     ok = g->server != NULL;
@@ -484,7 +494,7 @@ unsigned dedup_group_count_incompatible(const DedupGroup *g)
         }
         return 0;
     }
-    while ((d = readdir(dir)) != NULL) {
+    for (unsigned i = 0; i < NAMES_MOST && (d = readdir(dir)); i++) {
         char *name;
         struct stat st;
         int slots;

@@ -300,6 +300,10 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
     for (uint32_t base = 0; base < extent; base += CHUNK) {
         uint32_t n = MIN(CHUNK, extent - base);
 
+        if (g->walk->is_stopping && g->walk->is_stopping(g->walk->opaque)) {
+            complete = false;
+            break;
+        }
         if (!dedup_group_file_read(&g->file, entries, n * sizeof(*entries),
                                    table_offset(base))) {
             complete = false;

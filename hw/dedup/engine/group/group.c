@@ -52,6 +52,8 @@ bool dedup_group_join(DedupGroup *g, const DedupGroupOps *ops, void *opaque,
     }
     dedup_group_assert_scanner(g);
     g_assert(g->file.fd < 0);
+    g->walk->is_stopping = ops->is_stopping;
+    g->walk->opaque = opaque;
     if (g->path) {
         if (!dedup_group_join_directory(g, ops, opaque, error)) {
             return false;

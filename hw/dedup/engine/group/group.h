@@ -92,7 +92,7 @@ typedef struct DedupGroupOps {
      * will publish it: it has been answered.  Or NULL.
      */
     void (*proven)(void *opaque, const DedupOwnPage *pages, unsigned n);
-    /* Shall dedup_group_join() give up?  On the scanner's thread.  Or NULL. */
+    /* Shall a join or a walk give up?  On the scanner's thread.  Or NULL. */
     bool (*is_stopping)(void *opaque);
 } DedupGroupOps;
 
@@ -259,7 +259,8 @@ void dedup_group_others_use(DedupGroup *g, uint32_t gid,
  * them): calls @fn with the segment's length, whether this member published
  * it, this member's usage as it was told, and that of all other live
  * members together.  @fn returns whether this member holds the segment, mapped
- * or not; no lock is held.  False: a part of the table could not be read.
+ * or not; no lock is held.  False: a part of the table could not be read, or
+ * @ops->is_stopping said so: a large one takes a second and more.
  *
  * A segment that nobody maps is released when it is found so in two walks, if
  * its publisher is gone, or is this member and does not hold it any more.

@@ -107,6 +107,7 @@ bool dedup_peer_connect(DedupPeer *p, int dirfd, unsigned member,
     struct sockaddr_un addr;
     DedupMessage m;
     unsigned nfds;
+    pid_t pid;
 
     g_assert(p->fd < 0);
     socket_address(&addr, dirfd, member);
@@ -116,7 +117,7 @@ bool dedup_peer_connect(DedupPeer *p, int dirfd, unsigned member,
     }
     /* It is done at once, or the other one's queue is full: EAGAIN. */
     if (connect(p->fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
-        !dedup_peer_is_ours(p->fd) ||
+        !dedup_peer_is_ours(p->fd, &pid) ||
         !receive(p, &m, DEDUP_MESSAGE_GREETING, 0, NULL, 0, &nfds,
                  deadline)) {
         dedup_peer_close(p);

@@ -5,7 +5,12 @@
  * One thread, one poll() loop, no socket ever blocks.  A client that sends
  * nonsense, or does not take its reply, is cut off; one that says nothing
  * costs its place in a bounded list, where the longest silent one gives way
- * to a newcomer.
+ * to a newcomer: of its own process, if that has many.
+ *
+ * One that asks without end gets its turn, and the others theirs.  All of them
+ * together get a part of a processor (SERVE_NS in PERIOD_US): what is spent
+ * here is taken from our own scan (scan/pace.c), and from the guest where the
+ * cgroup has a CPU quota.
  *
  * Owner: the server owns the listening socket and all connections.  All of
  * it is touched by the peer thread only, but for the eventfd that stops it
@@ -19,15 +24,21 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "group/peer.h"
+#include "host/clock.h"
 #include "host/error.h"
 #include "host/mutant.h"
 
 /* One per member, and some that join. */
 #define MAX_CLIENTS (DEDUP_MAX_MEMBERS + 16)
+/* A process is one member; some of them join again. */
+#define PROCESS_CLIENTS 16
+
+/* In each period so much CPU time is spent, and no more. */
+#define PERIOD_US (100 * G_TIME_SPAN_MILLISECOND)
+#define SERVE_NS (10 * INT64_C(1000000))
 
 /* How long new clients wait when this process has no fd for them. */
 #define NO_FDS_PAUSE_MS 100
@@ -36,6 +47,7 @@ enum { POLL_STOP, POLL_LISTEN, POLL_CLIENTS };
 
 typedef struct Client {
     int fd;
+    pid_t pid;                  /* 0: in a PID namespace that we do not see */
     uint64_t heard;             /* number of the last message */
     uint8_t nonce[DEDUP_NONCE_SIZE];
 } Client;
@@ -55,6 +67,8 @@ struct DedupPeerServer {
     unsigned clients;
     uint64_t heard;
     bool paused;                /* no fds: not accepting */
+    int64_t period_us;          /* when it began, */
+    int64_t period_ns;          /* and the thread's CPU time then */
 };
 
 static void client_close(DedupPeerServer *s, unsigned i)
@@ -75,10 +89,35 @@ static bool client_greet(Client *c)
                               0) == 0;
 }
 
+/* The longest silent client of all, or of a process that has many, or -1. */
+static int client_to_go(const DedupPeerServer *s, pid_t pid)
+{
+    int oldest = -1, own = -1;
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < s->clients; i++) {
+        const Client *c = &s->client[i];
+
+        if (oldest < 0 || c->heard < s->client[oldest].heard) {
+            oldest = i;
+        }
+        if (pid && c->pid == pid) {
+            own = own < 0 || c->heard < s->client[own].heard ? (int)i : own;
+            n++;
+        }
+    }
+    if (n >= PROCESS_CLIENTS) {
+        return own;
+    }
+    return s->clients == MAX_CLIENTS ? oldest : -1;
+}
+
 static void client_accept(DedupPeerServer *s)
 {
     int fd = accept4(s->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    pid_t pid;
     Client *c;
+    int i;
 
     if (fd < 0) {
         /* Without a pause the loop would spin on the waiting client. */
@@ -86,20 +125,19 @@ static void client_accept(DedupPeerServer *s)
                     errno != EINTR;
         return;
     }
-    if (s->clients == MAX_CLIENTS) {
-        unsigned oldest = 0;
-
-        for (unsigned i = 1; i < s->clients; i++) {
-            if (s->client[i].heard < s->client[oldest].heard) {
-                oldest = i;
-            }
-        }
-        client_close(s, oldest);
+    if (!dedup_peer_is_ours(fd, &pid)) {
+        close(fd);
+        return;
+    }
+    i = client_to_go(s, pid);
+    if (i >= 0) {
+        client_close(s, i);
     }
     c = &s->client[s->clients];
     c->fd = fd;
+    c->pid = pid;
     c->heard = ++s->heard;
-    if (!dedup_peer_is_ours(fd) || !client_greet(c)) {
+    if (!client_greet(c)) {
         close(fd);
         return;
     }
@@ -252,13 +290,20 @@ static bool client_serve(DedupPeerServer *s, Client *c)
     return ret == 0;
 }
 
-static void note_cpu_time(DedupPeerServer *s)
+/* For how many milliseconds nobody is served. */
+static int rest_ms(DedupPeerServer *s)
 {
-    struct timespec ts;
+    int64_t cpu = dedup_thread_cpu_ns();
+    int64_t now = g_get_monotonic_time();
+    int64_t left = s->period_us + PERIOD_US - now;
 
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
-    __atomic_store_n(s->cpu_ns, s->cpu_before + ts.tv_nsec +
-                     ts.tv_sec * 1000000000ull, __ATOMIC_RELAXED);
+    __atomic_store_n(s->cpu_ns, s->cpu_before + cpu, __ATOMIC_RELAXED);
+    if (left <= 0) {
+        s->period_us = now;
+        s->period_ns = cpu;
+    }
+    return left > 0 && cpu - s->period_ns > SERVE_NS && !DEDUP_NEVER_RESTS ?
+           left / G_TIME_SPAN_MILLISECOND + 1 : 0;
 }
 
 static void *peer_thread(void *opaque)
@@ -267,12 +312,12 @@ static void *peer_thread(void *opaque)
     struct pollfd pfd[POLL_CLIENTS + MAX_CLIENTS];
 
     for (;;) {
-        unsigned n = s->clients;
+        int rest = rest_ms(s);
+        unsigned n = rest ? 0 : s->clients;
 
-        note_cpu_time(s);
         pfd[POLL_STOP] = (struct pollfd) { .fd = s->stop, .events = POLLIN };
         pfd[POLL_LISTEN] = (struct pollfd) {
-            .fd = s->paused ? -1 : s->listen_fd,
+            .fd = rest || s->paused ? -1 : s->listen_fd,
             .events = POLLIN,
         };
         for (unsigned i = 0; i < n; i++) {
@@ -282,7 +327,7 @@ static void *peer_thread(void *opaque)
             };
         }
         if (poll(pfd, POLL_CLIENTS + n,
-                 s->paused ? NO_FDS_PAUSE_MS : -1) < 0) {
+                 rest ? rest : s->paused ? NO_FDS_PAUSE_MS : -1) < 0) {
             continue;
         }
         s->paused = false;

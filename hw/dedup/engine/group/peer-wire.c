@@ -143,13 +143,14 @@ int dedup_message_receive(int sock, DedupMessage *m, int *fds,
     return len == 0 ? -EPIPE : -EPROTO;
 }
 
-bool dedup_peer_is_ours(int sock)
+bool dedup_peer_is_ours(int sock, pid_t *pid)
 {
-    struct ucred cred;
+    struct ucred cred = { .pid = 0 };
     socklen_t len = sizeof(cred);
+    bool ok = getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0;
 
-    return getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0 &&
-           cred.uid == geteuid();
+    *pid = cred.pid;
+    return ok && cred.uid == geteuid();
 }
 
 bool dedup_nonce_make(uint8_t nonce[DEDUP_NONCE_SIZE])

@@ -48,6 +48,7 @@
 #include <glib.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "group/group.h"
 
@@ -122,8 +123,11 @@ int dedup_message_send(int sock, DedupMessage *m, DedupMessageType type,
 int dedup_message_receive(int sock, DedupMessage *m, int *fds,
                           unsigned max_fds, unsigned *nfds);
 
-/* True if the process at the other end has our effective user id. */
-bool dedup_peer_is_ours(int sock);
+/*
+ * True if the process at the other end has our effective user id.  *@pid: who
+ * it is, 0 if it is in a PID namespace that we do not see.
+ */
+bool dedup_peer_is_ours(int sock, pid_t *pid);
 
 /* peer-wire.c: the proof */
 

@@ -202,7 +202,7 @@ static void test_dawdle(TestPair *f, gconstpointer data)
 
     dedup_group_refresh(f->a->g);
     start = g_get_monotonic_time();
-    while (prove(f->a, 7, 1)) {
+    while (asked < 20 && prove(f->a, 7, 1)) {
         asked++;
     }
     took = g_get_monotonic_time() - start;

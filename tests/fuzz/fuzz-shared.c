@@ -257,6 +257,7 @@ static void use_members(FuzzInput *in)
 static void step(FuzzInput *in, Enemy *enemy)
 {
     unsigned op = fuzz_u8(in);
+    uint64_t hash, next;
     DedupHint hint;
     Scribble s;
 
@@ -269,9 +270,11 @@ static void step(FuzzInput *in, Enemy *enemy)
         break;
     case 2:
         hint = any_hint(in);
+        hash = any_hash(in);
+        /* beside each other, or all over the table */
+        next = op & 128 ? 0x9e3779b97f4a7c15ull : 1ull << 36;
         for (unsigned i = 0; i < 1 + op / 8; i++) {
-            dedup_index_insert(group->file.index,
-                               any_hash(in) + ((uint64_t)i << 36), &hint);
+            dedup_index_insert(group->file.index, hash + i * next, &hint);
         }
         break;
     case 3:

@@ -113,11 +113,13 @@ fuzzers: deps
 
 SECONDS ?= 60
 fuzz: fuzzers
+	@scripts/build-relay-fuzzer
 	@scripts/fuzz --seconds $(SECONDS)
 
 check: engine fuzzers
 	@$(build) FULL= scripts/build-qemu --with-tests
 	@scripts/link-mutants
+	@scripts/build-relay-fuzzer
 	@scripts/run-tests
 
 check-versions: $(others:%=check-version-%)

@@ -17,10 +17,26 @@
 Fake fake;
 static bool in_main_loop;
 static uint64_t random_state;
+static struct {
+    const uint8_t *data;
+    size_t size;
+} fed;
+
+void fake_feed(const uint8_t *data, size_t size)
+{
+    fed.data = data;
+    fed.size = size;
+}
+
+bool fake_is_fed(void)
+{
+    return fed.size > 0;
+}
 
 static uint64_t next_random(void)
 {
     uint64_t x = random_state += 0x9e3779b97f4a7c15ULL;
+
 
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ULL;
     x = (x ^ x >> 27) * 0x94d049bb133111ebULL;
@@ -34,7 +50,16 @@ void fake_seed(uint64_t seed)
 
 uint32_t fake_random(uint32_t n)
 {
-    return next_random() % n;
+    uint32_t x;
+
+    if (fed.size < 2) {
+        fed.size = 0;
+        return next_random() % n;
+    }
+    x = lduw_le_p(fed.data);
+    fed.data += 2;
+    fed.size -= 2;
+    return x % n;
 }
 
 static bool packed(void)

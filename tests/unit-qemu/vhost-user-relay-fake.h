@@ -110,6 +110,9 @@ void fake_reset(unsigned i, unsigned num, uint16_t idx);
 /* Below @n.  The same ones again after the same seed. */
 uint32_t fake_random(uint32_t n);
 void fake_seed(uint64_t seed);
+/* From now on they are taken from @data, two bytes each, to its end. */
+void fake_feed(const uint8_t *data, size_t size);
+bool fake_is_fed(void);
 /* Call what is scheduled for the main loop. */
 void fake_main_loop(void);
 

@@ -17,6 +17,7 @@ top := $(CURDIR)
 B := $(top)/build
 prefix ?= /usr/local
 FULL ?=
+SUITE ?=
 SANITIZE ?=
 LONG ?=
 # Debian's: 6.1, 6.12, the newest.
@@ -78,6 +79,7 @@ help:
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR; FULL=1'
 	@echo 'make uninstall      takes all of that away again'
 	@echo 'make deb            a package, to be installed beside Debian'"'"'s own: build/deb'
+	@echo '                    SUITE=trixie: for that release: build/suites/trixie/deb'
 	@echo 'make debian-series  Debian'"'"'s own source package with dedup: build/debian-series'
 	@echo 'make clean          remove what was built; keeps what was downloaded'
 	@echo 'As root, missing Debian packages are installed first.'
@@ -148,13 +150,17 @@ uninstall:
 	@scripts/install-files --remove "$(abspath $(DESTDIR))" $(prefix)
 
 deb:
+ifneq ($(SUITE),)
+	@scripts/in-suite $(SUITE) make deb SUITE= JOBS=$(JOBS)
+else
 	@env FULL=1 DEB=1 scripts/install-deps
 	@$(build) scripts/build-deb
+endif
 
 debian-series:
 	@$(lock) scripts/debian-series
 
 clean:
 	rm -rf $(B)/qemu-obj $(B)/qemu-src $(B)/bin $(B)/mutants $(B)/engine* \
-	    $(B)/full $(B)/fuzz $(B)/deb $(B)/debian-series $(B)/test-logs \
-	    $(B)/kernels $(others:%=$(B)/%)
+	    $(B)/full $(B)/fuzz $(B)/deb $(B)/suites $(B)/debian-series \
+	    $(B)/test-logs $(B)/kernels $(others:%=$(B)/%)

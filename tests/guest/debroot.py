@@ -32,9 +32,9 @@ NAMESPACES = ('--mount', '--pid', '--uts', '--ipc')
 TIMEOUT = 1500
 
 
-def first_process(base, state, name):
+def first_process(base, state, name, *shared):
     """Make the root this mount namespace's own, say so, stay until standard
-    input ends."""
+    input ends.  @shared: paths here and there, by turns."""
     socket.sethostname(name)
     virthost.private_users(state)
     virthost.private_dev(state)
@@ -50,6 +50,9 @@ def first_process(base, state, name):
     os.makedirs(root + '/cache/archives')
     run('mount', '--bind', cache(os.path.basename(base)),
         root + '/cache/archives')
+    for here, there in zip(shared[::2], shared[1::2]):
+        os.makedirs(root + there, exist_ok=True)
+        run('mount', '--bind', here, root + there)
     # Not chroot: virtiofsd wants to do this, too, and nsenter finds it.
     os.chdir(root)
     run('pivot_root', '.', 'mnt')
@@ -102,7 +105,9 @@ class Root(virthost.Host):
     live in it."""
 
     # pylint: disable=super-init-not-called
-    def __init__(self, suite):
+    def __init__(self, suite, shared=()):
+        """@shared: directories of this machine's that it has, too, as pairs of
+        a path here and one there."""
         if os.geteuid() != 0:
             tap.skip('only root can make a root')
         base = bootstrap(suite)
@@ -118,8 +123,8 @@ class Root(virthost.Host):
         self.unshare = subprocess.Popen(
             ['unshare', *NAMESPACES, '--fork', '--kill-child', '--mount-proc',
              sys.executable, os.path.abspath(__file__), base, self.state,
-             self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True)
+             self.name, *(path for pair in shared for path in pair)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         tap.check(self.unshare.stdout.readline() == 'ready\n', 'no root')
         self.pid = int(virthost.read('/proc/%d/task/%d/children' % (
             (self.unshare.pid,) * 2)))
@@ -130,6 +135,8 @@ class Root(virthost.Host):
             text=True, check=True).stdout +
             'Dir::Cache::archives "/cache/archives";\n'
             'APT::Keep-Downloaded-Packages "true";\n')
+        # It is thrown away: nothing is waited for until it is on the disk.
+        self._write('/etc/dpkg/dpkg.cfg.d/fast', 'force-unsafe-io\n')
         # No service is started: there is no init.
         self._write('/usr/sbin/policy-rc.d', '#!/bin/sh\nexit 101\n')
         os.chmod(self.path('/usr/sbin/policy-rc.d'), 0o755)
@@ -137,14 +144,18 @@ class Root(virthost.Host):
     def run(self, *command, status=0):
         """What a command prints in there; it must succeed."""
         out = subprocess.run(
-            self.inside('env', 'PATH=/usr/sbin:/usr/bin:/sbin:/bin',
-                        'DEBIAN_FRONTEND=noninteractive', 'LC_ALL=C',
-                        *command), stdin=subprocess.DEVNULL,
+            self.command(*command), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors='replace', timeout=TIMEOUT * tap.PATIENCE, check=False)
         tap.check(status is None or out.returncode == status, '%s: %s' % (
             ' '.join(command), out.stdout[-3000:]))
         return out.stdout
+
+    def command(self, *command):
+        """The words that run a command as its administrator does."""
+        return self.inside('env', 'PATH=/usr/sbin:/usr/bin:/sbin:/bin',
+                           'DEBIAN_FRONTEND=noninteractive', 'LC_ALL=C',
+                           *command)
 
     def apt(self, *words):
         """apt-get, without questions."""

@@ -9,9 +9,9 @@ A package fits the release that it was made on; its version says which.
 
 import glob
 import os
-import re
 import socket
 import stat
+import subprocess
 import xml.etree.ElementTree as ET
 
 import backends
@@ -23,7 +23,7 @@ import virsh
 
 NAME = 'qemu-system-x86-dedup'
 PROGRAM = '/usr/bin/qemu-system-x86_64-dedup'
-RELEASES = {'12': 'bookworm', '13': 'trixie'}
+RELEASES = {'bookworm': '12', 'trixie': '13'}
 # What a domain of everything wants.  Debian 12 has virtiofsd in the package of
 # its QEMU.
 LIBVIRT = {'bookworm': ['qemu-system-common'], 'trixie': ['virtiofsd']}
@@ -52,14 +52,12 @@ RELAY = '''<x xmlns:qemu='%s'><qemu:override><qemu:device alias='fs0'>
 
 def package(suite):
     """The package for a release; skip if it is not built."""
-    found = {}
-    for path in glob.glob(os.path.join(machine.BUILD, 'deb', NAME + '_*.deb')):
-        m = re.search(r'~deb(\d+)_', path)
-        if m:
-            found[RELEASES.get(m.group(1))] = path
-    if suite not in found:
-        tap.skip('no package for %s: make deb there' % suite)
-    return found[suite]
+    for where in 'deb', 'suites/%s/deb' % suite:
+        found = glob.glob(os.path.join(machine.BUILD, where, '%s_*~deb%s_*.deb'
+                                       % (NAME, RELEASES[suite])))
+        if found:
+            return found[0]
+    tap.skip('no package for %s: make deb SUITE=%s' % (suite, suite))
 
 
 def files(root):
@@ -247,6 +245,27 @@ def test_libvirt_bookworm():
 def test_libvirt_trixie():
     """Debian 13: a domain with VNC, SPICE, virtiofs, TPM, UEFI is merged"""
     with_libvirt('trixie')
+
+
+@tap.case
+def test_in_suite():
+    """in-suite: a fresh Debian 13 that has the repository, and its own build"""
+    package('trixie')
+    name = 'in-suite-%d' % os.getpid()
+    there = os.path.join(machine.BUILD, 'suites', 'trixie', name)
+    tap.cleanup(lambda: os.path.exists(there) and os.unlink(there))
+    out = subprocess.run(
+        [os.path.join(machine.TOP, 'scripts', 'in-suite'), 'trixie', 'sh',
+         '-c', '. /etc/os-release; echo $VERSION_CODENAME > build/%s; '
+         'cmp "$0" "$1" && test -e build/fetch/directory && exit 3' % name,
+         __file__, os.path.relpath(__file__, machine.TOP)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=False)
+    tap.check(out.returncode == 3, out.stdout)
+    with open(there, encoding='ascii') as f:
+        tap.check(f.read() == 'trixie\n', 'another release')
+    tap.check(not os.path.exists(os.path.join(machine.BUILD, name)),
+              'it has our build/')
 
 
 tap.main()

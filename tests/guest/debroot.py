@@ -72,6 +72,8 @@ def cache(suite):
 
 def bootstrap(suite):
     """The release as debootstrap makes it; its archive is the host's."""
+    if os.geteuid() != 0:
+        tap.skip('only root can make a root')
     base = os.path.join(ROOTS, suite)
     if os.path.isdir(base):
         return base
@@ -108,8 +110,6 @@ class Root(virthost.Host):
     def __init__(self, suite, shared=()):
         """@shared: directories of this machine's that it has, too, as pairs of
         a path here and one there."""
-        if os.geteuid() != 0:
-            tap.skip('only root can make a root')
         base = bootstrap(suite)
         virthost.Host.serial += 1
         self.name = 'dedup-%s-%d' % (suite, virthost.Host.serial)

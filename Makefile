@@ -126,7 +126,7 @@ check: engine fuzzers
 
 check-versions: $(others:%=check-version-%)
 
-check-version-%: engine
+check-version-%: engine fuzzers
 	@$(lock) env FULL= QEMU_SRC= QEMU_VERSION=$* QEMU_DIR=$(B)/$* PREFIX=$(prefix) \
 	    JOBS=$(JOBS) scripts/build-qemu --with-tests
 	@QEMU_DIR=$(B)/$* scripts/run-tests check/ unit/test- qtest/

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Bare guests of one group, in what an outer guest may do to its own system:
-memory limits of cgroup v2, swap, namespaces, another root.
+swap, namespaces, another root.
 
 They write and check all of their pages without an end, and after each step
 check every word.
@@ -176,24 +176,6 @@ def test_swap():
         tap.note('%d KiB on swap; %s' % (swapped // 1024,
                                          dedup.summary(guests[0])))
         tap.check(swapped, 'nothing went to swap')
-    end(guests)
-
-
-@tap.case
-def test_limit():
-    """under a memory limit of version 2 that is not far above what they use"""
-    group = vms.group_dir()
-    cgroup = host.Cgroup()
-    tap.check(cgroup.v2, 'not version 2')
-    guests = [start('memfd', 'memfd-shared', group, accel='tcg',
-                    cgroup=cgroup),
-              start('plain', 'plain', group, accel='tcg', cgroup=cgroup)]
-    share(guests)
-    cgroup.limit(cgroup.usage() + MIB)
-    share(guests)
-    tap.note('%d KiB of %d KiB' % (cgroup.usage() // 1024,
-                                   int(cgroup.read('memory.max')) // 1024))
-    tap.check(cgroup.kills() == 0, 'the limit killed a process')
     end(guests)
 
 

@@ -13,13 +13,14 @@
  *
  * Contents: values follow from (generation % 4, page % RUN), so that every page
  * has many equals, in runs.  One page in 16 is zero in odd generations; one
- * page in 32 is unique.
+ * page in 32 is unique.  All that is neither also follows from the page's era,
+ * which is that of the guest when it was written.
  *
  * Serial port (COM1, polled): it says "ready N" (N pages), then "round R
  * errors E" after each round.  Commands are single bytes: 'q' only checks,
  * 'w' writes one page in eight as well (the start), 'b' writes every page,
  * 'v' checks every word of every page once, says "verified errors E", and
- * goes on.
+ * goes on.  128 + E: it is era E from now on, in which contents are others.
  *
  * Copyright (c) 2025 The qemu-dedup developers
  *
@@ -42,7 +43,8 @@
 /* Guest memory: volatile, as others change it; each access is one of ours. */
 typedef volatile uint32_t Word;
 
-static uint8_t gen[MAX_PAGES];
+static uint8_t gen[MAX_PAGES], era[MAX_PAGES];
+static uint8_t era_now;
 static uint32_t pages, round, errors;
 
 static inline void out8(uint16_t port, uint8_t v)
@@ -104,7 +106,7 @@ static uint32_t seed_of(uint32_t i)
     if (i % 32 == 9) {
         return 0x80000001u | i << 8 | g << 1;
     }
-    return 0x40000001u | (g % 4) << 16 | i % RUN << 1;
+    return 0x40000001u | (g % 4) << 16 | era[i] << 7 | i % RUN << 1;
 }
 
 /* Where mark @k of page @i is: once in each eighth of the page. */
@@ -227,6 +229,7 @@ void bare_main(void)
             if (mode == 'b' || (mode == 'w' && random >> 24 < 32)) {
                 set_marks(i, 1);
                 gen[i]++;
+                era[i] = era_now;
                 set_marks(i, 0);
             }
         }
@@ -240,6 +243,8 @@ void bare_main(void)
 
             if (c == 'v') {
                 verify();
+            } else if (c >= 128) {
+                era_now = c - 128;
             } else {
                 mode = c;
             }

@@ -23,6 +23,8 @@ LONG ?=
 # Debian's: 6.1, 6.12, the newest.
 KERNELS ?= bookworm trixie trixie-backports
 TESTS ?=
+MINUTES ?=
+SEED ?=
 QEMU_SRC ?=
 QEMU_VERSION ?= 10.0
 ifneq ($(QEMU_SRC),)
@@ -57,7 +59,7 @@ build = $(lock) env FULL=$(FULL) PREFIX=$(prefix) JOBS=$(JOBS)
 
 .PHONY: all deps tree qemu engine demo check check-engine check-versions \
         check-kernels fuzz fuzzers bench \
-        install uninstall deb debian-series clean help
+        soak install uninstall deb debian-series clean help
 all: qemu
 
 help:
@@ -75,6 +77,8 @@ help:
 	@echo 'make check-kernels  the engine, and guests of guests, under other kernels: KERNELS,'
 	@echo '                    suites of Debian; hours, as nothing there is run by KVM'
 	@echo 'make fuzz           the fuzzers, each for SECONDS=60 of CPU time; wants clang'
+	@echo 'make soak           guests at work, and all that may happen to them, at random:'
+	@echo '                    MINUTES=n (60), SEED=n to do the same again'
 	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR; FULL=1'
 	@echo 'make uninstall      takes all of that away again'
@@ -142,6 +146,9 @@ demo: qemu
 
 bench: engine
 	@scripts/bench
+
+soak: qemu
+	@env MINUTES=$(MINUTES) SEED=$(SEED) tests/guest/soak.py
 
 install: deps
 	@$(build) DESTDIR=$(abspath $(DESTDIR)) scripts/build-qemu --install

@@ -179,7 +179,7 @@ class Ksm:
             tap.skip('KSM is in use on this machine')
         self.saved = {name: self.get(name) for name in self.QUICK
                       if os.path.exists(self.DIR + name)}
-        tap.cleanup(self._put_back)
+        tap.cleanup(self.put_back)
         for name in self.saved:
             self._set(name, self.QUICK[name])
 
@@ -192,11 +192,15 @@ class Ksm:
         with open(self.DIR + name, 'w', encoding='ascii') as f:
             f.write(value)
 
-    def _put_back(self):
+    def put_back(self):
+        """As it was found, once; it is another's then."""
+        if self.lock.closed:
+            return
         self._set('run', '2')
         for name, value in self.saved.items():
             self._set(name, value)
         self._set('run', '0')
+        self.lock.close()
 
     def run(self, on):
         """Switch ksmd on or off; what is merged stays."""

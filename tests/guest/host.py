@@ -168,14 +168,21 @@ class Ksm:
     QUICK = {'sleep_millisecs': '0', 'pages_to_scan': '20000',
              'smart_scan': '0', 'use_zero_pages': '0'}
 
-    def __init__(self):
+    def __init__(self, wait=True):
+        """@wait: until nobody else uses it; else skip."""
         if not os.access(self.DIR + 'run', os.W_OK):
             tap.skip('no KSM, or its knobs may not be set')
         # pylint: disable=consider-using-with
         self.lock = open(self.DIR + 'run', 'rb')
         tap.cleanup(self.lock.close)
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX |
+                        (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            self.lock.close()
+            tap.skip('another test uses KSM')
         if self.get('run') != '0':
+            self.lock.close()
             tap.skip('KSM is in use on this machine')
         self.saved = {name: self.get(name) for name in self.QUICK
                       if os.path.exists(self.DIR + name)}

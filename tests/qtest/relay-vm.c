@@ -331,7 +331,8 @@ uint16_t rvm_send_tag(RelayVm *vm, unsigned queue, uint64_t tag)
     uint16_t head = drv_next_head(q);
     uint64_t at = tag_addr(queue, head);
 
-    qtest_writeq(vm->qts, at, tag);
+    /* Not 0: a disk's request that begins so is a read and ends in a status. */
+    qtest_writeq(vm->qts, at, tag + 1);
     qtest_memset(vm->qts, at + 16, 0xee, 16);
     g_assert_cmpuint(drv_send(q, (DrvSegment[]) {
         { at, 8, false },
@@ -347,7 +348,7 @@ uint64_t rvm_tag(const VubRequest *req)
     g_assert_cmpuint(req->out_len, ==, 8);
     g_assert_cmpuint(req->in_len, ==, 16);
     vub_read(req, 0, &tag, 8);
-    return tag;
+    return tag - 1;
 }
 
 VubRequest *rvm_expect_tag(VubRing *r, uint64_t tag)

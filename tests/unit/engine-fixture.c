@@ -13,7 +13,6 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "engine-fixture.h"
@@ -312,7 +311,7 @@ FxEngine *fx_engine_new(const char *dir)
     return fx_engine_new_mode(dir, DEDUP_MODE_FULL);
 }
 
-FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode)
+FxEngine *fx_engine_try(const char *dir, DedupMode mode, GError **error)
 {
     FxEngine *fe = g_new0(FxEngine, 1);
     DedupConfig config = {
@@ -334,13 +333,24 @@ FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode)
         },
         .opaque = fe,
     };
-    g_autoptr(GError) error = NULL;
 
+    fe->e = dedup_engine_new(&config, error);
+    if (!fe->e) {
+        g_free(fe);
+        return NULL;
+    }
     g_mutex_init(&fe->lock);
     g_cond_init(&fe->cond);
     fe->state = DEDUP_STATE_SCANNING;
-    fe->e = dedup_engine_new(&config, &error);
-    if (!fe->e) {
+    return fe;
+}
+
+FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode)
+{
+    g_autoptr(GError) error = NULL;
+    FxEngine *fe = fx_engine_try(dir, mode, &error);
+
+    if (!fe) {
         fx_fail("no engine", "%s", error->message);
     }
     return fe;
@@ -381,7 +391,13 @@ void fx_engine_free(FxEngine *fe)
     g_free(fe);
 }
 
-void fx_add_flags(FxEngine *fe, FxRam *ram, unsigned flags)
+unsigned fx_flags(const FxRam *ram)
+{
+    return DEDUP_REGION_DONTFORK |
+           (ram->kind == FX_ANON_THP ? DEDUP_REGION_HUGEPAGE : 0);
+}
+
+bool fx_try_add(FxEngine *fe, FxRam *ram, unsigned flags, GError **error)
 {
     static const DedupMemory memory[FX_KINDS] = {
         [FX_MEMFD] = DEDUP_MEMORY_SHARED,
@@ -400,18 +416,23 @@ void fx_add_flags(FxEngine *fe, FxRam *ram, unsigned flags)
         .readers = ram->readers,
         .flags = flags,
     };
+
+    ram->region = dedup_region_add(fe->e, &info, error);
+    return ram->region;
+}
+
+void fx_add_flags(FxEngine *fe, FxRam *ram, unsigned flags)
+{
     g_autoptr(GError) error = NULL;
 
-    ram->region = dedup_region_add(fe->e, &info, &error);
-    if (!ram->region) {
+    if (!fx_try_add(fe, ram, flags, &error)) {
         fx_fail("region refused", "%s", error->message);
     }
 }
 
 void fx_add(FxEngine *fe, FxRam *ram)
 {
-    fx_add_flags(fe, ram, DEDUP_REGION_DONTFORK |
-                 (ram->kind == FX_ANON_THP ? DEDUP_REGION_HUGEPAGE : 0));
+    fx_add_flags(fe, ram, fx_flags(ram));
 }
 
 void fx_remove(FxRam *ram, bool keep_contents)
@@ -537,47 +558,7 @@ void fx_unmerge(FxEngine *fe)
     }
 }
 
-/* ---- processes ---- */
-
-int fx_in_child(void (*body)(void *opaque), void *opaque, unsigned seconds)
-{
-    gint64 end = g_get_monotonic_time() + seconds * G_USEC_PER_SEC;
-    int status;
-    pid_t pid;
-
-    fflush(stdout);
-    pid = fork();
-    g_assert_cmpint(pid, >=, 0);
-    if (!pid) {
-        body(opaque);
-        fflush(stdout);
-        _exit(0);
-    }
-    for (;;) {
-        pid_t ret = waitpid(pid, &status, WNOHANG);
-
-        g_assert_cmpint(ret, >=, 0);
-        if (ret == pid) {
-            return status;
-        }
-        if (g_get_monotonic_time() > end) {
-            kill(pid, SIGKILL);
-            waitpid(pid, &status, 0);
-            return status;
-        }
-        g_usleep(1000);
-    }
-}
-
-void fx_must_pass(void (*body)(void *opaque), void *opaque,
-                  unsigned seconds)
-{
-    int status = fx_in_child(body, opaque, seconds);
-
-    if (status) {
-        fx_fail("process failed", "wait status 0x%x", status);
-    }
-}
+/* ---- a group's directory ---- */
 
 char *fx_group_dir(void)
 {

@@ -27,6 +27,7 @@
 #include <stdint.h>
 
 #include "engine.h"
+#include "host/sys.h"
 #include "patience.h"
 
 /* volatile: what it points at changes behind the compiler's back */
@@ -165,13 +166,18 @@ typedef struct FxEngine {
 /* @dir: the group's directory, or NULL.  Not started. */
 FxEngine *fx_engine_new(const char *dir);
 FxEngine *fx_engine_new_mode(const char *dir, DedupMode mode);
+/* NULL and @error if there is none. */
+FxEngine *fx_engine_try(const char *dir, DedupMode mode, GError **error);
 void fx_engine_start(FxEngine *fe);
 void fx_engine_stop(FxEngine *fe);
 /* Stops it if need be. */
 void fx_engine_free(FxEngine *fe);
 
 void fx_add(FxEngine *fe, FxRam *ram);
+/* What is said of it in general: DEDUP_REGION_*. */
+unsigned fx_flags(const FxRam *ram);
 void fx_add_flags(FxEngine *fe, FxRam *ram, unsigned flags);
+bool fx_try_add(FxEngine *fe, FxRam *ram, unsigned flags, GError **error);
 void fx_remove(FxRam *ram, bool keep_contents);
 
 void fx_stats(FxEngine *fe, DedupStats *stats);
@@ -194,6 +200,18 @@ void fx_wait_restored(FxEngine *fe);
 void fx_wait_until(bool (*test)(void *opaque), void *opaque,
                    const char *what);
 
+/* ---- calls to the kernel, for dedup_sys_hook (host/sys.h) ---- */
+
+/* By number: older headers do not have it. */
+#define FX_UFFDIO_MOVE _IOWR(0xaa, 0x05, uint64_t[5])
+
+bool fx_is_call(const DedupSysCall *call, const char *name);
+bool fx_is_ioctl(const DedupSysCall *call, unsigned long request);
+/* Does it map a part of a segment? */
+bool fx_maps_segment(const DedupSysCall *call);
+/* What a MAP_FIXED that fails may leave. */
+bool fx_leave_hole(const DedupSysCall *call);
+
 /* ---- the view from outside ---- */
 
 /* What is mapped in a RAM's range, by /proc/self/maps and smaps. */
@@ -208,7 +226,9 @@ typedef struct FxView {
 
 void fx_view(const FxRam *ram, FxView *view);
 
-/* Is the page mapped from a segment? */
+/* Which pages are mapped from a segment?  One for each. */
+void fx_merged(const FxRam *ram, bool *merged);
+/* Is this one? */
 bool fx_is_merged(const FxRam *ram, uint32_t page);
 
 /* Which pages have memory, a byte each: mincore() or pagemap. */

@@ -8,11 +8,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "engine-fixture.h"
@@ -172,22 +174,30 @@ void fx_view(const FxRam *ram, FxView *view)
     }
 }
 
-bool fx_is_merged(const FxRam *ram, uint32_t page)
+void fx_merged(const FxRam *ram, bool *merged)
 {
-    uint64_t addr = (uintptr_t)fx_addr(ram, page);
     uint64_t own = own_inode(ram);
     FILE *f = open_proc("/proc/self/maps");
-    bool merged = false;
     char line[512];
     Vma v;
 
+    memset(merged, false, ram->npages * sizeof(*merged));
     while (fgets(line, sizeof(line), f)) {
-        if (parse_vma(line, &v) && addr >= v.start && addr < v.end) {
-            merged = is_segment(ram, &v, own);
+        if (parse_vma(line, &v) && in_ram(ram, &v) &&
+            is_segment(ram, &v, own)) {
+            memset(merged + (v.start - (uintptr_t)ram->host) / FX_PAGE, true,
+                   (v.end - v.start) / FX_PAGE * sizeof(*merged));
         }
     }
     fclose(f);
-    return merged;
+}
+
+bool fx_is_merged(const FxRam *ram, uint32_t page)
+{
+    g_autofree bool *merged = g_new(bool, ram->npages);
+
+    fx_merged(ram, merged);
+    return merged[page];
 }
 
 void fx_resident(const FxRam *ram, uint8_t *resident)
@@ -204,6 +214,27 @@ void fx_resident(const FxRam *ram, uint8_t *resident)
         resident[i] = !!(pagemap[i] & (PM_PRESENT | PM_SWAPPED));
     }
     g_free(pagemap);
+}
+
+bool fx_is_call(const DedupSysCall *call, const char *name)
+{
+    return strcmp(call->name, name) == 0;
+}
+
+bool fx_is_ioctl(const DedupSysCall *call, unsigned long request)
+{
+    return fx_is_call(call, "ioctl") && call->arg == request;
+}
+
+bool fx_maps_segment(const DedupSysCall *call)
+{
+    return fx_is_call(call, "mmap") && call->fd >= 0 &&
+           call->arg == (MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE);
+}
+
+bool fx_leave_hole(const DedupSysCall *call)
+{
+    return munmap((void *)call->addr, *call->len) == 0;
 }
 
 bool fx_has_zero_page(void)
@@ -283,6 +314,48 @@ uint64_t fx_max_maps(void)
     g_assert_true(g_file_get_contents("/proc/sys/vm/max_map_count", &text,
                                       NULL, NULL));
     return g_ascii_strtoull(text, NULL, 10);
+}
+
+/* ---- processes ---- */
+
+int fx_in_child(void (*body)(void *opaque), void *opaque, unsigned seconds)
+{
+    gint64 end = g_get_monotonic_time() + seconds * G_USEC_PER_SEC;
+    int status;
+    pid_t pid;
+
+    fflush(stdout);
+    pid = fork();
+    g_assert_cmpint(pid, >=, 0);
+    if (!pid) {
+        body(opaque);
+        fflush(stdout);
+        _exit(0);
+    }
+    for (;;) {
+        pid_t ret = waitpid(pid, &status, WNOHANG);
+
+        g_assert_cmpint(ret, >=, 0);
+        if (ret == pid) {
+            return status;
+        }
+        if (g_get_monotonic_time() > end) {
+            kill(pid, SIGKILL);
+            waitpid(pid, &status, 0);
+            return status;
+        }
+        g_usleep(1000);
+    }
+}
+
+void fx_must_pass(void (*body)(void *opaque), void *opaque,
+                  unsigned seconds)
+{
+    int status = fx_in_child(body, opaque, seconds);
+
+    if (status) {
+        fx_fail("process failed", "wait status 0x%x", status);
+    }
 }
 
 /* ---- a memory cgroup ---- */

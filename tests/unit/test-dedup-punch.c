@@ -8,8 +8,10 @@
  * would zero a page under the reader's hands.
  */
 
+#include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -145,7 +147,7 @@ static void end(FxEngine *fe, FxRam *ram)
 {
     fx_engine_free(fe);
     dedup_mutant_hook = NULL;
-    dedup_fail_hook = NULL;
+    dedup_sys_hook = NULL;
     fx_assert_bytes(ram);
     ram->region = NULL;
     fx_ram_free(ram);
@@ -289,11 +291,17 @@ static void test_inflated(void)
     end(fe, ram);
 }
 
-static int failing;
-
-static bool fails(int what)
+/* Writing to the RAM's file. */
+static int fails_to_write(DedupSysCall *c)
 {
-    return what == g_atomic_int_get(&failing);
+    return fx_is_call(c, "pwrite") ? ENOSPC : 0;
+}
+
+/* Mapping it again. */
+static int fails_to_map(DedupSysCall *c)
+{
+    return fx_is_call(c, "mmap") && (c->arg & MAP_TYPE) == MAP_SHARED &&
+           (c->arg & MAP_FIXED) ? ENOMEM : 0;
 }
 
 /* Restoring fails: the file's page is the reader's still. */
@@ -307,12 +315,11 @@ static void test_failed_restore(gconstpointer data)
         return;
     }
     fe = merge_and_stop(ram);
-    g_atomic_int_set(&failing, GPOINTER_TO_INT(data));
-    dedup_fail_hook = fails;
+    dedup_sys_hook = data ? fails_to_map : fails_to_write;
     g_assert_false(dedup_engine_restore_range(fe->e,
                                               fx_addr(ram, READER_PAGE),
                                               FX_PAGE, &error));
-    g_atomic_int_set(&failing, -1);
+    dedup_sys_hook = NULL;
     g_assert_true(fx_is_merged(ram, READER_PAGE));
     fx_assert_bytes(ram);
     reader_looks(SEED(READER_PAGE));
@@ -333,10 +340,10 @@ int main(int argc, char **argv)
     g_test_add_func("/punch/inflated", test_inflated);
     g_test_add_func("/punch/zero-over-stale", test_zero_over_stale);
     g_test_add_data_func("/punch/failed-restore/write",
-                         GINT_TO_POINTER(DEDUP_FAIL_WRITE),
+                         GINT_TO_POINTER(false),
                          test_failed_restore);
     g_test_add_data_func("/punch/failed-restore/map",
-                         GINT_TO_POINTER(DEDUP_FAIL_MAP_BACK),
+                         GINT_TO_POINTER(true),
                          test_failed_restore);
     return g_test_run();
 }

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/utsname.h>
@@ -24,35 +25,39 @@
 static unsigned calls;          /* the scanner's */
 
 /* Mapping a segment fails, and what was there is unmapped. */
-static bool leaves_holes(int what)
+static int leaves_holes(DedupSysCall *c)
 {
-    return what == DEDUP_FAIL_MAP_HOLE && calls++ % 3 == 0;
+    return fx_maps_segment(c) && calls++ % 3 == 0 && fx_leave_hole(c) ? ENOMEM
+                                                                      : 0;
 }
 
+static int ram_fd;              /* nothing can be written there */
+
 /* And then nothing can be written to the file either. */
-static bool leaves_holes_and_no_memory(int what)
+static int leaves_holes_and_no_memory(DedupSysCall *c)
 {
-    return what == DEDUP_FAIL_WRITE || leaves_holes(what);
+    return fx_is_call(c, "pwrite") && c->fd == ram_fd ? ENOSPC
+                                                      : leaves_holes(c);
 }
 
 /* The end of a window fails once, so that the userfaultfd has to be closed. */
-static bool loses_userfaultfd(int what)
+static int loses_userfaultfd(DedupSysCall *c)
 {
-    return what == DEDUP_FAIL_UNREGISTER && calls++ == 3;
+    return fx_is_ioctl(c, UFFDIO_UNREGISTER) && calls++ == 3 ? ENOMEM : 0;
 }
 
 /* Mapping a segment fails, and then there is no memory to fill the page. */
-static bool has_no_page(int what)
+static int has_no_page(DedupSysCall *c)
 {
-    return what == DEDUP_FAIL_COPY ||
-           (what == DEDUP_FAIL_MAP && calls++ % 3 == 0);
+    return fx_is_ioctl(c, UFFDIO_COPY) ||
+           (fx_maps_segment(c) && calls++ % 3 == 0) ? ENOMEM : 0;
 }
 
 /* Nor can the engine's own be moved there; once. */
-static bool loses_page(int what)
+static int loses_page(DedupSysCall *c)
 {
-    return what == DEDUP_FAIL_COPY || what == DEDUP_FAIL_MOVE ||
-           (what == DEDUP_FAIL_MAP && calls++ == 5);
+    return fx_is_ioctl(c, UFFDIO_COPY) || fx_is_ioctl(c, FX_UFFDIO_MOVE) ||
+           (fx_maps_segment(c) && calls++ == 5) ? ENOMEM : 0;
 }
 
 static FxRam *ram_new(FxKind kind)
@@ -86,7 +91,7 @@ static void assert_ledger(const FxRam *ram)
 
 static void end(FxEngine *fe, FxRam *ram)
 {
-    dedup_fail_hook = NULL;
+    dedup_sys_hook = NULL;
     fx_unmerge(fe);
     fx_assert_bytes(ram);
     fx_engine_free(fe);
@@ -95,11 +100,11 @@ static void end(FxEngine *fe, FxRam *ram)
 }
 
 /* Nobody looks at the pages meanwhile, as that would be the end. */
-static FxEngine *merge_failing(FxRam *ram, bool (*fails)(int what))
+static FxEngine *merge_failing(FxRam *ram, int (*fails)(DedupSysCall *c))
 {
     FxEngine *fe = fx_engine_new(NULL);
 
-    dedup_fail_hook = fails;
+    dedup_sys_hook = fails;
     fx_add(fe, ram);
     fx_engine_start(fe);
     fx_wait_scans(fe, 4);
@@ -129,14 +134,17 @@ static void test_no_memory(gconstpointer data)
 {
     FxRam *ram = ram_new(GPOINTER_TO_INT(data));
 
+    ram_fd = ram->fd;
     end(merge_failing(ram, leaves_holes_and_no_memory), ram);
 }
 
 /* All mappings fail at first, then only those that would be for a hole. */
-static bool leaves_long_hole(int what)
+static int leaves_long_hole(DedupSysCall *c)
 {
-    return (what == DEDUP_FAIL_MAP && calls++ < 4) ||
-           (what == DEDUP_FAIL_MAP_HOLE && calls++ < 8);
+    if (!fx_maps_segment(c) || calls++ >= 8) {
+        return 0;
+    }
+    return calls <= 4 || fx_leave_hole(c) ? ENOMEM : 0;
 }
 
 /* Runs as long as a window: they are not flushed, and put back as a whole. */
@@ -150,7 +158,7 @@ static void test_long(gconstpointer data)
         fx_page(ram, i, i % DEDUP_WINDOW_PAGES + 1);
     }
     calls = 0;
-    dedup_fail_hook = leaves_long_hole;
+    dedup_sys_hook = leaves_long_hole;
     fx_add(fe, ram);
     /* all of it in one window, however slow the machine */
     fe->e->space->bound.page_ns = 1;
@@ -286,12 +294,12 @@ static void test_lost(gconstpointer data)
 
     fe = fx_engine_new(NULL);
     calls = 0;
-    dedup_fail_hook = loses_page;
+    dedup_sys_hook = loses_page;
     fx_add(fe, ram);
     fx_engine_start(fe);
     fx_wait_scans(fe, 6);
     stop(fe);
-    dedup_fail_hook = NULL;
+    dedup_sys_hook = NULL;
     for (uint32_t i = 0; i < PAGES; i++) {
         if (is_lost(ram, i, fd)) {
             lost++;
@@ -329,7 +337,7 @@ static void test_userfaultfd(gconstpointer data)
     }
     fx_page(ram, PAGES - 1, 1);
     calls = 0;
-    dedup_fail_hook = loses_userfaultfd;
+    dedup_sys_hook = loses_userfaultfd;
     fx_add(fe, ram);
     fx_engine_start(fe);
     fx_wait_state(fe, DEDUP_STATE_BLOCKED);
@@ -371,11 +379,6 @@ static void test_locked(gconstpointer data)
     end(fe, ram);
 }
 
-static bool loses_protection(int what)
-{
-    return what == DEDUP_FAIL_SURVIVE;
-}
-
 /* Zero pages of anonymous memory, where the kernel cannot freeze them. */
 static void test_zeroes(gconstpointer data)
 {
@@ -387,8 +390,8 @@ static void test_zeroes(gconstpointer data)
     for (uint32_t i = 0; i < PAGES; i += 2) {
         fx_page(ram, i, 0);
     }
-    dedup_fail_hook = loses_protection;
     fe = fx_engine_new(NULL);
+    fe->e->space->freezer.zero_anon = !anon;
     fx_add(fe, ram);
     fx_engine_start(fe);
     fx_wait_settled(fe);

@@ -19,6 +19,8 @@
  * again, or restored (default: 3000, and at least one second).
  */
 
+#include <errno.h>
+#include <linux/userfaultfd.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -299,21 +301,37 @@ static void test_counters(gconstpointer data)
     fx_ram_free(run.ram);
 }
 
-/* One in five of what a window asks of the kernel is refused. */
-static bool sometimes(int what)
+static bool one_in_five(unsigned *calls)
 {
-    static unsigned calls[DEDUP_FAILS]; /* atomic */
+    return __atomic_fetch_add(calls, 1, __ATOMIC_RELAXED) % 5 == 2;
+}
 
-    return (what == DEDUP_FAIL_MAP || what == DEDUP_FAIL_DROP ||
-            what == DEDUP_FAIL_UNPROTECT) &&
-           __atomic_fetch_add(&calls[what], 1, __ATOMIC_RELAXED) % 5 == 2;
+/* One in five of what a window asks of the kernel is refused. */
+static int sometimes(DedupSysCall *c)
+{
+    static unsigned maps, drops, ends; /* atomic */
+
+    if (fx_maps_segment(c)) {
+        return one_in_five(&maps) ? ENOMEM : 0;
+    }
+    if (fx_is_call(c, "process_madvise") && one_in_five(&drops)) {
+        *c->len -= *c->len / 2; /* only some */
+    }
+    if (fx_is_ioctl(c, UFFDIO_WRITEPROTECT)) {
+        struct uffdio_writeprotect *wp = c->data;
+
+        if (!(wp->mode & UFFDIO_WRITEPROTECT_MODE_WP) && one_in_five(&ends)) {
+            wp->range.len = FX_PAGE;
+        }
+    }
+    return 0;
 }
 
 static void test_refused(gconstpointer data)
 {
-    dedup_fail_hook = sometimes;
+    dedup_sys_hook = sometimes;
     test_counters(data);
-    dedup_fail_hook = NULL;
+    dedup_sys_hook = NULL;
 }
 
 int main(int argc, char **argv)

@@ -24,6 +24,7 @@
 
 #include "group/group-internal.h"
 #include "host/error.h"
+#include "host/sys.h"
 
 static bool same_file(const struct stat *a, const struct stat *b)
 {
@@ -40,7 +41,7 @@ static bool is_pseudo(int fd)
     };
     struct statfs fs;
 
-    for (unsigned i = 0; fstatfs(fd, &fs) == 0 && i < G_N_ELEMENTS(types);
+    for (unsigned i = 0; sys_fstatfs(fd, &fs) == 0 && i < G_N_ELEMENTS(types);
          i++) {
         if ((unsigned)fs.f_type == types[i]) {
             return true;
@@ -61,7 +62,7 @@ static bool check_kind(const DedupGroup *g, GError **error)
 {
     struct stat st, root;
 
-    if (fstat(g->dirfd, &st) == 0 && stat("/", &root) == 0 &&
+    if (sys_fstat(g->dirfd, &st) == 0 && sys_stat("/", &root) == 0 &&
         same_file(&st, &root)) {
         return refuse(g, "is the root directory: name one that is for this "
                       "group only", error);
@@ -82,17 +83,18 @@ bool dedup_group_open_path(DedupGroup *g, GError **error)
         close(g->dirfd);
     }
     g->open_errno = 0;
-    g->dirfd = open(g->path,
-                    O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (g->dirfd < 0 && errno == ENOENT && mkdir(g->path, 0700) == 0) {
-        g->dirfd = open(g->path,
+    g->dirfd = sys_open(g->path,
                         O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (g->dirfd < 0 && errno == ENOENT &&
+        sys_mkdirat(AT_FDCWD, g->path, 0700) == 0) {
+        g->dirfd = sys_open(g->path,
+                            O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     }
     if (g->dirfd >= 0) {
         return check_kind(g, error);
     }
     g->open_errno = errno;
-    if (lstat(g->path, &st) == 0 && S_ISLNK(st.st_mode)) {
+    if (sys_lstat(g->path, &st) == 0 && S_ISLNK(st.st_mode)) {
         return refuse(g, "is a symbolic link: name the directory itself",
                       error);
     }
@@ -116,10 +118,10 @@ bool dedup_group_is_replaced(int dirfd, const char *name, int fd)
 {
     struct stat now, then;
 
-    if (fstatat(dirfd, name, &now, AT_SYMLINK_NOFOLLOW) < 0) {
+    if (sys_fstatat(dirfd, name, &now, AT_SYMLINK_NOFOLLOW) < 0) {
         return is_missing(errno);
     }
-    return fstat(fd, &then) == 0 && !same_file(&now, &then);
+    return sys_fstat(fd, &then) == 0 && !same_file(&now, &then);
 }
 
 /* The inode of our socket's name, or 0 and errno. */
@@ -129,7 +131,7 @@ static ino_t socket_ino(const DedupGroup *g)
     char name[16];
 
     snprintf(name, sizeof(name), DEDUP_GROUP_SOCKET, g->self);
-    if (fstatat(g->subfd, name, &st, AT_SYMLINK_NOFOLLOW) < 0) {
+    if (sys_fstatat(g->subfd, name, &st, AT_SYMLINK_NOFOLLOW) < 0) {
         return 0;
     }
     errno = ENOENT;
@@ -167,14 +169,14 @@ bool dedup_group_is_current(const DedupGroup *g)
         is_socket_replaced(g)) {
         return false;
     }
-    if (fstat(g->dirfd, &then) < 0) {
+    if (sys_fstat(g->dirfd, &then) < 0) {
         return true;
     }
     if (then.st_nlink == 0) {
         return false;
     }
     /* after chroot() the path may lead nowhere, which says nothing */
-    return lstat(g->path, &now) < 0 || same_file(&now, &then);
+    return sys_lstat(g->path, &now) < 0 || same_file(&now, &then);
 }
 
 /*
@@ -195,7 +197,7 @@ void dedup_group_socket_address(const DedupGroup *g,
 
     *addr = (struct sockaddr_un) { .sun_family = AF_UNIX };
     if (strlen(path) >= sizeof(addr->sun_path) || !dir ||
-        stat(dir, &seen) < 0 || fstat(g->subfd, &held) < 0 ||
+        sys_stat(dir, &seen) < 0 || sys_fstat(g->subfd, &held) < 0 ||
         !same_file(&seen, &held)) {
         g_free(path);
         path = g_strdup_printf("%s/" DEDUP_GROUP_SOCKET, link, g->self);

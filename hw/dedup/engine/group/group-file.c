@@ -25,6 +25,7 @@
 #include "group/group-internal.h"
 #include "host/error.h"
 #include "host/memfd.h"
+#include "host/sys.h"
 
 #define FILE_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW)
 
@@ -44,7 +45,7 @@ uint64_t dedup_group_file_size(void)
 bool dedup_group_file_read(const DedupGroupFile *f, void *data, size_t size,
                            uint64_t offset)
 {
-    ssize_t n = pread(f->fd, data, size, offset);
+    ssize_t n = sys_pread(f->fd, data, size, offset);
 
     if (n >= 0 && (size_t)n != size) {
         errno = EIO;
@@ -55,7 +56,7 @@ bool dedup_group_file_read(const DedupGroupFile *f, void *data, size_t size,
 bool dedup_group_file_write(const DedupGroupFile *f, const void *data,
                             size_t size, uint64_t offset)
 {
-    ssize_t n = pwrite(f->fd, data, size, offset);
+    ssize_t n = sys_pwrite(f->fd, data, size, offset);
 
     if (n >= 0 && (size_t)n != size) {
         errno = ENOSPC;
@@ -65,8 +66,8 @@ bool dedup_group_file_write(const DedupGroupFile *f, const void *data,
 
 static void *map_shared(int fd, size_t size, uint64_t offset, GError **error)
 {
-    void *map = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                     MAP_SHARED | MAP_NORESERVE, fd, offset);
+    void *map = sys_mmap(NULL, size, PROT_READ | PROT_WRITE,
+                         MAP_SHARED | MAP_NORESERVE, fd, offset);
 
     if (map == MAP_FAILED) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY,
@@ -74,8 +75,8 @@ static void *map_shared(int fd, size_t size, uint64_t offset, GError **error)
                     size, g_strerror(errno));
         return NULL;
     }
-    madvise(map, size, MADV_DONTFORK);
-    madvise(map, size, MADV_DONTDUMP);
+    sys_madvise(map, size, MADV_DONTFORK);
+    sys_madvise(map, size, MADV_DONTDUMP);
     return map;
 }
 
@@ -112,10 +113,10 @@ bool dedup_group_file_create(DedupGroupFile *f, GError **error)
     f->fd = fd;
     /* The header is written before it is mapped: it has memory then. */
     if (fd < 0 ||
-        ftruncate(fd, dedup_group_file_size()) < 0 ||
-        fcntl(fd, F_ADD_SEALS, FILE_SEALS) < 0 ||
-        fallocate(fd, 0, 0, DEDUP_PAGE_SIZE) < 0 ||
-        getrandom(&header.salt, sizeof(header.salt), 0) !=
+        sys_ftruncate(fd, dedup_group_file_size()) < 0 ||
+        sys_fcntl(fd, F_ADD_SEALS, FILE_SEALS) < 0 ||
+        sys_fallocate(fd, 0, 0, DEDUP_PAGE_SIZE) < 0 ||
+        sys_getrandom(&header.salt, sizeof(header.salt), 0) !=
         sizeof(header.salt) ||
         !dedup_group_file_write(f, &header, sizeof(header), 0)) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_MEMORY,
@@ -134,16 +135,16 @@ bool dedup_group_file_accept(DedupGroupFile *f, int fd, GError **error)
     const char *wrong = NULL;
     struct statfs fs;
     struct stat st;
-    int seals = fcntl(fd, F_GET_SEALS);
+    int seals = sys_fcntl(fd, F_GET_SEALS, 0);
 
     f->fd = fd;
     if (seals < 0 || (seals & FILE_SEALS) != FILE_SEALS ||
         (seals & F_SEAL_WRITE)) {
         wrong = "it is not sealed as it should be";
-    } else if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) ||
+    } else if (sys_fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) ||
                (uint64_t)st.st_size != dedup_group_file_size()) {
         wrong = "it has another size";
-    } else if (fstatfs(fd, &fs) < 0 || fs.f_type != TMPFS_MAGIC) {
+    } else if (sys_fstatfs(fd, &fs) < 0 || fs.f_type != TMPFS_MAGIC) {
         wrong = "it is not on shmem";
     } else if (!dedup_group_file_read(f, &header, sizeof(header), 0) ||
                header.magic != DEDUP_FILE_MAGIC ||
@@ -165,10 +166,10 @@ void dedup_group_file_close(DedupGroupFile *f)
 {
     dedup_index_free(f->index);
     if (f->table) {
-        munmap(f->table, dedup_index_table_size());
+        sys_munmap(f->table, dedup_index_table_size());
     }
     if (f->header) {
-        munmap(f->header, DEDUP_PAGE_SIZE);
+        sys_munmap(f->header, DEDUP_PAGE_SIZE);
     }
     if (f->fd >= 0) {
         close(f->fd);
@@ -195,10 +196,10 @@ bool dedup_group_slot_clear(DedupGroup *g, GError **error)
      * The use row first: while the slot still has the dead owner's mark,
      * others read zeros there.
      */
-    if (fallocate(g->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW,
-                  DEDUP_FILE_ROW) < 0 ||
-        getrandom(&slot.incarnation, sizeof(slot.incarnation), 0) !=
+    if (sys_fallocate(g->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW,
+                      DEDUP_FILE_ROW) < 0 ||
+        sys_getrandom(&slot.incarnation, sizeof(slot.incarnation), 0) !=
         sizeof(slot.incarnation) ||
         !dedup_group_file_write(&g->file, &slot, sizeof(slot),
                                 DEDUP_FILE_SLOTS + g->self * sizeof(slot))) {

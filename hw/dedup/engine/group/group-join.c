@@ -31,6 +31,7 @@
 
 #include "group/group-internal.h"
 #include "host/error.h"
+#include "host/sys.h"
 
 #define SUBDIR DEDUP_GROUP_SUBDIR
 
@@ -65,7 +66,7 @@ static bool check_owner(const DedupGroup *g, int fd, const char *name,
 {
     struct stat st;
 
-    if (fstat(fd, &st) < 0) {
+    if (sys_fstat(fd, &st) < 0) {
         return group_error(g, error, "cannot examine %s: %s", name,
                            g_strerror(errno));
     }
@@ -90,9 +91,9 @@ static bool open_directory(DedupGroup *g, GError **error)
     struct stat held, seen;
 
     /* somebody may have made it, or put another in its place */
-    if (g->dirfd < 0 || fstat(g->dirfd, &held) < 0 || !held.st_nlink ||
-        (lstat(g->path, &seen) == 0 && (seen.st_dev != held.st_dev ||
-                                        seen.st_ino != held.st_ino))) {
+    if (g->dirfd < 0 || sys_fstat(g->dirfd, &held) < 0 || !held.st_nlink ||
+        (sys_lstat(g->path, &seen) == 0 && (seen.st_dev != held.st_dev ||
+                                            seen.st_ino != held.st_ino))) {
         if (!dedup_group_open_path(g, error)) {
             return false;
         }
@@ -109,19 +110,19 @@ static bool open_directory(DedupGroup *g, GError **error)
     if (!check_owner(g, g->dirfd, "it", error)) {
         return false;
     }
-    if (mkdirat(g->dirfd, SUBDIR, 0700) < 0 && errno != EEXIST) {
+    if (sys_mkdirat(g->dirfd, SUBDIR, 0700) < 0 && errno != EEXIST) {
         return group_error(g, error, "cannot create '" SUBDIR "' in it as"
                            " user %u: %s", (unsigned)geteuid(),
                            g_strerror(errno));
     }
-    g->subfd = openat(g->dirfd, SUBDIR,
-                      O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    g->subfd = sys_openat(g->dirfd, SUBDIR,
+                          O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC, 0);
     if (g->subfd < 0) {
         return group_error(g, error, "cannot open '" SUBDIR "' in it as user"
                            " %u: %s", (unsigned)geteuid(),
                            g_strerror(errno));
     }
-    if (access("/proc/self/fd", F_OK) < 0) {
+    if (sys_faccessat(AT_FDCWD, "/proc/self/fd", F_OK, 0) < 0) {
         return group_error(g, error, "it is reached by way of /proc/self/fd,"
                            " which is not there: mount /proc where"
                            " -run-with chroot= leads");
@@ -131,9 +132,9 @@ static bool open_directory(DedupGroup *g, GError **error)
 
 static int open_file(DedupGroup *g, const char *name, GError **error)
 {
-    int fd = openat(g->subfd, name,
-                    O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC,
-                    0600);
+    int fd = sys_openat(g->subfd, name,
+                        O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC,
+                        0600);
 
     if (fd < 0) {
         group_error(g, error, "cannot open '" SUBDIR "/%s' in it as user %u:"
@@ -197,7 +198,7 @@ static bool is_hidden(const DedupGroup *g, unsigned member)
     char name[16];
 
     socket_name(name, sizeof(name), member);
-    return fstatat(g->subfd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+    return sys_fstatat(g->subfd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
            dedup_peer_is_listening(g->subfd, member);
 }
 
@@ -275,7 +276,7 @@ static bool try_slot(DedupGroup *g, unsigned k)
         return false;
     }
     socket_name(name, sizeof(name), k);
-    unlinkat(g->subfd, name, 0);
+    sys_unlinkat(g->subfd, name, 0);
     g->self = k;
     return true;
 }
@@ -291,7 +292,7 @@ static void remove_stale(DedupGroup *g)
 
         if (k != g->self && !locked[k] && !is_hidden(g, k)) {
             socket_name(name, sizeof(name), k);
-            unlinkat(g->subfd, name, 0);
+            sys_unlinkat(g->subfd, name, 0);
         }
     }
 }
@@ -329,8 +330,8 @@ static bool get_file(DedupGroup *g, const Patience *patience, GError **error)
     }
     if (g->file.fd < 0) {
         g->kept.resumed = true;
-    } else if (fstat(g->kept.file.fd, &kept) == 0 &&
-               fstat(g->file.fd, &found) == 0) {
+    } else if (sys_fstat(g->kept.file.fd, &kept) == 0 &&
+               sys_fstat(g->file.fd, &found) == 0) {
         g->kept.resumed = kept.st_ino == found.st_ino &&
                      kept.st_dev == found.st_dev;
     }
@@ -346,13 +347,13 @@ static bool get_file(DedupGroup *g, const Patience *patience, GError **error)
 static int listen_socket(DedupGroup *g, GError **error)
 {
     struct sockaddr_un addr;
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
-                    0);
+    int fd = sys_socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
+                        0);
 
     dedup_group_socket_address(g, &addr);
     if (fd < 0 ||
-        bind(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
-        listen(fd, DEDUP_MAX_MEMBERS) < 0) {
+        sys_bind(fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
+        sys_listen(fd, DEDUP_MAX_MEMBERS) < 0) {
         group_error(g, error, "cannot listen in it as user %u: %s",
                     (unsigned)geteuid(), g_strerror(errno));
         if (fd >= 0) {
@@ -433,15 +434,16 @@ void dedup_group_leave_directory(DedupGroup *g)
         /* All before the slot is given back: then it may be another's. */
         socket_name(name, sizeof(name), g->self);
         if (dedup_group_is_socket(g)) {
-            unlinkat(g->subfd, name, 0);
+            sys_unlinkat(g->subfd, name, 0);
         }
         if (g->file.fd >= 0) {
             dedup_group_file_write(&g->file, &none, sizeof(none),
                                    DEDUP_FILE_SLOTS +
                                    g->self * sizeof(none));
-            fallocate(g->file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                      DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW,
-                      DEDUP_FILE_ROW);
+            sys_fallocate(g->file.fd,
+                          FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                          DEDUP_FILE_USE + g->self * DEDUP_FILE_ROW,
+                          DEDUP_FILE_ROW);
         }
         g->has_slot = false;
     }
@@ -483,8 +485,8 @@ void dedup_group_detach(DedupGroup *g)
 
 unsigned dedup_group_count_incompatible(const DedupGroup *g)
 {
-    int fd = openat(g->dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    int fd = sys_openat(g->dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+    DIR *dir = fd < 0 ? NULL : sys_fdopendir(fd);
     struct dirent *d;
     unsigned n = 0;
 
@@ -494,7 +496,7 @@ unsigned dedup_group_count_incompatible(const DedupGroup *g)
         }
         return 0;
     }
-    for (unsigned i = 0; i < NAMES_MOST && (d = readdir(dir)); i++) {
+    for (unsigned i = 0; i < NAMES_MOST && (d = sys_readdir(dir)); i++) {
         char *name;
         struct stat st;
         int slots;
@@ -504,13 +506,13 @@ unsigned dedup_group_count_incompatible(const DedupGroup *g)
             continue;
         }
         name = g_strdup_printf("%s/slots", d->d_name);
-        slots = openat(g->dirfd, name,
-                       O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+        slots = sys_openat(g->dirfd, name,
+                           O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0);
         g_free(name);
         if (slots < 0) {
             continue;
         }
-        if (fstat(slots, &st) == 0 && S_ISREG(st.st_mode)) {
+        if (sys_fstat(slots, &st) == 0 && S_ISREG(st.st_mode)) {
             bool locked[DEDUP_MAX_MEMBERS];
 
             dedup_group_locked_slots(slots, locked);

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "group/group-internal.h"
+#include "host/sys.h"
 
 /* Behind all slots. */
 #define TABLE_BYTE 4096
@@ -31,7 +32,7 @@ int dedup_group_byte_lock(int fd, short type, off_t byte)
         .l_len = 1,
     };
 
-    return fcntl(fd, F_OFD_SETLK, &lock) < 0 ? errno : 0;
+    return sys_fcntl_lock(fd, F_OFD_SETLK, &lock) < 0 ? errno : 0;
 }
 
 bool dedup_group_slot_locked(int slots_fd, unsigned member)
@@ -43,7 +44,7 @@ bool dedup_group_slot_locked(int slots_fd, unsigned member)
         .l_len = 1,
     };
 
-    return fcntl(slots_fd, F_OFD_GETLK, &lock) == 0 &&
+    return sys_fcntl_lock(slots_fd, F_OFD_GETLK, &lock) == 0 &&
            lock.l_type != F_UNLCK;
 }
 
@@ -63,7 +64,7 @@ static void find_locks(int slots_fd, unsigned first, unsigned end,
         };
         unsigned start, stop;
 
-        if (fcntl(slots_fd, F_OFD_GETLK, &lock) < 0 ||
+        if (sys_fcntl_lock(slots_fd, F_OFD_GETLK, &lock) < 0 ||
             lock.l_type == F_UNLCK) {
             return;
         }

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "group/group-internal.h"
+#include "host/sys.h"
 
 DedupGroup *dedup_group_new(const char *dir, GError **error)
 {
@@ -131,7 +132,7 @@ uint64_t dedup_group_shared_bytes(const DedupGroup *g)
     struct stat st;
 
     dedup_group_assert_scanner(g);
-    return fstat(g->file.fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
+    return sys_fstat(g->file.fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
 }
 
 /* Whoever changes it counts it, whatever others find at the same time. */

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "group/peer.h"
+#include "host/sys.h"
 
 static int64_t deadline_after(unsigned timeout_ms)
 {
@@ -56,7 +57,7 @@ static bool receive(DedupPeer *p, DedupMessage *m, DedupMessageType type,
         if (ret != -EAGAIN || left <= 0) {
             return false;
         }
-        poll(&pfd, 1, left / G_TIME_SPAN_MILLISECOND + 1);
+        sys_poll(&pfd, 1, left / G_TIME_SPAN_MILLISECOND + 1);
     }
 }
 
@@ -76,21 +77,21 @@ static bool is_missing(int dirfd, unsigned member)
     char name[16];
 
     snprintf(name, sizeof(name), "m%u.sock", member);
-    return fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW) < 0 &&
+    return sys_fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW) < 0 &&
            errno == ENOENT;
 }
 
 bool dedup_peer_is_listening(int dirfd, unsigned member)
 {
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
-                    0);
+    int fd = sys_socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC,
+                        0);
     struct sockaddr_un addr;
     bool listening;
 
     socket_address(&addr, dirfd, member);
     /* in doubt it is: a queue that is full, no descriptor for us */
     listening = fd < 0 ||
-                connect(fd, (struct sockaddr *)&addr, sizeof(addr)) == 0 ||
+                sys_connect(fd, (struct sockaddr *)&addr, sizeof(addr)) == 0 ||
                 (errno == ENOENT && !is_missing(dirfd, member)) ||
                 (errno != ENOENT && errno != ECONNREFUSED &&
                  errno != ENOTSOCK && errno != EPROTOTYPE);
@@ -111,12 +112,13 @@ bool dedup_peer_connect(DedupPeer *p, int dirfd, unsigned member,
 
     g_assert(p->fd < 0);
     socket_address(&addr, dirfd, member);
-    p->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    p->fd = sys_socket(AF_UNIX,
+                       SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (p->fd < 0) {
         return false;
     }
     /* It is done at once, or the other one's queue is full: EAGAIN. */
-    if (connect(p->fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
+    if (sys_connect(p->fd, (struct sockaddr *)&addr, sizeof(addr)) < 0 ||
         !dedup_peer_is_ours(p->fd, &pid) ||
         !receive(p, &m, DEDUP_MESSAGE_GREETING, 0, NULL, 0, &nfds,
                  deadline)) {

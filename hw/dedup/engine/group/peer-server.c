@@ -30,6 +30,7 @@
 #include "host/clock.h"
 #include "host/error.h"
 #include "host/mutant.h"
+#include "host/sys.h"
 
 /* One per member, and some that join. */
 #define MAX_CLIENTS (DEDUP_MAX_MEMBERS + 16)
@@ -114,7 +115,8 @@ static int client_to_go(const DedupPeerServer *s, pid_t pid)
 
 static void client_accept(DedupPeerServer *s)
 {
-    int fd = accept4(s->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    int fd = sys_accept4(s->listen_fd, NULL, NULL,
+                         SOCK_NONBLOCK | SOCK_CLOEXEC);
     pid_t pid;
     Client *c;
     int i;
@@ -326,8 +328,8 @@ static void *peer_thread(void *opaque)
                 .events = POLLIN,
             };
         }
-        if (poll(pfd, POLL_CLIENTS + n,
-                 rest ? rest : s->paused ? NO_FDS_PAUSE_MS : -1) < 0) {
+        if (sys_poll(pfd, POLL_CLIENTS + n,
+                     rest ? rest : s->paused ? NO_FDS_PAUSE_MS : -1) < 0) {
             continue;
         }
         s->paused = false;
@@ -366,14 +368,14 @@ DedupPeerServer *dedup_peer_server_new(int listen_fd, int shared_fd,
     s->opaque = opaque;
     s->cpu_ns = cpu_ns;
     s->cpu_before = *cpu_ns;
-    s->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    s->stop = sys_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->stop < 0) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
                     "cannot create an eventfd: %s", g_strerror(errno));
     } else {
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &old);
-        s->thread = g_thread_try_new("dedup-peer", peer_thread, s, error);
+        s->thread = sys_thread_new("dedup-peer", peer_thread, s, error);
         pthread_sigmask(SIG_SETMASK, &old, NULL);
     }
     if (!s->thread) {

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "group/peer.h"
+#include "host/sys.h"
 
 /* The most that the kernel lets into one message (SCM_MAX_FD). */
 #define MAX_FDS 253
@@ -72,7 +73,7 @@ int dedup_message_send(int sock, DedupMessage *m, DedupMessageType type,
         memcpy(CMSG_DATA(c), fds, nfds * sizeof(int));
     }
     do {
-        sent = sendmsg(sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+        sent = sys_sendmsg(sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
     } while (sent < 0 && errno == EINTR);
     return sent < 0 ? -errno : 0;
 }
@@ -108,7 +109,7 @@ int dedup_message_receive(int sock, DedupMessage *m, int *fds,
 
     *nfds = 0;
     do {
-        len = recvmsg(sock, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        len = sys_recvmsg(sock, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     } while (len < 0 && errno == EINTR);
     if (len < 0) {
         return errno == EWOULDBLOCK ? -EAGAIN : -errno;
@@ -147,7 +148,7 @@ bool dedup_peer_is_ours(int sock, pid_t *pid)
 {
     struct ucred cred = { .pid = 0 };
     socklen_t len = sizeof(cred);
-    bool ok = getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0;
+    bool ok = sys_getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0;
 
     *pid = cred.pid;
     return ok && cred.uid == geteuid();
@@ -155,7 +156,7 @@ bool dedup_peer_is_ours(int sock, pid_t *pid)
 
 bool dedup_nonce_make(uint8_t nonce[DEDUP_NONCE_SIZE])
 {
-    return getrandom(nonce, DEDUP_NONCE_SIZE, 0) == DEDUP_NONCE_SIZE;
+    return sys_getrandom(nonce, DEDUP_NONCE_SIZE, 0) == DEDUP_NONCE_SIZE;
 }
 
 static void sha256(const void *data, size_t size, uint8_t digest[32])

@@ -31,6 +31,7 @@
 #include "host/error.h"
 #include "host/memfd.h"
 #include "host/mutant.h"
+#include "host/sys.h"
 
 #define ALL_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 #define MAX_SIZE (DEDUP_SEGMENT_PAGES * DEDUP_PAGE_SIZE)
@@ -52,15 +53,15 @@ struct DedupBuilder {
 static uint8_t *map_file(int fd, size_t size, GError **error)
 {
     /* Kernels before 6.7 refuse to map a sealed memfd MAP_SHARED. */
-    void *map = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd,
-                     0);
+    void *map = sys_mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd,
+                         0);
 
     if (map == MAP_FAILED) {
         dedup_error_errno(error, "segment: cannot map the memfd");
         return map;
     }
-    madvise(map, size, MADV_DONTFORK);
-    madvise(map, size, MADV_DONTDUMP);
+    sys_madvise(map, size, MADV_DONTFORK);
+    sys_madvise(map, size, MADV_DONTDUMP);
     return map;
 }
 
@@ -89,8 +90,8 @@ DedupBuilder *dedup_builder_new(GError **error)
         dedup_builder_free(b);
         return NULL;
     }
-    b->staged = mmap(NULL, STAGED_SIZE, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    b->staged = sys_mmap(NULL, STAGED_SIZE, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (b->staged == MAP_FAILED) {
         b->staged = NULL;
         dedup_error_errno(error, "segment: cannot map a buffer");
@@ -107,7 +108,7 @@ static bool write_staged(DedupBuilder *b)
     ssize_t n;
 
     errno = ENOSPC;
-    n = size ? pwrite(b->fd, b->staged, size, b->written * DEDUP_PAGE_SIZE)
+    n = size ? sys_pwrite(b->fd, b->staged, size, b->written * DEDUP_PAGE_SIZE)
              : 0;
     b->nstaged = 0;
     b->written += MAX(n, 0) / DEDUP_PAGE_SIZE;
@@ -143,10 +144,10 @@ void dedup_builder_free(DedupBuilder *b)
         return;
     }
     if (b->staged) {
-        munmap(b->staged, STAGED_SIZE);
+        sys_munmap(b->staged, STAGED_SIZE);
     }
     if (b->map) {
-        munmap(b->map, MAX_SIZE);
+        sys_munmap(b->map, MAX_SIZE);
     }
     if (b->fd >= 0) {
         close(b->fd);
@@ -180,19 +181,19 @@ DedupSegment *dedup_builder_finish(DedupBuilder *b, uint32_t gid,
         goto out;
     }
     /* a write that came to nothing may have left a part behind the end */
-    if (ftruncate(b->fd, size) < 0) {
+    if (sys_ftruncate(b->fd, size) < 0) {
         dedup_error_errno(error, "segment: cannot cut the memfd to length");
         goto out;
     }
-    if (fcntl(b->fd, F_ADD_SEALS, ALL_SEALS) < 0) {
+    if (sys_fcntl(b->fd, F_ADD_SEALS, ALL_SEALS) < 0) {
         dedup_error_errno(error, "segment: cannot seal the memfd");
         goto out;
     }
     if (size < MAX_SIZE) {
-        munmap(b->map + size, MAX_SIZE - size);
+        sys_munmap(b->map + size, MAX_SIZE - size);
     }
     /* its pages are all there; spares a fault for each 16 of them */
-    madvise(b->map, size, MADV_POPULATE_READ);
+    sys_madvise(b->map, size, MADV_POPULATE_READ);
     s = segment_new(b->fd, b->map, gid, b->written);
     s->mine = true;
     b->fd = -1;
@@ -211,8 +212,8 @@ DedupSegment *dedup_segment_new_zeroes(GError **error)
     if (fd < 0) {
         return NULL;
     }
-    if (ftruncate(fd, MAX_SIZE) < 0 ||
-        fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0) {
+    if (sys_ftruncate(fd, MAX_SIZE) < 0 ||
+        sys_fcntl(fd, F_ADD_SEALS, ALL_SEALS) < 0) {
         dedup_error_errno(error, "segment: cannot seal the memfd");
         close(fd);
         return NULL;
@@ -232,7 +233,7 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
 {
     struct statfs fs;
     struct stat st;
-    int seals = fcntl(fd, F_GET_SEALS);
+    int seals = sys_fcntl(fd, F_GET_SEALS, 0);
     uint8_t *map;
 
     if (seals < 0) {
@@ -245,7 +246,7 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
                           seals);
         goto fail;
     }
-    if (fstat(fd, &st) < 0 || fstatfs(fd, &fs) < 0) {
+    if (sys_fstat(fd, &st) < 0 || sys_fstatfs(fd, &fs) < 0) {
         dedup_error_errno(error, "segment: received file cannot be examined");
         goto fail;
     }
@@ -264,7 +265,7 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
                           npages * DEDUP_PAGE_SIZE);
         goto fail;
     }
-    if (lseek(fd, 0, SEEK_HOLE) != st.st_size) {
+    if (sys_lseek(fd, 0, SEEK_HOLE) != st.st_size) {
         /* a hole takes memory when it is read, at our cost */
         dedup_error_errno(error, "segment: received file has holes");
         goto fail;
@@ -282,13 +283,13 @@ fail:
 void dedup_segment_tidy(const DedupSegment *s)
 {
     /* nobody has written to it: it is all still in the file */
-    madvise((void *)s->map, s->npages * DEDUP_PAGE_SIZE, MADV_DONTNEED);
+    sys_madvise((void *)s->map, s->npages * DEDUP_PAGE_SIZE, MADV_DONTNEED);
 }
 
 void dedup_segment_free(DedupSegment *s)
 {
     if (s) {
-        munmap((void *)s->map, s->npages * DEDUP_PAGE_SIZE);
+        sys_munmap((void *)s->map, s->npages * DEDUP_PAGE_SIZE);
         close(s->fd);
         g_free(s);
     }

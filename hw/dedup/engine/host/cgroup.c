@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "host/cgroup.h"
+#include "host/sys.h"
 
 /* ---- files ---- */
 
@@ -24,13 +25,13 @@ char *dedup_cgroup_read(int level_fd, const char *name)
 {
     char buf[16384];
     ssize_t len;
-    int fd = openat(level_fd, name, O_RDONLY | O_CLOEXEC);
+    int fd = sys_openat(level_fd, name, O_RDONLY | O_CLOEXEC, 0);
     int saved;
 
     if (fd < 0) {
         return NULL;
     }
-    len = read(fd, buf, sizeof(buf) - 1);
+    len = sys_read(fd, buf, sizeof(buf) - 1);
     saved = errno;
     close(fd);
     errno = saved;
@@ -135,7 +136,7 @@ static bool find(DedupCgroups *c, const char *cgroups, const char *mounts,
     if (!path || !point) {
         return false;
     }
-    c->point_fd = open(point, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    c->point_fd = sys_open(point, O_PATH | O_DIRECTORY | O_CLOEXEC);
     c->root = g_steal_pointer(&root);
     c->v2 = v2;
     return c->point_fd >= 0;
@@ -168,9 +169,10 @@ static void open_levels(DedupCgroups *c, const char *cgroups)
     below = g_strconcat(".", is_part ? path + len : path, NULL);
     do {
         struct stat st;
-        int fd = openat(c->point_fd, below, O_PATH | O_DIRECTORY | O_CLOEXEC);
+        int fd = sys_openat(c->point_fd, below,
+                            O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
 
-        if (fd >= 0 && fstat(fd, &st) == 0) {
+        if (fd >= 0 && sys_fstat(fd, &st) == 0) {
             c->level_id[c->nlevels] = st.st_ino;
             c->level_fd[c->nlevels++] = fd;
         } else if (fd >= 0) {
@@ -193,7 +195,7 @@ void dedup_cgroups_refresh(DedupCgroups *c)
     if (c->point_fd < 0) {
         return;
     }
-    len = pread(c->cgroup_fd, buf, sizeof(buf) - 1, 0);
+    len = sys_pread(c->cgroup_fd, buf, sizeof(buf) - 1, 0);
     if (len < 0) {
         return; /* where we were is the best guess */
     }
@@ -212,7 +214,7 @@ static char *proc_read(const char *proc, const char *name)
     g_autofree char *path = g_build_filename(proc, name, NULL);
     char *text = NULL;
 
-    return g_file_get_contents(path, &text, NULL, NULL) ? text : NULL;
+    return sys_file_text(path, &text) ? text : NULL;
 }
 
 void dedup_cgroups_init(DedupCgroups *c, const char *proc,
@@ -225,7 +227,7 @@ void dedup_cgroups_init(DedupCgroups *c, const char *proc,
     *c = (DedupCgroups) {
         .controller = controller,
         .point_fd = -1,
-        .cgroup_fd = open(path, O_RDONLY | O_CLOEXEC),
+        .cgroup_fd = sys_open(path, O_RDONLY | O_CLOEXEC),
     };
     if (cgroups && mounts) {
         /* a hybrid host has both; then version 1 has the controller */

@@ -38,7 +38,6 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -47,6 +46,7 @@
 #include "host/freeze-ops.h"
 #include "host/mutant.h"
 #include "host/page.h"
+#include "host/sys.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -80,12 +80,12 @@ static struct sigaction before; /* written before the handler is there */
 
 static void futex_wait(uint32_t *word, uint32_t value)
 {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+    sys_futex(word, FUTEX_WAIT_PRIVATE, value);
 }
 
 static void futex_wake(uint32_t *word)
 {
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+    sys_futex(word, FUTEX_WAKE_PRIVATE, INT32_MAX);
 }
 
 /* ---- who waits ---- */
@@ -172,7 +172,7 @@ static bool is_hole(void *page)
 {
     unsigned char vec;
 
-    return mincore(page, DEDUP_PAGE_SIZE, &vec) < 0 && errno == ENOMEM;
+    return sys_mincore(page, DEDUP_PAGE_SIZE, &vec) < 0 && errno == ENOMEM;
 }
 
 /* Was it a store?  Only x86 says so in this way. */
@@ -194,7 +194,7 @@ static bool is_store(const void *context)
  */
 static bool would_pass(void *page)
 {
-    return madvise(page, DEDUP_PAGE_SIZE, MADV_POPULATE_WRITE) == 0 ||
+    return sys_madvise(page, DEDUP_PAGE_SIZE, MADV_POPULATE_WRITE) == 0 ||
            ((errno == ENOMEM || errno == EAGAIN) && !is_hole(page));
 }
 
@@ -276,15 +276,15 @@ static bool install(GError **error)
 /* Linux 5.14 */
 static bool can_populate(void)
 {
-    void *page = mmap(NULL, DEDUP_PAGE_SIZE, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *page = sys_mmap(NULL, DEDUP_PAGE_SIZE, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     bool ok;
 
     if (page == MAP_FAILED) {
         return false;
     }
-    ok = madvise(page, DEDUP_PAGE_SIZE, MADV_POPULATE_WRITE) == 0;
-    munmap(page, DEDUP_PAGE_SIZE);
+    ok = sys_madvise(page, DEDUP_PAGE_SIZE, MADV_POPULATE_WRITE) == 0;
+    sys_munmap(page, DEDUP_PAGE_SIZE);
     return ok;
 }
 
@@ -366,7 +366,7 @@ static bool thaw(uint8_t *addr, size_t len)
     size_t half = len / 2 & -DEDUP_PAGE_SIZE;
     bool ok;
 
-    if (mprotect(addr, len, PROT_READ | PROT_WRITE) == 0) {
+    if (sys_mprotect(addr, len, PROT_READ | PROT_WRITE) == 0) {
         return true;
     }
     if (!half) {
@@ -390,7 +390,7 @@ static bool mprotect_begin(DedupFrozen *z, bool missing)
 {
     int saved;
 
-    if (mprotect(z->addr, z->len, PROT_READ) == 0) {
+    if (sys_mprotect(z->addr, z->len, PROT_READ) == 0) {
         return true;
     }
     saved = errno;

@@ -39,7 +39,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -48,6 +47,7 @@
 #include "host/mutant.h"
 #include "host/page.h"
 #include "host/pagemap.h"
+#include "host/sys.h"
 
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
@@ -130,11 +130,12 @@ static char *call_error(int error)
 static int new_uffd(GError **error)
 {
     g_autofree char *device = NULL, *call = NULL;
-    int dev = open(DEVICE, O_RDWR | O_CLOEXEC);
+    int dev = sys_open(DEVICE, O_RDWR | O_CLOEXEC);
     int fd = -1;
 
     if (dev >= 0) {
-        fd = ioctl(dev, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        fd = sys_ioctl(dev, USERFAULTFD_IOC_NEW,
+                       GINT_TO_POINTER(O_CLOEXEC | O_NONBLOCK));
     }
     device = fd < 0 ? device_error(errno) : NULL;
     if (dev >= 0) {
@@ -142,7 +143,7 @@ static int new_uffd(GError **error)
     }
     if (fd < 0) {
         /* without UFFD_USER_MODE_ONLY: CAP_SYS_PTRACE or the sysctl */
-        fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+        fd = sys_userfaultfd(O_CLOEXEC | O_NONBLOCK);
     }
     if (fd < 0) {
         call = call_error(errno);
@@ -173,7 +174,7 @@ static bool uffd_open(DedupFreezer *f, GError **error)
     if (fd < 0) {
         return false;
     }
-    if (ioctl(fd, UFFDIO_API, &api) < 0) {
+    if (sys_ioctl(fd, UFFDIO_API, &api) < 0) {
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_USERFAULTFD,
                     "userfaultfd cannot write-protect shared memory: %s",
                     g_strerror(errno));
@@ -203,7 +204,7 @@ static bool uffd_writeprotect(int uffd, void *addr, size_t len, bool on)
 
     /* EAGAIN: the process's mappings are changing (a fork event) */
     do {
-        ret = ioctl(uffd, UFFDIO_WRITEPROTECT, &wp);
+        ret = sys_ioctl(uffd, UFFDIO_WRITEPROTECT, &wp);
     } while (ret < 0 && errno == EAGAIN);
     return ret == 0;
 }
@@ -229,7 +230,7 @@ static bool uffd_register(int uffd, void *addr, size_t len, uint64_t mode)
         .mode = UFFDIO_REGISTER_MODE_WP | mode,
     };
 
-    return ioctl(uffd, UFFDIO_REGISTER, &reg) == 0;
+    return sys_ioctl(uffd, UFFDIO_REGISTER, &reg) == 0;
 }
 
 static void uffd_end(DedupFrozen *z)
@@ -238,8 +239,7 @@ static void uffd_end(DedupFrozen *z)
     struct uffdio_range range = { .start = (uintptr_t)z->addr,
                                   .len = z->len };
 
-    if (DEDUP_FAIL(UNREGISTER) ||
-        ioctl(f->uffd, UFFDIO_UNREGISTER, &range) < 0) {
+    if (sys_ioctl(f->uffd, UFFDIO_UNREGISTER, &range) < 0) {
         /*
          * Out of kernel memory while VMAs are joined.  Closing needs none,
          * thaws all and wakes all; there are no windows until the engine has
@@ -250,14 +250,14 @@ static void uffd_end(DedupFrozen *z)
             uffd_writeprotect(f->uffd, z->addr + off, DEDUP_PAGE_SIZE,
                               false);
         }
-        ioctl(f->uffd, UFFDIO_WAKE, &range);
+        sys_ioctl(f->uffd, UFFDIO_WAKE, &range);
         uffd_close(f);
         __atomic_store_n(&f->lost, true, __ATOMIC_RELAXED);
         return;
     }
     if (!DEDUP_MUTANT(NO_WAKE)) {
         /* cannot fail on a range that was registered */
-        ioctl(f->uffd, UFFDIO_WAKE, &range);
+        sys_ioctl(f->uffd, UFFDIO_WAKE, &range);
     }
 }
 
@@ -298,21 +298,20 @@ static bool uffd_is_waited_for(const DedupFrozen *z)
     /* as nobody reads events, each who waits is one */
     struct pollfd pfd = { .fd = z->freezer->uffd, .events = POLLIN };
 
-    return poll(&pfd, 1, 0) == 1 && (pfd.revents & POLLIN);
+    return sys_poll(&pfd, 1, 0) == 1 && (pfd.revents & POLLIN);
 }
 
 static void uffd_unprotect(DedupFrozen *z, void *addr, size_t len)
 {
     /* what it leaves protected, the end does not */
-    uffd_writeprotect(z->freezer->uffd, addr,
-                      DEDUP_FAIL(UNPROTECT) ? DEDUP_PAGE_SIZE : len, false);
+    uffd_writeprotect(z->freezer->uffd, addr, len, false);
 }
 
 /* True: contents are there, those or others.  Does not try for ever. */
 static bool uffd_fill(int uffd, unsigned long request, void *arg)
 {
     for (unsigned i = 0; i < FILL_TRIES; i++) {
-        if (ioctl(uffd, request, arg) == 0 || errno == EEXIST) {
+        if (sys_ioctl(uffd, request, arg) == 0 || errno == EEXIST) {
             return true;
         }
         if (errno != EAGAIN && errno != EBUSY && errno != ENOMEM) {
@@ -330,7 +329,7 @@ static bool uffd_copy(int uffd, void *addr, const void *content)
         .len = DEDUP_PAGE_SIZE,
     };
 
-    return !DEDUP_FAIL(COPY) && uffd_fill(uffd, UFFDIO_COPY, &copy);
+    return uffd_fill(uffd, UFFDIO_COPY, &copy);
 }
 
 static bool uffd_move(int uffd, void *addr, void *page)
@@ -341,7 +340,7 @@ static bool uffd_move(int uffd, void *addr, void *page)
         .len = DEDUP_PAGE_SIZE,
     };
 
-    return !DEDUP_FAIL(MOVE) && uffd_fill(uffd, DEDUP_UFFDIO_MOVE, &move);
+    return uffd_fill(uffd, DEDUP_UFFDIO_MOVE, &move);
 }
 
 static void uffd_poison(int uffd, void *addr)
@@ -375,7 +374,7 @@ static bool is_protected(int pagemap_fd, const void *addr)
     uint64_t entry;
     off_t at = ((uintptr_t)addr >> DEDUP_PAGE_SHIFT) * sizeof(entry);
 
-    return pread(pagemap_fd, &entry, sizeof(entry), at) == sizeof(entry) &&
+    return sys_pread(pagemap_fd, &entry, sizeof(entry), at) == sizeof(entry) &&
            (entry & PM_UFFD_WP);
 }
 
@@ -393,7 +392,7 @@ static bool is_zeropage(int pagemap_fd, const void *addr)
         .return_mask = PAGE_IS_PFNZERO,
     };
 
-    return ioctl(pagemap_fd, PAGEMAP_SCAN, &arg) == 1;
+    return sys_ioctl(pagemap_fd, PAGEMAP_SCAN, &arg) == 1;
 }
 
 /*
@@ -407,7 +406,7 @@ static bool survives_split(int uffd, int pagemap_fd, uint8_t *huge)
     huge[0] = 1; /* makes all of it, if there is a huge page to be had */
     return uffd_register(uffd, huge, HUGE_SIZE, false) &&
            uffd_writeprotect(uffd, huge, HUGE_SIZE / 2, true) &&
-           madvise(huge, DEDUP_PAGE_SIZE, MADV_COLD) == 0 &&
+           sys_madvise(huge, DEDUP_PAGE_SIZE, MADV_COLD) == 0 &&
            is_zeropage(pagemap_fd, zero) && is_protected(pagemap_fd, zero);
 }
 
@@ -417,26 +416,23 @@ bool dedup_uffd_probe_split(int uffd, int pagemap_fd)
     uint8_t *map, *huge;
     bool survives;
 
-    map = mmap(NULL, 2 * HUGE_SIZE, PROT_READ | PROT_WRITE,
-               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    map = sys_mmap(NULL, 2 * HUGE_SIZE, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (map == MAP_FAILED) {
         return false;
     }
     huge = (uint8_t *)(((uintptr_t)map + HUGE_SIZE - 1) &
                        ~(uintptr_t)(HUGE_SIZE - 1));
-    madvise(huge, HUGE_SIZE, MADV_HUGEPAGE);
+    sys_madvise(huge, HUGE_SIZE, MADV_HUGEPAGE);
     survives = survives_split(uffd, pagemap_fd, huge);
     range = (struct uffdio_range) { (uintptr_t)huge, HUGE_SIZE };
-    ioctl(uffd, UFFDIO_UNREGISTER, &range);
-    munmap(map, 2 * HUGE_SIZE);
+    sys_ioctl(uffd, UFFDIO_UNREGISTER, &range);
+    sys_munmap(map, 2 * HUGE_SIZE);
     return survives;
 }
 
 static bool uffd_survives_split(DedupFreezer *f, int pagemap_fd)
 {
-    if (DEDUP_FAIL(SURVIVE)) {
-        return false;
-    }
     return kernel_is_older(6, 12) || !kernel_is_older(6, 18) ||
            dedup_uffd_probe_split(f->uffd, pagemap_fd);
 }

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "host/hostmem.h"
+#include "host/sys.h"
 
 struct DedupHostMem {
     int meminfo_fd;
@@ -28,7 +29,7 @@ static int proc_open(const char *proc, const char *name)
 {
     g_autofree char *path = g_build_filename(proc, name, NULL);
 
-    return open(path, O_RDONLY | O_CLOEXEC);
+    return sys_open(path, O_RDONLY | O_CLOEXEC);
 }
 
 DedupHostMem *dedup_hostmem_new(const char *proc)
@@ -67,7 +68,7 @@ static uint64_t meminfo(DedupHostMem *m, const char *name)
 {
     char buf[4096];
     uint64_t kib;
-    ssize_t len = pread(m->meminfo_fd, buf, sizeof(buf) - 1, 0);
+    ssize_t len = sys_pread(m->meminfo_fd, buf, sizeof(buf) - 1, 0);
 
     if (len <= 0) {
         return UINT64_MAX;
@@ -166,10 +167,10 @@ uint64_t dedup_hostmem_maps(DedupHostMem *m)
     uint64_t lines = 0;
     ssize_t len;
 
-    if (lseek(m->maps_fd, 0, SEEK_SET) < 0) {
+    if (sys_lseek(m->maps_fd, 0, SEEK_SET) < 0) {
         return 0;
     }
-    while ((len = read(m->maps_fd, buf, sizeof(buf))) > 0) {
+    while ((len = sys_read(m->maps_fd, buf, sizeof(buf))) > 0) {
         for (char *p = buf; (p = memchr(p, '\n', buf + len - p)); p++) {
             lines++;
         }
@@ -180,7 +181,7 @@ uint64_t dedup_hostmem_maps(DedupHostMem *m)
 uint64_t dedup_hostmem_max_maps(DedupHostMem *m)
 {
     char buf[32];
-    ssize_t len = pread(m->max_maps_fd, buf, sizeof(buf) - 1, 0);
+    ssize_t len = sys_pread(m->max_maps_fd, buf, sizeof(buf) - 1, 0);
 
     if (len <= 0) {
         return 65530; /* the kernel's default */

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include "host/memfd.h"
+#include "host/sys.h"
 
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U         /* Linux 6.3 */
@@ -15,10 +16,10 @@
 int dedup_memfd_new(const char *name)
 {
     const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
-    int fd = memfd_create(name, flags | MFD_NOEXEC_SEAL);
+    int fd = sys_memfd_create(name, flags | MFD_NOEXEC_SEAL);
 
     if (fd < 0 && errno == EINVAL) {
-        fd = memfd_create(name, flags);
+        fd = sys_memfd_create(name, flags);
     }
     return fd;
 }

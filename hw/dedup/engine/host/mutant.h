@@ -87,26 +87,8 @@ static inline void dedup_mutants_init(void)
         dedup_never_rests = true;
     }
 }
-/* What the kernel refuses when the test's function says so; any thread. */
-enum {
-    DEDUP_FAIL_MAP,           /* mapping a segment: nothing has changed */
-    DEDUP_FAIL_MAP_HOLE,      /* the same, and nothing is mapped there now */
-    DEDUP_FAIL_DROP,          /* dropping the pages of a window: only some */
-    DEDUP_FAIL_UNPROTECT,     /* lifting the protection: only some */
-    DEDUP_FAIL_UNREGISTER,    /* the end of a window */
-    DEDUP_FAIL_SURVIVE,       /* freezing a part of a huge page that is split */
-    DEDUP_FAIL_WRITE,         /* writing a restored page to the file */
-    DEDUP_FAIL_MAP_BACK,      /* mapping the file there again */
-    DEDUP_FAIL_COPY,          /* filling a dropped page: there is no memory */
-    DEDUP_FAIL_MOVE,          /* filling it with memory that we have */
-    DEDUP_FAILS
-};
-extern bool (*dedup_fail_hook)(int what);
-#define DEDUP_FAIL(what) \
-    (dedup_fail_hook && dedup_fail_hook(DEDUP_FAIL_##what))
 #else
 static inline void dedup_mutants_init(void) { }
-#define DEDUP_FAIL(what) false
 #define DEDUP_NEVER_RESTS false
 #define DEDUP_MUTANT(n) false
 #define DEDUP_MUTANT_HOOK(stage) do { } while (0)

@@ -20,6 +20,7 @@
 
 #include "host/mutant.h"
 #include "host/page.h"
+#include "host/sys.h"
 
 #define PAGE_WORDS (DEDUP_PAGE_SIZE / sizeof(uint64_t))
 #define BLOCK_WORDS 16
@@ -30,7 +31,7 @@ uint64_t dedup_hash_mask = UINT64_MAX;
 bool dedup_never_rests;
 unsigned dedup_mutant_delay_us;
 void (*dedup_mutant_hook)(int stage);
-bool (*dedup_fail_hook)(int what);
+int (*dedup_sys_hook)(DedupSysCall *call);
 #endif
 
 #define DEDUP_UNINSTRUMENTED \

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "host/pressure.h"
+#include "host/sys.h"
 
 #define MOST 100u
 /* In percent of what there is: from here on it is short, or very. */
@@ -22,7 +23,7 @@ void dedup_pressure_open(DedupPressure *p, DedupHostMem *hostmem,
     g_autofree char *path = g_strconcat(proc, "/pressure/memory", NULL);
 
     p->hostmem = hostmem;
-    p->psi_fd = open(path, O_RDONLY | O_CLOEXEC);
+    p->psi_fd = sys_open(path, O_RDONLY | O_CLOEXEC);
 }
 
 void dedup_pressure_close(DedupPressure *p)
@@ -36,8 +37,8 @@ static unsigned of_stalls(const DedupPressure *p)
 {
     static const char name[] = "some avg10=";
     char text[256];
-    ssize_t n = p->psi_fd < 0 ? -1 : pread(p->psi_fd, text,
-                                           sizeof(text) - 1, 0);
+    ssize_t n = p->psi_fd < 0 ? -1 : sys_pread(p->psi_fd, text,
+                                               sizeof(text) - 1, 0);
     const char *at;
 
     if (n <= 0) {

@@ -4,16 +4,16 @@
  */
 
 #include <fcntl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "host/process.h"
+#include "host/sys.h"
 
 void dedup_process_open(DedupProcess *p)
 {
-    p->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    p->pagemap_fd = sys_open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     p->has_pagemap_scan = true;
-    p->self_pidfd = syscall(SYS_pidfd_open, getpid(), 0);
+    p->self_pidfd = sys_pidfd_open(getpid());
     p->has_madvise_vector = p->self_pidfd >= 0;
 }
 

@@ -26,6 +26,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include "host/sys.h"
 #include "index/index-table.h"
 
 static uint64_t page_offset(const DedupIndex *index, uint64_t page)
@@ -47,8 +48,8 @@ bool dedup_table_look(const DedupIndex *index, uint64_t page)
 {
     uint64_t entries[PAGE_ENTRIES];
 
-    if (pread(index->fd, entries, sizeof(entries),
-              page_offset(index, page)) != sizeof(entries) ||
+    if (sys_pread(index->fd, entries, sizeof(entries),
+                  page_offset(index, page)) != sizeof(entries) ||
         dedup_page_is_zero(entries)) {
         return false;
     }
@@ -58,8 +59,8 @@ bool dedup_table_look(const DedupIndex *index, uint64_t page)
 
 bool dedup_table_allocate(const DedupIndex *index, uint64_t page, uint64_t n)
 {
-    if (fallocate(index->fd, 0, page_offset(index, page),
-                  n * DEDUP_PAGE_SIZE) < 0) {
+    if (sys_fallocate(index->fd, 0, page_offset(index, page),
+                      n * DEDUP_PAGE_SIZE) < 0) {
         return false;
     }
     for (uint64_t i = 0; i < n; i++) {

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include "host/mutant.h"
+#include "host/sys.h"
 #include "scan/memo.h"
 #include "space/array.h"
 
@@ -243,8 +244,8 @@ static void forget_around(DedupMemo *m, uint32_t chunk)
             return;
         }
     }
-    madvise(m->pages + (size_t)first * DEDUP_CHUNK_PAGES,
-            DEDUP_PAGE_SIZE, MADV_DONTNEED);
+    sys_madvise(m->pages + (size_t)first * DEDUP_CHUNK_PAGES,
+                DEDUP_PAGE_SIZE, MADV_DONTNEED);
 }
 
 void dedup_memo_forget(DedupMemo *m, uint32_t chunk, uint32_t n)

@@ -7,32 +7,33 @@
 #include <sys/mman.h>
 
 #include "host/page.h"
+#include "host/sys.h"
 #include "space/array.h"
 
 void *dedup_array_new(size_t size)
 {
-    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *p = sys_mmap(NULL, size, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
     if (p == MAP_FAILED) {
         return NULL;
     }
     /* a huge page here would cost what we are about to save */
-    madvise(p, size, MADV_NOHUGEPAGE);
-    madvise(p, size, MADV_DONTDUMP);
+    sys_madvise(p, size, MADV_NOHUGEPAGE);
+    sys_madvise(p, size, MADV_DONTDUMP);
     return p;
 }
 
 void dedup_array_free(void *array, size_t size)
 {
     if (array) {
-        munmap(array, size);
+        sys_munmap(array, size);
     }
 }
 
 void dedup_array_forget(void *array, size_t size)
 {
-    madvise(array, size, MADV_DONTNEED);
+    sys_madvise(array, size, MADV_DONTNEED);
 }
 
 uint64_t dedup_array_resident(const void *array, size_t size)
@@ -44,7 +45,7 @@ uint64_t dedup_array_resident(const void *array, size_t size)
     for (size_t off = 0; off < size; ) {
         size_t len = MIN(size - off, sizeof(vec) << DEDUP_PAGE_SHIFT);
 
-        if (mincore((void *)(p + off), len, vec) < 0) {
+        if (sys_mincore((void *)(p + off), len, vec) < 0) {
             return size;
         }
         for (size_t i = 0; i < (len + DEDUP_PAGE_SIZE - 1) >>

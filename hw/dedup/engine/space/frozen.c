@@ -19,12 +19,12 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "host/clock.h"
 #include "host/mutant.h"
+#include "host/sys.h"
 #include "space/holdings.h"
 #include "space/ksm.h"
 #include "space/own.h"
@@ -142,8 +142,8 @@ static void flush_whole(DedupWindow *w)
             return;
         }
     }
-    madvise(dedup_region_addr(w->r, w->first),
-            (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED_LOCKED);
+    sys_madvise(dedup_region_addr(w->r, w->first),
+                (size_t)w->span << DEDUP_PAGE_SHIFT, MADV_DONTNEED_LOCKED);
 }
 
 /*
@@ -268,9 +268,8 @@ static Flushed flush(DedupWindow *w, unsigned from, unsigned to)
     for (unsigned i = 0; i < n; i++) {
         wanted += iov[i].iov_len;
     }
-    n -= DEDUP_FAIL(DROP) ? n / 2 : 0;
-    dropped = syscall(SYS_process_madvise, space->process.self_pidfd, iov, n,
-                      MADV_DONTNEED_LOCKED, 0);
+    dropped = sys_process_madvise(space->process.self_pidfd, iov, n,
+                                  MADV_DONTNEED_LOCKED);
     if (dropped < 0) {
         /* an older kernel never does it; a part of the first run may be gone */
         space->process.has_madvise_vector = errno == ENOMEM || errno == EINTR;
@@ -288,16 +287,12 @@ static Flushed flush(DedupWindow *w, unsigned from, unsigned to)
 
 static bool map_segment(DedupWindow *w, const DedupRun *run)
 {
-    uint8_t *addr = dedup_region_addr(w->r, run->page);
-    size_t len = (size_t)run->n << DEDUP_PAGE_SHIFT;
-
-    if (DEDUP_FAIL(MAP) || (DEDUP_FAIL(MAP_HOLE) && munmap(addr, len) == 0)) {
-        return false;
-    }
-    return mmap(addr, len, PROT_READ | PROT_WRITE,
-                MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
-                run->holding->segment->fd,
-                (off_t)run->index << DEDUP_PAGE_SHIFT) != MAP_FAILED;
+    return sys_mmap(dedup_region_addr(w->r, run->page),
+                    (size_t)run->n << DEDUP_PAGE_SHIFT,
+                    PROT_READ | PROT_WRITE,
+                    MAP_FIXED | MAP_PRIVATE | MAP_NORESERVE,
+                    run->holding->segment->fd,
+                    (off_t)run->index << DEDUP_PAGE_SHIFT) != MAP_FAILED;
 }
 
 /* Drop zero pages; the frozen range keeps everybody from storing to them. */
@@ -307,10 +302,10 @@ static bool drop_zero(DedupWindow *w, const DedupRun *run)
 
     if (r->info.memory == DEDUP_MEMORY_PRIVATE_FILE) {
         /* the file below may hold anything: put anonymous memory over it */
-        return mmap(dedup_region_addr(r, run->page),
-                    (size_t)run->n << DEDUP_PAGE_SHIFT,
-                    PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE |
-                    MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+        return sys_mmap(dedup_region_addr(r, run->page),
+                        (size_t)run->n << DEDUP_PAGE_SHIFT,
+                        PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE |
+                        MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) != MAP_FAILED;
     }
     if (!run->own) {
         /*
@@ -326,9 +321,9 @@ static bool drop_zero(DedupWindow *w, const DedupRun *run)
     if (r->info.memory == DEDUP_MEMORY_SHARED) {
         return dedup_punch(r, run->page, run->n);
     }
-    return madvise(dedup_region_addr(r, run->page),
-                   (size_t)run->n << DEDUP_PAGE_SHIFT,
-                   MADV_DONTNEED_LOCKED) == 0;
+    return sys_madvise(dedup_region_addr(r, run->page),
+                       (size_t)run->n << DEDUP_PAGE_SHIFT,
+                       MADV_DONTNEED_LOCKED) == 0;
 }
 
 /*

@@ -5,6 +5,7 @@
 
 #include <fcntl.h>
 
+#include "host/sys.h"
 #include "space/holdings.h"
 #include "space/space-internal.h"
 
@@ -113,7 +114,7 @@ int dedup_holding_fd(DedupSpace *space, uint32_t gid, uint32_t page,
     if (h && page < h->segment->npages) {
         *hash = dedup_page_keyed_hash(dedup_segment_page(h->segment, page),
                                       secret);
-        fd = fcntl(h->segment->fd, F_DUPFD_CLOEXEC, 0);
+        fd = sys_fcntl(h->segment->fd, F_DUPFD_CLOEXEC, 0);
     }
     dedup_space_unlock(space);
     return fd;

@@ -45,6 +45,7 @@
 #include "host/clock.h"
 #include "host/mutant.h"
 #include "host/pagemap.h"
+#include "host/sys.h"
 #include "space/ksm.h"
 #include "space/ledger.h"
 #include "space/need.h"
@@ -63,8 +64,9 @@
 void dedup_ksm_open(DedupSpace *space)
 {
     /* Linux 6.1; without it each chunk is looked at */
-    space->ksm.stat_fd = open("/proc/self/ksm_stat", O_RDONLY | O_CLOEXEC);
-    space->ksm.run_fd = open("/sys/kernel/mm/ksm/run", O_RDONLY | O_CLOEXEC);
+    space->ksm.stat_fd = sys_open("/proc/self/ksm_stat", O_RDONLY | O_CLOEXEC);
+    space->ksm.run_fd = sys_open("/sys/kernel/mm/ksm/run",
+                                 O_RDONLY | O_CLOEXEC);
     space->ksm.may_take = UINT64_MAX; /* nobody has looked at the room yet */
 }
 
@@ -91,7 +93,7 @@ static bool ksmd_runs(const DedupKsm *k)
 {
     char run = '1';
 
-    return pread(k->run_fd, &run, 1, 0) != 1 || run == '1';
+    return sys_pread(k->run_fd, &run, 1, 0) != 1 || run == '1';
 }
 
 static bool is_known(const DedupKsm *k, int64_t now)
@@ -113,7 +115,7 @@ static void read_stat(DedupSpace *space)
         return;
     }
     k->read_ns = now;
-    n = pread(k->stat_fd, text, sizeof(text) - 1, 0);
+    n = sys_pread(k->stat_fd, text, sizeof(text) - 1, 0);
     __atomic_store_n(&k->known, n > 0, __ATOMIC_RELAXED);
     if (n <= 0) {
         return;
@@ -160,8 +162,8 @@ static bool take(DedupRegion *r, uint32_t page, uint32_t n)
     if (r->space->ksm.absent || DEDUP_MUTANT(KSM_LEFT)) {
         return true;
     }
-    if (madvise(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
-                MADV_UNMERGEABLE) == 0) {
+    if (sys_madvise(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
+                    MADV_UNMERGEABLE) == 0) {
         return true;
     }
     r->space->ksm.absent = errno == EINVAL; /* a kernel without KSM */
@@ -180,8 +182,8 @@ bool dedup_ksm_shares_any(DedupRegion *r, uint32_t first, uint32_t n,
                sizeof(entries[0]);
 
     g_assert(n <= DEDUP_CHUNK_PAGES);
-    if (pread(space->process.pagemap_fd, entries, n * sizeof(entries[0]), at) !=
-        (ssize_t)(n * sizeof(entries[0]))) {
+    if (sys_pread(space->process.pagemap_fd, entries, n * sizeof(entries[0]),
+                  at) != (ssize_t)(n * sizeof(entries[0]))) {
         return true;
     }
     for (uint32_t i = 0; i < n; i++) {
@@ -314,8 +316,8 @@ bool dedup_ksm_kept_out(DedupRegion *r, uint32_t first, uint32_t n,
         dedup_freezer_keeps_ksm_out(&space->freezer)) {
         return true;
     }
-    if (pread(space->process.pagemap_fd, entries, n * sizeof(entries[0]), at) !=
-        (ssize_t)(n * sizeof(entries[0]))) {
+    if (sys_pread(space->process.pagemap_fd, entries, n * sizeof(entries[0]),
+                  at) != (ssize_t)(n * sizeof(entries[0]))) {
         return false;
     }
     for (uint32_t i = 0; i < n; i++) {

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 
 #include "host/mutant.h"
+#include "host/sys.h"
 #include "space/holdings.h"
 #include "space/ledger.h"
 
@@ -141,8 +142,8 @@ static void give_back(DedupRegion *r, uint32_t chunk)
         }
     }
     /* all of it is zero: if it stays, it stays right */
-    madvise(r->entry + (size_t)first * DEDUP_CHUNK_PAGES, DEDUP_PAGE_SIZE,
-            MADV_DONTNEED);
+    sys_madvise(r->entry + (size_t)first * DEDUP_CHUNK_PAGES, DEDUP_PAGE_SIZE,
+                MADV_DONTNEED);
 }
 
 static void store(DedupRegion *r, uint32_t page, uint32_t entry)

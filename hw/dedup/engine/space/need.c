@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
+#include "host/sys.h"
 #include "space/ledger.h"
 #include "space/need.h"
 
@@ -15,7 +16,7 @@ static uint64_t file_room(int fd)
 {
     struct statfs sfs;
 
-    if (fstatfs(fd, &sfs) < 0) {
+    if (sys_fstatfs(fd, &sfs) < 0) {
         return 0;
     }
     return sfs.f_blocks ? (uint64_t)sfs.f_bavail * sfs.f_bsize : UINT64_MAX;

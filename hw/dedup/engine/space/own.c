@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "host/mutant.h"
+#include "host/sys.h"
 #include "space/own.h"
 #include "space/punch.h"
 
@@ -24,10 +25,10 @@ void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n)
     }
     /* they fail for want of maps only where they would split one */
     if (r->info.flags & DEDUP_REGION_DONTFORK) {
-        madvise(addr, len, MADV_DONTFORK);
+        sys_madvise(addr, len, MADV_DONTFORK);
     }
     if (r->info.flags & DEDUP_REGION_DONTDUMP) {
-        madvise(addr, len, MADV_DONTDUMP);
+        sys_madvise(addr, len, MADV_DONTDUMP);
     }
 }
 
@@ -52,8 +53,8 @@ bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n)
         offset = dedup_region_file_offset(r, page);
         break;
     }
-    if (mmap(addr, len, PROT_READ | PROT_WRITE, flags, r->info.fd, offset) ==
-        MAP_FAILED) {
+    if (sys_mmap(addr, len, PROT_READ | PROT_WRITE, flags, r->info.fd,
+                 offset) == MAP_FAILED) {
         return false;
     }
     if (r->info.flags & DEDUP_REGION_HUGEPAGE) {
@@ -63,9 +64,9 @@ bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n)
 
             next = MIN((i / DEDUP_CHUNK_PAGES + 1) * DEDUP_CHUNK_PAGES,
                        page + n);
-            madvise(dedup_region_addr(r, i),
-                    (size_t)(next - i) << DEDUP_PAGE_SHIFT,
-                    nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+            sys_madvise(dedup_region_addr(r, i),
+                        (size_t)(next - i) << DEDUP_PAGE_SHIFT,
+                        nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
         }
     }
     dedup_region_reapply(r, page, n);
@@ -77,8 +78,9 @@ bool dedup_own_has_hole(const DedupRegion *r, uint32_t page, uint32_t n)
     unsigned char vec[DEDUP_WINDOW_PAGES];
 
     g_assert(n <= DEDUP_WINDOW_PAGES);
-    return mincore(dedup_region_addr(r, page), (size_t)n << DEDUP_PAGE_SHIFT,
-                   vec) < 0 && errno == ENOMEM;
+    return sys_mincore(dedup_region_addr(r, page),
+                       (size_t)n << DEDUP_PAGE_SHIFT, vec) < 0 &&
+           errno == ENOMEM;
 }
 
 bool dedup_own_write(DedupRegion *r, uint32_t page, uint32_t n,
@@ -89,9 +91,8 @@ bool dedup_own_write(DedupRegion *r, uint32_t page, uint32_t n,
     size_t done = 0;
 
     while (done < len) {
-        ssize_t ret = DEDUP_FAIL(WRITE) ? 0 : pwrite(r->info.fd, from + done,
-                                                     len - done,
-                                                     offset + done);
+        ssize_t ret = sys_pwrite(r->info.fd, from + done, len - done,
+                                 offset + done);
 
         if (ret < 0 && errno == EINTR) {
             continue;
@@ -108,7 +109,7 @@ bool dedup_own_write(DedupRegion *r, uint32_t page, uint32_t n,
 
 bool dedup_own_map_back(DedupRegion *r, uint32_t page, uint32_t n)
 {
-    bool ok = !DEDUP_FAIL(MAP_BACK) && dedup_region_map_own(r, page, n);
+    bool ok = dedup_region_map_own(r, page, n);
 
     for (unsigned try = 0;
          !ok && try < HOLE_TRIES && dedup_own_has_hole(r, page, n); try++) {
@@ -120,24 +121,24 @@ bool dedup_own_map_back(DedupRegion *r, uint32_t page, uint32_t n)
 
 uint8_t *dedup_own_staging(const DedupRegion *r, uint32_t page, size_t len)
 {
-    uint8_t *p = mmap(NULL, len, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS |
-                      (r->info.flags & DEDUP_REGION_NORESERVE ? MAP_NORESERVE
-                                                         : 0), -1, 0);
+    uint8_t *p = sys_mmap(NULL, len, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS |
+                          (r->info.flags & DEDUP_REGION_NORESERVE ?
+                           MAP_NORESERVE : 0), -1, 0);
 
     if (p == MAP_FAILED) {
         return NULL;
     }
     if (r->info.flags & DEDUP_REGION_DONTFORK) {
-        madvise(p, len, MADV_DONTFORK);
+        sys_madvise(p, len, MADV_DONTFORK);
     }
     if (r->info.flags & DEDUP_REGION_DONTDUMP) {
-        madvise(p, len, MADV_DONTDUMP);
+        sys_madvise(p, len, MADV_DONTDUMP);
     }
     if (r->info.flags & DEDUP_REGION_HUGEPAGE) {
         bool nohuge = r->area[page / DEDUP_CHUNK_PAGES] & DEDUP_AREA_NOHUGE;
 
-        madvise(p, len, nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+        sys_madvise(p, len, nohuge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
     }
     return p;
 }
@@ -150,7 +151,7 @@ bool dedup_own_move(DedupRegion *r, uint8_t *from, uint32_t page,
     unsigned try = 0;
 
     do {
-        if (mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) !=
+        if (sys_mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) !=
             MAP_FAILED) {
             return true;
         }
@@ -181,13 +182,13 @@ bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
     if (!staging) {
         return false;
     }
-    munmap(staging + len, DEDUP_PAGE_SIZE);
+    sys_munmap(staging + len, DEDUP_PAGE_SIZE);
     for (uint32_t i = 0; content && i < n; i++) {
         dedup_page_copy(staging + ((size_t)i << DEDUP_PAGE_SHIFT),
                         content + ((size_t)i << DEDUP_PAGE_SHIFT));
     }
     if (!dedup_own_move(r, staging, page, n)) {
-        munmap(staging, len);
+        sys_munmap(staging, len);
         return false;
     }
     return true;

@@ -31,6 +31,7 @@
 #include <unistd.h>
 
 #include "host/pagemap.h"
+#include "host/sys.h"
 #include "space/ledger.h"
 #include "space/presence.h"
 
@@ -84,7 +85,7 @@ static bool pagemap_scan(DedupSpace *space, uint8_t *addr, uint32_t n,
                            PAGE_IS_PFNZERO | PAGE_IS_HUGE |
                            (mixed ? PAGE_IS_FILE : 0),
         };
-        int found = ioctl(space->process.pagemap_fd, PAGEMAP_SCAN, &arg);
+        int found = sys_ioctl(space->process.pagemap_fd, PAGEMAP_SCAN, &arg);
 
         if (found < 0) {
             return false;
@@ -112,8 +113,8 @@ static bool pagemap_read(DedupSpace *space, uint8_t *addr, uint32_t n,
     uint64_t entries[DEDUP_CHUNK_PAGES];
     uint64_t offset = ((uintptr_t)addr >> DEDUP_PAGE_SHIFT) *
                       sizeof(entries[0]);
-    ssize_t len = pread(space->process.pagemap_fd, entries,
-                        n * sizeof(entries[0]), offset);
+    ssize_t len = sys_pread(space->process.pagemap_fd, entries,
+                            n * sizeof(entries[0]), offset);
 
     if (len != (ssize_t)(n * sizeof(entries[0]))) {
         return false;
@@ -154,8 +155,8 @@ void dedup_presence_prepare(DedupRegion *r)
         return;
     }
     path = g_strdup_printf("/proc/self/fd/%d", r->info.fd);
-    r->blind = (fstat(r->info.fd, &st) < 0 || st.st_uid != geteuid()) &&
-               faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) < 0;
+    r->blind = (sys_fstat(r->info.fd, &st) < 0 || st.st_uid != geteuid()) &&
+               sys_faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) < 0;
 }
 
 /* Which pages of a range of the region's file have data; holes have none. */
@@ -168,14 +169,14 @@ static bool file_data(const DedupRegion *r, uint32_t first, uint32_t n,
 
     memset(resident, 0, n);
     for (off_t at = start; at < end; at = hole) {
-        data = lseek(r->info.fd, at, SEEK_DATA);
+        data = sys_lseek(r->info.fd, at, SEEK_DATA);
         if (data < 0) {
             return errno == ENXIO; /* no data behind */
         }
         if (data >= end) {
             return true;
         }
-        hole = lseek(r->info.fd, data, SEEK_HOLE);
+        hole = sys_lseek(r->info.fd, data, SEEK_HOLE);
         if (hole < 0) {
             return false;
         }
@@ -214,8 +215,8 @@ bool dedup_presence(DedupRegion *r, uint32_t first, uint32_t n,
         return false;
     }
     if (r->blind ? !file_data(r, first, n, resident)
-                 : mincore(addr, (size_t)n << DEDUP_PAGE_SHIFT,
-                           resident) < 0) {
+                 : sys_mincore(addr, (size_t)n << DEDUP_PAGE_SHIFT,
+                               resident) < 0) {
         return false;
     }
     for (uint32_t i = 0; i < n; i++) {
@@ -231,7 +232,7 @@ static uint32_t next_in_file(const DedupRegion *r, uint32_t page,
                              uint32_t end)
 {
     off_t start = dedup_region_file_offset(r, page);
-    off_t data = lseek(r->info.fd, start, SEEK_DATA);
+    off_t data = sys_lseek(r->info.fd, start, SEEK_DATA);
 
     if (data < 0) {
         return errno == ENXIO ? end : page;
@@ -261,7 +262,7 @@ static uint32_t next_private(const DedupRegion *r, uint32_t page,
         .return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
     };
     int n = r->space->process.has_pagemap_scan ?
-            ioctl(r->space->process.pagemap_fd, PAGEMAP_SCAN, &arg) : -1;
+            sys_ioctl(r->space->process.pagemap_fd, PAGEMAP_SCAN, &arg) : -1;
 
     if (n < 0) {
         return page; /* dedup_presence() finds another way */
@@ -382,7 +383,7 @@ static uint64_t swapped_in_file(const DedupRegion *r, uint64_t copies)
     uint64_t blocks;
 
     if (r->dead || r->info.memory != DEDUP_MEMORY_SHARED ||
-        fstat(r->info.fd, &st) < 0) {
+        sys_fstat(r->info.fd, &st) < 0) {
         return 0;
     }
     /* what the file has and mincore() did not see resident */

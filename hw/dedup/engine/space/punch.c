@@ -22,21 +22,22 @@
 #include <unistd.h>
 
 #include "host/mutant.h"
+#include "host/sys.h"
 #include "space/ledger.h"
 #include "space/punch.h"
 
 bool dedup_punch(const DedupRegion *r, uint32_t page, uint32_t n)
 {
-    return fallocate(r->info.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                     dedup_region_file_offset(r, page),
-                     (off_t)n << DEDUP_PAGE_SHIFT) == 0;
+    return sys_fallocate(r->info.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                         dedup_region_file_offset(r, page),
+                         (off_t)n << DEDUP_PAGE_SHIFT) == 0;
 }
 
 /* Has the file memory there? */
 static bool has_memory(const DedupRegion *r, uint32_t page, uint32_t n)
 {
     off_t start = dedup_region_file_offset(r, page);
-    off_t data = lseek(r->info.fd, start, SEEK_DATA);
+    off_t data = sys_lseek(r->info.fd, start, SEEK_DATA);
 
     return data >= 0 && data < start + ((off_t)n << DEDUP_PAGE_SHIFT);
 }

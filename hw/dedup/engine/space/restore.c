@@ -21,6 +21,7 @@
 #include <sys/stat.h>
 
 #include "host/mutant.h"
+#include "host/sys.h"
 #include "space/ksm.h"
 #include "space/ledger.h"
 #include "space/own.h"
@@ -157,7 +158,7 @@ static uint64_t file_pages(const DedupRegion *r)
 {
     struct stat st;
 
-    return fstat(r->info.fd, &st) == 0 ?
+    return sys_fstat(r->info.fd, &st) == 0 ?
            (uint64_t)st.st_blocks * 512 >> DEDUP_PAGE_SHIFT : 0;
 }
 
@@ -260,8 +261,8 @@ static void drop_staging(const Span *s, uint8_t *staging)
             ;
         }
         if (!s->take[i]) {
-            munmap(staging + ((size_t)i << DEDUP_PAGE_SHIFT),
-                   (size_t)(j - i) << DEDUP_PAGE_SHIFT);
+            sys_munmap(staging + ((size_t)i << DEDUP_PAGE_SHIFT),
+                       (size_t)(j - i) << DEDUP_PAGE_SHIFT);
         }
     }
 }
@@ -293,7 +294,7 @@ static void restore_private(Span *s)
     if (!dedup_region_freeze(r, s->first, s->n,
                              r->info.memory == DEDUP_MEMORY_ANON, &frozen)) {
         note_unfrozen(r);
-        munmap(staging, len);
+        sys_munmap(staging, len);
         return;
     }
     choose_again(s);
@@ -339,8 +340,8 @@ static void populate(Span *s)
         uint32_t entry = dedup_entry_at(s->r, page);
 
         if (dedup_entry_is_segment(entry) && !(entry & DEDUP_BROKEN) &&
-            madvise(dedup_region_addr(s->r, page), DEDUP_PAGE_SIZE,
-                    MADV_POPULATE_WRITE) == 0) {
+            sys_madvise(dedup_region_addr(s->r, page), DEDUP_PAGE_SIZE,
+                        MADV_POPULATE_WRITE) == 0) {
             dedup_ledger_set(s->r, page, entry | DEDUP_BROKEN);
         }
     }

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "host/mutant.h"
+#include "host/sys.h"
 #include "index/index.h"
 #include "space/array.h"
 #include "space/holdings.h"
@@ -264,9 +265,9 @@ static void allow_huge(DedupRegion *r)
         uint32_t page = i * DEDUP_CHUNK_PAGES;
 
         if (r->area[i] & DEDUP_AREA_NOHUGE) {
-            madvise(dedup_region_addr(r, page),
-                    (size_t)MIN(DEDUP_CHUNK_PAGES, r->npages - page) <<
-                    DEDUP_PAGE_SHIFT, MADV_HUGEPAGE);
+            sys_madvise(dedup_region_addr(r, page),
+                        (size_t)MIN(DEDUP_CHUNK_PAGES, r->npages - page) <<
+                        DEDUP_PAGE_SHIFT, MADV_HUGEPAGE);
         }
     }
 }

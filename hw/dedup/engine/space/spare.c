@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "host/page.h"
+#include "host/sys.h"
 #include "host/types.h"
 #include "space/spare.h"
 
@@ -21,20 +22,20 @@ bool dedup_spare_ready(DedupSpare *s)
         return true;
     }
     if (!s->pages) {
-        void *p = mmap(NULL, SPARE_BYTES, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *p = sys_mmap(NULL, SPARE_BYTES, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
         if (p == MAP_FAILED) {
             return false;
         }
         s->pages = p;
         /* a page that a child or KSM has, too, cannot be moved */
-        madvise(p, SPARE_BYTES, MADV_DONTFORK);
-        madvise(p, SPARE_BYTES, MADV_UNMERGEABLE);
-        madvise(p, SPARE_BYTES, MADV_NOHUGEPAGE);
-        madvise(p, SPARE_BYTES, MADV_DONTDUMP);
+        sys_madvise(p, SPARE_BYTES, MADV_DONTFORK);
+        sys_madvise(p, SPARE_BYTES, MADV_UNMERGEABLE);
+        sys_madvise(p, SPARE_BYTES, MADV_NOHUGEPAGE);
+        sys_madvise(p, SPARE_BYTES, MADV_DONTDUMP);
     }
-    s->whole = madvise(s->pages, SPARE_BYTES, MADV_POPULATE_WRITE) == 0;
+    s->whole = sys_madvise(s->pages, SPARE_BYTES, MADV_POPULATE_WRITE) == 0;
     return s->whole;
 }
 
@@ -52,7 +53,7 @@ size_t dedup_spare_size(const DedupSpare *s)
 void dedup_spare_free(DedupSpare *s)
 {
     if (s->pages) {
-        munmap(s->pages, SPARE_BYTES);
+        sys_munmap(s->pages, SPARE_BYTES);
     }
     *s = (DedupSpare) { 0 };
 }

@@ -7,6 +7,7 @@
 
 #include <sys/mman.h>
 
+#include "host/sys.h"
 #include "space/ledger.h"
 #include "space/presence.h"
 #include "space/split.h"
@@ -59,8 +60,9 @@ void dedup_forbid_huge(DedupRegion *r, DedupAction *const *actions,
         uint32_t len = MIN(DEDUP_CHUNK_PAGES, r->npages - first);
 
         if (!actions[i]->holding && !(r->area[chunk] & DEDUP_AREA_NOHUGE) &&
-            madvise(dedup_region_addr(r, first),
-                    (size_t)len << DEDUP_PAGE_SHIFT, MADV_NOHUGEPAGE) == 0) {
+            sys_madvise(dedup_region_addr(r, first),
+                        (size_t)len << DEDUP_PAGE_SHIFT,
+                        MADV_NOHUGEPAGE) == 0) {
             r->area[chunk] |= DEDUP_AREA_NOHUGE;
         }
     }
@@ -69,7 +71,7 @@ void dedup_forbid_huge(DedupRegion *r, DedupAction *const *actions,
 /* MADV_COLD on one page of a huge page splits it, if all of it is not meant. */
 static void split_at(DedupRegion *r, uint32_t page)
 {
-    madvise(dedup_region_addr(r, page), DEDUP_PAGE_SIZE, MADV_COLD);
+    sys_madvise(dedup_region_addr(r, page), DEDUP_PAGE_SIZE, MADV_COLD);
     r->area[page / DEDUP_CHUNK_PAGES] |= DEDUP_AREA_SPLIT;
 }
 

@@ -24,6 +24,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "host/sys.h"
 #include "space/holdings.h"
 #include "space/space-internal.h"
 #include "space/zeroes.h"
@@ -35,8 +36,8 @@ bool dedup_file_is_bounded(int fd, dev_t *dev)
     struct stat st = { 0 }, kernel; /* unknown ones count as one */
     bool bounded;
 
-    bounded = fstat(fd, &st) < 0 || !memfd ||
-              fstat(memfd->fd, &kernel) < 0 || st.st_dev != kernel.st_dev;
+    bounded = sys_fstat(fd, &st) < 0 || !memfd ||
+              sys_fstat(memfd->fd, &kernel) < 0 || st.st_dev != kernel.st_dev;
     *dev = st.st_dev;
     dedup_segment_free(memfd);
     return bounded;
@@ -84,6 +85,6 @@ uint64_t dedup_zeroes_bytes(const DedupSpace *space)
     const DedupHolding *zeroes = space->holdings.zeroes;
     struct stat st;
 
-    return zeroes && fstat(zeroes->segment->fd, &st) == 0 ?
+    return zeroes && sys_fstat(zeroes->segment->fd, &st) == 0 ?
            (uint64_t)st.st_blocks * 512 + DEDUP_SEGMENT_SLAB : 0;
 }

@@ -273,7 +273,7 @@ bool dedup_engine_check_room(DedupEngine *engine,
  *
  * Returns: false when the mapping could not be put back (the process is at
  * vm.max_map_count): the caller must not discard then, and there is nothing
- * to end.
+ * to end.  Pages of the range may have lost what they had by then.
  */
 bool dedup_engine_discard_begin(DedupEngine *engine, void *host,
                                 uint64_t size);

@@ -200,8 +200,11 @@ bool dedup_group_is_socket(const DedupGroup *g);
 /* group-locks.c */
 /* Lock a byte of a file, or give it up; does not wait.  0 or errno. */
 int dedup_group_byte_lock(int fd, short type, off_t byte);
-/* Which slots living processes hold; our own reads as free. */
-void dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS]);
+/*
+ * Which slots living processes hold; our own reads as free.  False and errno:
+ * that cannot be told; those that are found are.
+ */
+bool dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS]);
 /* Does a living process hold the slot?  Our own reads as free. */
 bool dedup_group_slot_locked(int slots_fd, unsigned member);
 /* The lock of the table of segments; false: somebody else sits on it. */

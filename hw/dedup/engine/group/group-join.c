@@ -217,8 +217,10 @@ static bool find_file(DedupGroup *g, const Patience *patience,
         unsigned live = 0;
         bool left = false;
 
-        dedup_group_locked_slots(g->slots_fd, locked);
-
+        if (!dedup_group_locked_slots(g->slots_fd, locked)) {
+            return group_error(g, error, "cannot see who has locked '" SUBDIR
+                               "/slots' in it: %s", g_strerror(errno));
+        }
         for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
             int64_t ms = (patience->deadline - g_get_monotonic_time()) /
                          G_TIME_SPAN_MILLISECOND;
@@ -286,7 +288,9 @@ static void remove_stale(DedupGroup *g)
 {
     bool locked[DEDUP_MAX_MEMBERS];
 
-    dedup_group_locked_slots(g->slots_fd, locked);
+    if (!dedup_group_locked_slots(g->slots_fd, locked)) {
+        return; /* who joins next does it */
+    }
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         char name[16];
 
@@ -515,6 +519,7 @@ unsigned dedup_group_count_incompatible(const DedupGroup *g)
         if (sys_fstat(slots, &st) == 0 && S_ISREG(st.st_mode)) {
             bool locked[DEDUP_MAX_MEMBERS];
 
+            /* what it finds until it fails is there */
             dedup_group_locked_slots(slots, locked);
             for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
                 n += locked[k];

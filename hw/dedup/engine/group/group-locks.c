@@ -44,7 +44,8 @@ bool dedup_group_slot_locked(int slots_fd, unsigned member)
         .l_len = 1,
     };
 
-    return sys_fcntl_lock(slots_fd, F_OFD_GETLK, &lock) == 0 &&
+    /* if that cannot be told nobody shall be taken for dead */
+    return sys_fcntl_lock(slots_fd, F_OFD_GETLK, &lock) < 0 ||
            lock.l_type != F_UNLCK;
 }
 
@@ -52,7 +53,7 @@ bool dedup_group_slot_locked(int slots_fd, unsigned member)
  * The kernel names one lock of a range, whichever: so a range is split at it.
  * That takes two questions for each member, not one for each slot.
  */
-static void find_locks(int slots_fd, unsigned first, unsigned end,
+static bool find_locks(int slots_fd, unsigned first, unsigned end,
                        bool *locked)
 {
     while (first < end) {
@@ -64,24 +65,29 @@ static void find_locks(int slots_fd, unsigned first, unsigned end,
         };
         unsigned start, stop;
 
-        if (sys_fcntl_lock(slots_fd, F_OFD_GETLK, &lock) < 0 ||
-            lock.l_type == F_UNLCK) {
-            return;
+        if (sys_fcntl_lock(slots_fd, F_OFD_GETLK, &lock) < 0) {
+            return false;
+        }
+        if (lock.l_type == F_UNLCK) {
+            return true;
         }
         start = MAX(lock.l_start, first);
         stop = lock.l_len ? MIN(lock.l_start + lock.l_len, end) : end;
         for (unsigned k = start; k < stop; k++) {
             locked[k] = true;
         }
-        find_locks(slots_fd, first, start, locked);
+        if (!find_locks(slots_fd, first, start, locked)) {
+            return false;
+        }
         first = MAX(stop, start + 1);
     }
+    return true;
 }
 
-void dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS])
+bool dedup_group_locked_slots(int slots_fd, bool locked[DEDUP_MAX_MEMBERS])
 {
     memset(locked, 0, DEDUP_MAX_MEMBERS * sizeof(locked[0]));
-    find_locks(slots_fd, 0, DEDUP_MAX_MEMBERS, locked);
+    return find_locks(slots_fd, 0, DEDUP_MAX_MEMBERS, locked);
 }
 
 bool dedup_group_table_lock(DedupGroup *g)

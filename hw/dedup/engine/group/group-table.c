@@ -65,8 +65,8 @@ static bool publisher_gone(DedupGroup *g, const DedupTableEntry *e)
     DedupSlot slot;
 
     return !dedup_group_alive(g, e->member) ||
-           !dedup_group_slot_read(g, e->member, &slot) ||
-           slot.incarnation != e->incarnation;
+           (dedup_group_slot_read(g, e->member, &slot) &&
+            slot.incarnation != e->incarnation);
 }
 
 /* The next generation of @gid; never 0, so that no gid is 0. */
@@ -132,26 +132,33 @@ uint32_t dedup_group_segment_alloc(DedupGroup *g, unsigned npages)
     return gid;
 }
 
-static bool entry_read(const DedupGroup *g, uint32_t gid, DedupTableEntry *e)
+static DedupLookup entry_read(const DedupGroup *g, uint32_t gid,
+                              DedupTableEntry *e)
 {
-    return gid != 0 && gid < 1u << DEDUP_GID_BITS &&
-           dedup_group_file_read(&g->file, e, sizeof(*e),
-                                 table_offset(DEDUP_GID_SLOT(gid))) &&
-           entry_valid(e, DEDUP_GID_SLOT(gid)) && e->gid == gid;
+    if (gid == 0 || gid >= 1u << DEDUP_GID_BITS) {
+        return DEDUP_LOOKUP_GONE;
+    }
+    if (!dedup_group_file_read(&g->file, e, sizeof(*e),
+                               table_offset(DEDUP_GID_SLOT(gid)))) {
+        return DEDUP_LOOKUP_FAILED;
+    }
+    return entry_valid(e, DEDUP_GID_SLOT(gid)) && e->gid == gid ?
+           DEDUP_LOOKUP_FOUND : DEDUP_LOOKUP_GONE;
 }
 
-bool dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
-                                unsigned *member, unsigned *npages)
+DedupLookup dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
+                                       unsigned *member, unsigned *npages)
 {
     DedupTableEntry e;
+    DedupLookup found;
 
     dedup_group_assert_scanner(g);
-    if (!entry_read(g, gid, &e)) {
-        return false;
+    found = entry_read(g, gid, &e);
+    if (found == DEDUP_LOOKUP_FOUND) {
+        *member = e.member;
+        *npages = e.npages;
     }
-    *member = e.member;
-    *npages = e.npages;
-    return true;
+    return found;
 }
 
 void dedup_group_segment_release(DedupGroup *g, uint32_t gid)
@@ -164,7 +171,7 @@ void dedup_group_segment_release(DedupGroup *g, uint32_t gid)
     if (!dedup_group_table_lock(g)) {
         return;
     }
-    if (entry_read(g, gid, &e) &&
+    if (entry_read(g, gid, &e) == DEDUP_LOOKUP_FOUND &&
         ((e.member == g->self && e.incarnation == g->incarnation) ||
          publisher_gone(g, &e))) {
         e.npages = 0;
@@ -295,6 +302,7 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         if (is_alive(g, k) && !dedup_group_slot_read(g, k, &slots[k])) {
             slots[k].rows = 0;
+            complete = false;
         }
     }
     for (uint32_t base = 0; base < extent; base += CHUNK) {
@@ -316,9 +324,12 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
             DedupSegmentUse *into = k == g->self ? own : sum;
 
             rows = rows > base ? MIN(rows - base, n) : 0;
-            if (rows == 0 ||
-                !dedup_group_file_read(&g->file, row, rows * sizeof(*row),
+            if (rows == 0) {
+                continue;
+            }
+            if (!dedup_group_file_read(&g->file, row, rows * sizeof(*row),
                                        use_offset(k, base))) {
+                complete = false;
                 continue;
             }
             for (uint32_t i = 0; i < rows; i++) {
@@ -345,6 +356,10 @@ bool dedup_group_foreach_segment(DedupGroup *g, DedupSegmentFn fn,
                 g_array_append_val(orphans, e->gid);
             }
         }
+    }
+    if (!complete) {
+        /* who uses them may be what could not be read */
+        g_array_set_size(orphans, 0);
     }
     release_orphans(g, orphans);
     return complete;

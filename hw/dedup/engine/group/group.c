@@ -144,17 +144,27 @@ static void set_alive(DedupGroup *g, unsigned member, bool alive)
     }
 }
 
+/* Who lives, but for us; if that cannot be told, who was alive. */
+static void find_locked(DedupGroup *g, bool *locked)
+{
+    memset(locked, 0, DEDUP_MAX_MEMBERS * sizeof(locked[0]));
+    if (g->slots_fd >= 0 &&
+        !dedup_group_locked_slots(g->slots_fd, locked)) {
+        for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
+            locked[k] = __atomic_load_n(&g->alive[k], __ATOMIC_RELAXED);
+        }
+    }
+}
+
 void dedup_group_refresh(DedupGroup *g)
 {
-    bool locked[DEDUP_MAX_MEMBERS] = { false };
+    bool locked[DEDUP_MAX_MEMBERS];
 
     dedup_group_assert_scanner(g);
     g->free_hint = 0;
     /* a newcomer that another thread finds meanwhile would be lost */
     g_mutex_lock(&g->lock);
-    if (g->slots_fd >= 0) {
-        dedup_group_locked_slots(g->slots_fd, locked);
-    }
+    find_locked(g, locked);
     locked[g->self] = true;
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         set_alive(g, k, locked[k]);
@@ -286,15 +296,13 @@ bool dedup_group_member(DedupGroup *g, unsigned member,
 void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
                                 void *opaque)
 {
-    bool locked[DEDUP_MAX_MEMBERS] = { false };
+    bool locked[DEDUP_MAX_MEMBERS];
 
     g_mutex_lock(&g->lock);
     if (!dedup_group_is_joined(g)) {
         goto out;
     }
-    if (g->slots_fd >= 0) {
-        dedup_group_locked_slots(g->slots_fd, locked);
-    }
+    find_locked(g, locked);
     for (unsigned k = 0; k < DEDUP_MAX_MEMBERS; k++) {
         DedupSlot slot;
 

@@ -235,13 +235,19 @@ void dedup_group_foreach_member(DedupGroup *g, DedupMemberFn fn,
 /*
  * The table of segments.  alloc: a free gid for a new segment of this member
  * (0: table full, or the table's lock is held by somebody who does not move;
- * try again later).  lookup: who published it and its length; false if the
- * gid is stale.  release: nobody uses it any more; done by the publisher,
- * or by anyone if the publisher is gone.
+ * try again later).  lookup: who published it and its length, if there is one
+ * of that name.  release: nobody uses it any more; done by the publisher, or
+ * by anyone if the publisher is gone.
  */
+typedef enum DedupLookup {
+    DEDUP_LOOKUP_GONE,        /* the gid is stale */
+    DEDUP_LOOKUP_FOUND,
+    DEDUP_LOOKUP_FAILED,      /* it cannot be told now */
+} DedupLookup;
+
 uint32_t dedup_group_segment_alloc(DedupGroup *g, unsigned npages);
-bool dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
-                                unsigned *member, unsigned *npages);
+DedupLookup dedup_group_segment_lookup(DedupGroup *g, uint32_t gid,
+                                       unsigned *member, unsigned *npages);
 void dedup_group_segment_release(DedupGroup *g, uint32_t gid);
 
 /*

@@ -35,7 +35,8 @@ char *dedup_cgroup_read(int level_fd, const char *name)
     saved = errno;
     close(fd);
     errno = saved;
-    if (len < 0) {
+    if (len <= 0) {
+        errno = len ? errno : EIO; /* none of them is empty */
         return NULL;
     }
     return g_strndup(buf, len);
@@ -125,9 +126,16 @@ static char *mount_of(const char *text, const char *controller, bool v2,
     return NULL;
 }
 
+/* May it be another time?  Then we have a limit that we do not see. */
+static bool is_passing(int error)
+{
+    return error == ENOMEM || error == EMFILE || error == ENFILE ||
+           error == EINTR || error == EAGAIN || error == EIO;
+}
+
 /* Find where the hierarchy with the controller is mounted. */
-static bool find(DedupCgroups *c, const char *cgroups, const char *mounts,
-                 bool v2)
+static bool find_mount(DedupCgroups *c, const char *cgroups,
+                       const char *mounts, bool v2)
 {
     g_autofree char *path = path_of(cgroups, c->controller, v2);
     g_autofree char *root = NULL;
@@ -137,9 +145,51 @@ static bool find(DedupCgroups *c, const char *cgroups, const char *mounts,
         return false;
     }
     c->point_fd = sys_open(point, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (c->point_fd < 0) {
+        c->unknown |= is_passing(errno);
+        return false;
+    }
     c->root = g_steal_pointer(&root);
     c->v2 = v2;
-    return c->point_fd >= 0;
+    return true;
+}
+
+static char *proc_read(const DedupCgroups *c, const char *name)
+{
+    g_autofree char *path = g_build_filename(c->proc, name, NULL);
+    int fd = sys_open(path, O_RDONLY | O_CLOEXEC);
+    GString *text = g_string_new(NULL);
+    char buf[4096];
+    ssize_t len = -1;
+    int saved;
+
+    while (fd >= 0 && (len = sys_read(fd, buf, sizeof(buf))) > 0) {
+        g_string_append_len(text, buf, len);
+    }
+    saved = errno;
+    if (fd >= 0) {
+        close(fd);
+    }
+    errno = saved;
+    return g_string_free(text, len < 0);
+}
+
+/* What is needed to see our cgroups; what of it fails is tried again. */
+static void find(DedupCgroups *c)
+{
+    g_autofree char *path = g_build_filename(c->proc, "self/cgroup", NULL);
+    g_autofree char *cgroups = NULL, *mounts = NULL;
+
+    if (c->cgroup_fd < 0) {
+        c->cgroup_fd = sys_open(path, O_RDONLY | O_CLOEXEC);
+    }
+    cgroups = c->cgroup_fd < 0 ? NULL : proc_read(c, "self/cgroup");
+    mounts = cgroups ? proc_read(c, "self/mountinfo") : NULL;
+    c->unknown = !mounts && is_passing(errno);
+    /* a hybrid host has both; then version 1 has the controller */
+    if (mounts && !find_mount(c, cgroups, mounts, false) && !c->unknown) {
+        find_mount(c, cgroups, mounts, true);
+    }
 }
 
 static void close_levels(DedupCgroups *c)
@@ -175,10 +225,11 @@ static void open_levels(DedupCgroups *c, const char *cgroups)
         if (fd >= 0 && sys_fstat(fd, &st) == 0) {
             c->level_id[c->nlevels] = st.st_ino;
             c->level_fd[c->nlevels++] = fd;
-        } else if (fd >= 0) {
-            close(fd);
         } else {
             c->unknown |= !dedup_cgroup_is_absent(errno);
+            if (fd >= 0) {
+                close(fd);
+            }
         }
         slash = strrchr(below, '/');
         if (slash) {
@@ -192,12 +243,17 @@ void dedup_cgroups_refresh(DedupCgroups *c)
     char buf[16384];
     ssize_t len;
 
+    if (c->point_fd < 0 && c->unknown) {
+        find(c);
+    }
     if (c->point_fd < 0) {
         return;
     }
     len = sys_pread(c->cgroup_fd, buf, sizeof(buf) - 1, 0);
-    if (len < 0) {
-        return; /* where we were is the best guess */
+    if (len <= 0) {
+        /* where we were is the best guess, if that was ever known */
+        c->unknown |= !c->cgroups;
+        return;
     }
     buf[len] = '\0';
     if (c->unknown || g_strcmp0(buf, c->cgroups) != 0) {
@@ -209,32 +265,16 @@ void dedup_cgroups_refresh(DedupCgroups *c)
 
 /* ---- life ---- */
 
-static char *proc_read(const char *proc, const char *name)
-{
-    g_autofree char *path = g_build_filename(proc, name, NULL);
-    char *text = NULL;
-
-    return sys_file_text(path, &text) ? text : NULL;
-}
-
 void dedup_cgroups_init(DedupCgroups *c, const char *proc,
                         const char *controller)
 {
-    g_autofree char *cgroups = proc_read(proc, "self/cgroup");
-    g_autofree char *mounts = proc_read(proc, "self/mountinfo");
-    g_autofree char *path = g_build_filename(proc, "self/cgroup", NULL);
-
     *c = (DedupCgroups) {
         .controller = controller,
+        .proc = g_strdup(proc),
         .point_fd = -1,
-        .cgroup_fd = sys_open(path, O_RDONLY | O_CLOEXEC),
+        .cgroup_fd = -1,
+        .unknown = true,
     };
-    if (cgroups && mounts) {
-        /* a hybrid host has both; then version 1 has the controller */
-        if (!find(c, cgroups, mounts, false)) {
-            find(c, cgroups, mounts, true);
-        }
-    }
     dedup_cgroups_refresh(c); /* while there are descriptors */
 }
 
@@ -247,6 +287,7 @@ void dedup_cgroups_clear(DedupCgroups *c)
     if (c->point_fd >= 0) {
         close(c->point_fd);
     }
+    g_free(c->proc);
     g_free(c->cgroups);
     g_free(c->root);
 }

@@ -18,12 +18,13 @@
 
 typedef struct DedupCgroups {
     const char *controller;   /* a literal */
+    char *proc;
     int cgroup_fd;            /* /proc/self/cgroup */
     int point_fd;             /* where the hierarchy is mounted; or -1 */
     char *root;               /* which part of it is mounted there */
     bool v2;
     char *cgroups;            /* what cgroup_fd said when they were opened */
-    bool unknown;             /* one could not be opened: try again */
+    bool unknown;             /* something could not be opened: try again */
     unsigned nlevels;
     int level_fd[DEDUP_CGROUP_LEVELS]; /* the cgroup, then its ancestors */
     uint64_t level_id[DEDUP_CGROUP_LEVELS]; /* inodes of their directories */

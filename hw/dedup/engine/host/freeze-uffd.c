@@ -40,6 +40,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/utsname.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "host/error.h"
@@ -78,6 +79,8 @@ struct dedup_uffdio_poison {
 
 /* How often the kernel is asked to fill a page, in vain. */
 #define FILL_TRIES 16
+/* Not even a mark could be put there: how long until all is tried again. */
+#define FILL_PAUSE_NS 1000000
 
 static bool kernel_is_older(unsigned major, unsigned minor)
 {
@@ -343,29 +346,35 @@ static bool uffd_move(int uffd, void *addr, void *page)
     return uffd_fill(uffd, DEDUP_UFFDIO_MOVE, &move);
 }
 
-static void uffd_poison(int uffd, void *addr)
+static bool uffd_poison(int uffd, void *addr)
 {
     struct dedup_uffdio_poison poison = {
         .range = { .start = (uintptr_t)addr, .len = DEDUP_PAGE_SIZE },
     };
 
-    uffd_fill(uffd, DEDUP_UFFDIO_POISON, &poison);
+    return uffd_fill(uffd, DEDUP_UFFDIO_POISON, &poison);
 }
 
 static bool uffd_refill(DedupFrozen *z, void *addr, const void *content,
                         void *spare)
 {
+    const struct timespec pause = { .tv_nsec = FILL_PAUSE_NS };
     int uffd = z->freezer->uffd;
 
-    if (uffd_copy(uffd, addr, content)) {
-        return true;
+    for (;;) {
+        if (uffd_copy(uffd, addr, content)) {
+            return true;
+        }
+        dedup_page_copy(spare, content);
+        if (uffd_move(uffd, addr, spare)) {
+            return true;
+        }
+        if (uffd_poison(uffd, addr)) {
+            return false;
+        }
+        /* if the window ended now there would be zeros: let them wait */
+        nanosleep(&pause, NULL);
     }
-    dedup_page_copy(spare, content);
-    if (uffd_move(uffd, addr, spare)) {
-        return true;
-    }
-    uffd_poison(uffd, addr);
-    return false;
 }
 
 /* Is the page at @addr write-protected?  False if that cannot be told. */

@@ -63,28 +63,29 @@ void dedup_hostmem_free(DedupHostMem *m)
     g_free(m);
 }
 
-/* A number of /proc/meminfo, in bytes; UINT64_MAX if unknown. */
-static uint64_t meminfo(DedupHostMem *m, const char *name)
+/* A number of /proc/meminfo, in bytes; @unknown if it cannot be read. */
+static uint64_t meminfo(DedupHostMem *m, const char *name, uint64_t unknown)
 {
     char buf[4096];
     uint64_t kib;
     ssize_t len = sys_pread(m->meminfo_fd, buf, sizeof(buf) - 1, 0);
 
     if (len <= 0) {
-        return UINT64_MAX;
+        return unknown;
     }
     buf[len] = '\0';
-    return dedup_find_number(buf, name, &kib) ? kib * 1024 : UINT64_MAX;
+    return dedup_find_number(buf, name, &kib) ? kib * 1024 : unknown;
 }
 
 uint64_t dedup_hostmem_available(DedupHostMem *m)
 {
-    return meminfo(m, "MemAvailable");
+    /* without /proc nothing is known for ever; else it is short now */
+    return meminfo(m, "MemAvailable", m->meminfo_fd < 0 ? UINT64_MAX : 0);
 }
 
 uint64_t dedup_hostmem_total(DedupHostMem *m)
 {
-    return meminfo(m, "MemTotal");
+    return meminfo(m, "MemTotal", UINT64_MAX);
 }
 
 /* Room below one cgroup's @limit; UINT64_MAX if it has none. */

@@ -24,7 +24,10 @@ typedef struct DedupHostMem DedupHostMem;
 DedupHostMem *dedup_hostmem_new(const char *proc);
 void dedup_hostmem_free(DedupHostMem *m);
 
-/* MemAvailable of /proc/meminfo in bytes; UINT64_MAX if unknown. */
+/*
+ * MemAvailable of /proc/meminfo in bytes; UINT64_MAX if that is not to be had,
+ * 0 if it cannot be read now.
+ */
 uint64_t dedup_hostmem_available(DedupHostMem *m);
 /* MemTotal, likewise. */
 uint64_t dedup_hostmem_total(DedupHostMem *m);

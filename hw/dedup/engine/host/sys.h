@@ -146,9 +146,7 @@ DEDUP_SYS(int, mkdirat, (int dir, const char *path, mode_t mode),
 DEDUP_SYS(int, unlinkat, (int dir, const char *path, int flags),
           unlinkat(dir, path, flags), -1, .fd = dir)
 DEDUP_SYS(DIR *, fdopendir, (int fd), fdopendir(fd), NULL, .fd = fd)
-DEDUP_SYS(void *, readdir, (DIR *dir), readdir(dir), NULL, .data = dir)
-DEDUP_SYS(bool, file_text, (const char *path, char **text),
-          g_file_get_contents(path, text, NULL, NULL), false, .data = text)
+DEDUP_SYS(void *, readdir, (void *dir), readdir(dir), NULL, .data = dir)
 DEDUP_SYS(ssize_t, getrandom, (void *buf, size_t len, unsigned flags),
           getrandom(buf, len, flags), -1, .len = &len)
 

@@ -161,6 +161,7 @@ DedupHolding *dedup_ask_holding(DedupScan *scan, DedupRegion *r,
     DedupHolding *h = dedup_holding_find(scan->space, hint->where);
     unsigned member, npages, failures;
     DedupSegment *segment;
+    DedupLookup found;
 
     *stale = false;
     if (h) {
@@ -171,9 +172,11 @@ DedupHolding *dedup_ask_holding(DedupScan *scan, DedupRegion *r,
         failures >= FETCH_TRIES) {
         return NULL;
     }
-    if (!dedup_group_segment_lookup(scan->group, hint->where, &member,
-                                    &npages) || hint->page >= npages) {
-        *stale = true;
+    found = dedup_group_segment_lookup(scan->group, hint->where, &member,
+                                       &npages);
+    *stale = found == DEDUP_LOOKUP_GONE ||
+             (found == DEDUP_LOOKUP_FOUND && hint->page >= npages);
+    if (*stale || found == DEDUP_LOOKUP_FAILED) {
         return NULL;
     }
     if (!may_fetch(scan, r, page, hash)) {

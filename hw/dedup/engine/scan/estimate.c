@@ -47,7 +47,8 @@ static bool is_published(DedupScan *scan, const DedupHint *hint)
 
     return hint->kind == DEDUP_HINT_PUBLISHED ?
            dedup_group_segment_lookup(scan->group, hint->where, &member,
-                                      &npages) && hint->page < npages :
+                                      &npages) == DEDUP_LOOKUP_FOUND &&
+           hint->page < npages :
            hint->kind == DEDUP_HINT_CLAIMED && may_have(scan, hint);
 }
 

@@ -144,6 +144,7 @@ static bool is_stale(void *opaque, const DedupHint *hint)
     Sweep *s = opaque;
     gpointer gid = GUINT_TO_POINTER(hint->where);
     unsigned member, npages;
+    DedupLookup found;
 
     if (hint->kind != DEDUP_HINT_PUBLISHED) {
         /* whether our own hints are right is for the scan to find out */
@@ -152,9 +153,10 @@ static bool is_stale(void *opaque, const DedupHint *hint)
     }
     npages = GPOINTER_TO_UINT(g_hash_table_lookup(s->lengths, gid));
     if (!npages) {
-        if (!dedup_group_segment_lookup(s->group, hint->where, &member,
-                                        &npages)) {
-            return true;
+        found = dedup_group_segment_lookup(s->group, hint->where, &member,
+                                           &npages);
+        if (found != DEDUP_LOOKUP_FOUND) {
+            return found == DEDUP_LOOKUP_GONE;
         }
         g_hash_table_insert(s->lengths, gid, GUINT_TO_POINTER(npages));
     }

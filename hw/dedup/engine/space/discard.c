@@ -30,10 +30,10 @@ static bool discard_locked(DedupRegion *r, uint32_t first, uint32_t n)
 
         run = 1;
         if (dedup_entry_is_segment(entry)) {
-            run = dedup_ledger_run(r, i, end, dedup_entry_is_segment,
-                                   &segment);
+            run = dedup_ledger_run(r, i, MIN(end, i + DEDUP_WINDOW_PAGES),
+                                   dedup_entry_is_segment, &segment);
         }
-        if (is_mapped_over(r, entry) && !dedup_region_map_own(r, i, run)) {
+        if (is_mapped_over(r, entry) && !dedup_own_map_whole(r, i, run)) {
             return false;
         }
         for (uint32_t k = i; k < i + run; k++) {

@@ -107,7 +107,7 @@ bool dedup_own_write(DedupRegion *r, uint32_t page, uint32_t n,
     return true;
 }
 
-bool dedup_own_map_back(DedupRegion *r, uint32_t page, uint32_t n)
+bool dedup_own_map_whole(DedupRegion *r, uint32_t page, uint32_t n)
 {
     bool ok = dedup_region_map_own(r, page, n);
 
@@ -115,6 +115,13 @@ bool dedup_own_map_back(DedupRegion *r, uint32_t page, uint32_t n)
          !ok && try < HOLE_TRIES && dedup_own_has_hole(r, page, n); try++) {
         ok = dedup_region_map_own(r, page, n);
     }
+    return ok;
+}
+
+bool dedup_own_map_back(DedupRegion *r, uint32_t page, uint32_t n)
+{
+    bool ok = dedup_own_map_whole(r, page, n);
+
     r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
     return ok;
 }

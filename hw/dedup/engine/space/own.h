@@ -16,6 +16,9 @@ void dedup_region_reapply(const DedupRegion *r, uint32_t page, uint32_t n);
 /* Map the region's own memory there, without contents. */
 bool dedup_region_map_own(DedupRegion *r, uint32_t page, uint32_t n);
 
+/* The same, without leaving a hole if trying again helps. */
+bool dedup_own_map_whole(DedupRegion *r, uint32_t page, uint32_t n);
+
 /*
  * Did the kernel unmap a place, and could not map there what was wanted?  That
  * takes a lack of its own memory at the worst moment.

@@ -107,6 +107,12 @@ static const Case cases[] = {
       "/mprotect/pinned/anon", "read failed", MPROTECT },
     { DEDUP_MUTANT_LOCK_FIRST, "test-dedup-vcpus",
       "/vcpus/discard", "vCPU hangs", MPROTECT },
+    /* the harness of test-dedup-kth: a hole is left, a page is gone */
+    { DEDUP_MUTANT_NO_PUT_BACK, "test-dedup-kth",
+      "/kth/merge/memfd", "lost page|zero page" },
+    { DEDUP_MUTANT_NO_PUT_BACK, "test-dedup-kth",
+      "/kth/merge/anon", "lost page|zero page" },
+    { DEDUP_MUTANT_FD_LEAK, "test-dedup-kth", "/kth/fetch/memfd", "leak" },
 };
 
 static char *program_dir;

@@ -27,4 +27,13 @@ struct DedupEngine {
     char *group_error;        /* control lock */
 };
 
+/*
+ * What dedup_engine_run() does, for who has no thread for it: begin once, step
+ * until that says false, end.  A step that has nothing to do waits, unless
+ * dedup_control_kick() was called before.
+ */
+void dedup_engine_begin(DedupEngine *engine);
+bool dedup_engine_step(DedupEngine *engine);
+void dedup_engine_end(DedupEngine *engine);
+
 #endif /* DEDUP_ENGINE_INTERNAL_H */

@@ -231,7 +231,10 @@ static void complete(DedupEngine *e)
 
 typedef enum Task { TASK_STOP, TASK_RESTORE, TASK_SCAN, TASK_REST } Task;
 
-/* What to do next, and what that is called; takes over new parameters. */
+/*
+ * What to do next, and what that is called (unless to stop); takes over new
+ * parameters.
+ */
 static Task next_task(DedupEngine *e, DedupParams *params, DedupState *state)
 {
     bool sealed;
@@ -370,40 +373,59 @@ static void rest(DedupEngine *e)
     }
 }
 
-void dedup_engine_run(DedupEngine *e)
+void dedup_engine_begin(DedupEngine *e)
 {
-    DedupState state = DEDUP_STATE_SCANNING;
-    DedupParams params;
-    Task task;
-
     dedup_figures_begin_thread(&e->figures);
     dedup_space_set_scanner(e->space, pause_scanner);
     join(e);
     /* the first pass merges: how many mappings are there before? */
     dedup_figures_batch(&e->figures, true);
-    while ((task = next_task(e, &params, &state)) != TASK_STOP) {
-        if (task != TASK_SCAN || !has_regions(e)) {
-            /* what waits for a segment would wait for long */
-            dedup_scan_abandon(e->scan);
-        }
-        enter_state(e, state);
-        if (dedup_space_reap(e->space)) {
-            dedup_scan_drop_unused(e->scan); /* no pass may come by */
-        }
-        if (task == TASK_SCAN) {
-            scan(e, &params);
-        } else if (task == TASK_RESTORE) {
-            restore(e);
-        } else {
-            rest(e);
-        }
-        if (dedup_scan_has_lost_group(e->scan)) {
-            set_group_error(e, "its files were deleted or replaced while they"
-                               " were in use; joining it again");
-        }
+}
+
+bool dedup_engine_step(DedupEngine *e)
+{
+    DedupState state;
+    DedupParams params;
+    Task task = next_task(e, &params, &state);
+
+    if (task == TASK_STOP) {
+        return false;
     }
+    if (task != TASK_SCAN || !has_regions(e)) {
+        /* what waits for a segment would wait for long */
+        dedup_scan_abandon(e->scan);
+    }
+    enter_state(e, state);
+    if (dedup_space_reap(e->space)) {
+        dedup_scan_drop_unused(e->scan); /* no pass may come by */
+    }
+    if (task == TASK_SCAN) {
+        scan(e, &params);
+    } else if (task == TASK_RESTORE) {
+        restore(e);
+    } else {
+        rest(e);
+    }
+    if (dedup_scan_has_lost_group(e->scan)) {
+        set_group_error(e, "its files were deleted or replaced while they"
+                           " were in use; joining it again");
+    }
+    return true;
+}
+
+void dedup_engine_end(DedupEngine *e)
+{
     dedup_scan_abandon(e->scan);
     dedup_figures_end_thread(&e->figures);
+}
+
+void dedup_engine_run(DedupEngine *e)
+{
+    dedup_engine_begin(e);
+    while (dedup_engine_step(e)) {
+        ;
+    }
+    dedup_engine_end(e);
 }
 
 void dedup_engine_stop(DedupEngine *e)

@@ -276,7 +276,9 @@ DedupSegment *dedup_segment_accept(int fd, uint32_t gid, unsigned npages,
     }
 
 fail:
-    close(fd);
+    if (!DEDUP_MUTANT(FD_LEAK)) {
+        close(fd);
+    }
     return NULL;
 }
 

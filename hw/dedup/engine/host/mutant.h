@@ -41,6 +41,8 @@ enum {
     DEDUP_MUTANT_FREEZE_PINNED = 22,  /* pinned pages are frozen */
     DEDUP_MUTANT_LOCK_FIRST = 23,     /* the lock, then vCPUs are kept out */
     DEDUP_MUTANT_VHOST_USER_SILENT = 24, /* it exports RAM and says nothing */
+    DEDUP_MUTANT_NO_PUT_BACK = 25,    /* a refused mapping is not undone */
+    DEDUP_MUTANT_FD_LEAK = 26,        /* nor a file closed that is refused */
 };
 
 #ifdef CONFIG_DEDUP_MUTANTS

@@ -339,6 +339,9 @@ static void put_back(DedupWindow *w, DedupRun *run, Flushed flushed)
     const uint8_t *content = run->holding && !in_file ?
         dedup_segment_page(run->holding->segment, run->index) : NULL;
 
+    if (DEDUP_MUTANT(NO_PUT_BACK)) {
+        return;
+    }
     run->refilled = dedup_fill_hole(w->r, run->page, run->n, content);
     if (run->refilled || !content || !flushed || !run->own) {
         return;

@@ -221,7 +221,8 @@ static void use_table(FuzzInput *in, unsigned op)
         g_assert_cmpuint(gid, <, 1u << DEDUP_GID_BITS);
         break;
     case 1:
-        if (dedup_group_segment_lookup(group, use.gid, &member, &npages)) {
+        if (dedup_group_segment_lookup(group, use.gid, &member, &npages) ==
+            DEDUP_LOOKUP_FOUND) {
             g_assert_cmpuint(member, <, DEDUP_MAX_MEMBERS);
             g_assert_cmpuint(npages, >, 0);
             g_assert_cmpuint(npages, <=, DEDUP_SEGMENT_PAGES);

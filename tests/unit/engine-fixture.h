@@ -204,6 +204,7 @@ void fx_wait_until(bool (*test)(void *opaque), void *opaque,
 
 /* By number: older headers do not have it. */
 #define FX_UFFDIO_MOVE _IOWR(0xaa, 0x05, uint64_t[5])
+#define FX_UFFDIO_POISON _IOWR(0xaa, 0x08, uint64_t[4])
 
 bool fx_is_call(const DedupSysCall *call, const char *name);
 bool fx_is_ioctl(const DedupSysCall *call, unsigned long request);

@@ -23,7 +23,6 @@
 #define HOLES_MOST 50
 
 #define FX_MADV_POPULATE_WRITE 23
-#define UFFDIO_POISON_REQUEST _IOWR(0xaa, 0x08, uint64_t[4])
 
 typedef struct Page {
     const char *name;
@@ -82,7 +81,7 @@ static const Page pages[] = {
                               ESRCH } },
     { "ioctl", FX_UFFDIO_MOVE, { ENOMEM, EAGAIN, EBUSY, EINVAL, ENOENT,
                                  ESRCH } },
-    { "ioctl", UFFDIO_POISON_REQUEST, { ENOMEM, EAGAIN, EINVAL, ENOENT,
+    { "ioctl", FX_UFFDIO_POISON, { ENOMEM, EAGAIN, EINVAL, ENOENT,
                                         ESRCH } },
     { "ioctl", PAGEMAP_SCAN, { ENOMEM, EINTR, EINVAL } },
     { "userfaultfd", 0, { ENOMEM, EMFILE, ENFILE, EPERM, EINVAL } },
@@ -321,7 +320,7 @@ static int hook(DedupSysCall *c)
         error = go_wrong(c);
     }
     state.kept |= error && fx_is_call(c, "munmap");
-    state.poisoned |= !error && fx_is_ioctl(c, UFFDIO_POISON_REQUEST);
+    state.poisoned |= !error && fx_is_ioctl(c, FX_UFFDIO_POISON);
     g_mutex_unlock(&state.lock);
     return error;
 }

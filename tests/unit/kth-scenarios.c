@@ -470,7 +470,11 @@ static void prepare_join(KthRun *run)
 static void act_join(KthRun *run)
 {
     if (start(run, 0)) {
-        act_both(run);
+        if (dedup_engine_has_pagemap(run->fe[0]->e)) {
+            act_both(run);
+        } else {
+            stop(run, 0); /* its owner merges nothing with it */
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 
 #include "group-util.h"
+#include "host/sys.h"
 
 typedef struct Fixture {
     char *dir;
@@ -365,6 +366,38 @@ static void test_garbage(Fixture *f, gconstpointer data)
     }
 }
 
+/* Nothing of the table can be read now, nor who lives be seen. */
+static int refuse_to_tell(DedupSysCall *call)
+{
+    return strcmp(call->name, "pread") == 0 ? EIO :
+           strcmp(call->name, "fcntl_lock") == 0 && call->arg == F_OFD_GETLK ?
+           ENOLCK : 0;
+}
+
+/* What cannot be read is not gone, and who cannot be seen is not dead. */
+static void test_unreadable(Fixture *f, gconstpointer data)
+{
+    uint32_t gid = dedup_group_segment_alloc(f->a->g, 64);
+    unsigned member, npages;
+
+    dedup_group_refresh(f->b->g);
+    dedup_sys_hook = refuse_to_tell;
+    g_assert_cmpint(dedup_group_segment_lookup(f->b->g, gid, &member,
+                                               &npages), ==,
+                    DEDUP_LOOKUP_FAILED);
+    g_assert_cmpint(dedup_group_segment_lookup(f->b->g, 0, &member, &npages),
+                    ==, DEDUP_LOOKUP_GONE);
+    dedup_group_segment_release(f->b->g, gid);
+    dedup_group_refresh(f->b->g);
+    g_assert_cmpuint(dedup_group_members(f->b->g), ==, 2);
+    g_assert_true(dedup_group_alive(f->b->g, 0));
+    dedup_sys_hook = NULL;
+    g_assert_cmpint(dedup_group_segment_lookup(f->b->g, gid, &member,
+                                               &npages), ==,
+                    DEDUP_LOOKUP_FOUND);
+    g_assert_cmpuint(npages, ==, 64);
+}
+
 static void add(const char *name, void (*fn)(Fixture *, gconstpointer))
 {
     g_test_add(name, Fixture, NULL, setup, fn, teardown);
@@ -383,5 +416,6 @@ int main(int argc, char **argv)
     add("/table/orphans", test_orphans);
     add("/table/let-go", test_let_go);
     add("/table/garbage", test_garbage);
+    add("/table/unreadable", test_unreadable);
     return g_test_run();
 }

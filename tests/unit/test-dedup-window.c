@@ -60,6 +60,18 @@ static int loses_page(DedupSysCall *c)
            (fx_maps_segment(c) && calls++ == 5) ? ENOMEM : 0;
 }
 
+/* For a while it cannot even be marked. */
+static int has_nothing_yet(DedupSysCall *c)
+{
+    static unsigned fills;
+
+    if (fx_is_ioctl(c, UFFDIO_COPY) || fx_is_ioctl(c, FX_UFFDIO_MOVE) ||
+        fx_is_ioctl(c, FX_UFFDIO_POISON)) {
+        return fills++ % 200 < 150 ? ENOMEM : 0;
+    }
+    return fx_maps_segment(c) && calls++ % 3 == 0 ? ENOMEM : 0;
+}
+
 static FxRam *ram_new(FxKind kind)
 {
     FxRam *ram = fx_ram_new(kind, PAGES);
@@ -253,13 +265,13 @@ static bool has_flush(FxEngine *fe)
 }
 
 /* Pages that were dropped come back, without a page from the kernel. */
-static void test_refill(gconstpointer data)
+static void refill(FxKind kind, int (*fails)(DedupSysCall *c))
 {
-    FxRam *ram = ram_new(GPOINTER_TO_INT(data));
+    FxRam *ram = ram_new(kind);
     FxEngine *fe;
 
     calls = 0;
-    fe = merge_failing(ram, has_no_page);
+    fe = merge_failing(ram, fails);
     if (has_flush(fe)) {
         g_assert_cmpuint(calls, >, 3);
     }
@@ -279,6 +291,16 @@ static bool is_lost(const FxRam *ram, uint32_t page, int fd)
     g_assert_true(ret == FX_PAGE || (ret < 0 && (errno == EFAULT ||
                                                  errno == EHWPOISON)));
     return ret < 0;
+}
+
+static void test_refill(gconstpointer data)
+{
+    refill(GPOINTER_TO_INT(data), has_no_page);
+}
+
+static void test_refill_later(gconstpointer data)
+{
+    refill(GPOINTER_TO_INT(data), has_nothing_yet);
 }
 
 /*
@@ -459,6 +481,7 @@ int main(int argc, char **argv)
     add_tests("batches", test_batches, 1 << FX_ANON | 1 << FX_MEMFD);
     add_tests("no-memory", test_no_memory, 1 << FX_MEMFD | 1 << FX_TMPFS);
     add_tests("refill", test_refill, 1 << FX_ANON | 1 << FX_ANON_THP);
+    add_tests("refill-later", test_refill_later, 1 << FX_ANON);
     add_tests("lost", test_lost, 1 << FX_ANON);
     add_tests("locked", test_locked, 1 << FX_MEMFD | 1 << FX_ANON);
     add_tests("zeroes", test_zeroes, 1 << FX_MEMFD | 1 << FX_ANON);

@@ -150,10 +150,12 @@ static void test_migrate(gconstpointer data)
     g_assert_true(qatomic_read(&r->stopped));
 
     init(&to, k, k->to);
-    incoming = g_strdup_printf("-object iothread,id=io0 -incoming "
-                               "\"exec:cat %s\"", file);
-    to.more = incoming;
+    incoming = g_strdup_printf("exec:cat %s", file);
+    to.more = "-object iothread,id=io0 -incoming defer";
     rvm_start(&to);
+    /* Not before somebody listens: the event comes once. */
+    qtest_qmp_assert_success(to.qts, "{ 'execute': 'migrate-incoming',"
+                             " 'arguments': { 'uri': %s } }", incoming);
     qtest_qmp_eventwait(to.qts, "RESUME");
     take_over(&to, &from);
     r = vub_wait_ring(to.b, queue, 1);

@@ -74,6 +74,7 @@ static void format_pages(GString *buf, DedupInfo *info)
         { "pinned", info->pages_pinned },
         { "swapped", info->pages_swapped },
         { "huge kept", info->pages_huge_kept },
+        { "poisoned", info->pages_poisoned },
     };
     int i;
 

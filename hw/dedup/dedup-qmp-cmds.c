@@ -111,6 +111,7 @@ DedupInfo *dedup_info(DedupScanner *ds, bool reset_max)
     info->pages_pinned = stats.pass.pinned;
     info->pages_swapped = stats.pass.swapped;
     info->pages_huge_kept = stats.pass.huge_kept;
+    info->pages_poisoned = stats.pass.poisoned;
     info->has_pages_left = info->state == DEDUP_SCANNER_STATE_UNMERGING;
     info->pages_left = stats.pages_merged;
     info->cow_breaks = stats.cow_breaks;

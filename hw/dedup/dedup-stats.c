@@ -50,6 +50,7 @@ static const DedupStat dedup_stats[] = {
     INSTANT("pages-pinned", pass.pinned),
     INSTANT("pages-swapped", pass.swapped),
     INSTANT("pages-huge-kept", pass.huge_kept),
+    INSTANT("pages-poisoned", pass.poisoned),
     CUMULATIVE("cow-breaks", cow_breaks),
     CUMULATIVE("full-scans", full_scans),
     CUMULATIVE("pages-scanned", pages_scanned),

@@ -89,9 +89,9 @@ static void put_reply(FuzzInput *in, int sock, Round *r,
     }
     for (unsigned i = 0; i < MIN(m.head.n, DEDUP_PEER_BATCH); i++) {
         unsigned flip = fuzz_u8(in);
-        DedupHash128 digest = dedup_page_keyed_hash(pages[i % PAGES],
-                                                    key.secret);
+        DedupHash128 digest;
 
+        dedup_page_keyed_hash(pages[i % PAGES], key.secret, &digest);
         if (type == DEDUP_MESSAGE_PROVE_REPLY) {
             m.answer[i].yes = flip & 2 ? fuzz_u8(in) : 1;
             dedup_proof_value(&key, DEDUP_PROOF_ANSWER, i, &digest,

@@ -57,8 +57,8 @@ static void prove_all(void *opaque, DedupOwnPage *pages, unsigned n,
         uint8_t page[DEDUP_PAGE_SIZE];
 
         fx_content(page, pages[i].page % SEEDS);
-        pages[i].is_there = true;
-        pages[i].hash = dedup_page_keyed_hash(page, secret);
+        pages[i].is_there = dedup_page_keyed_hash(page, secret,
+                                                  &pages[i].hash);
     }
 }
 
@@ -69,7 +69,7 @@ static int give(void *opaque, uint32_t gid, uint32_t page,
     uint8_t content[DEDUP_PAGE_SIZE];
 
     fx_content(content, gift->seeds[page % sizeof(gift->seeds)] % SEEDS);
-    *hash = dedup_page_keyed_hash(content, secret);
+    dedup_page_keyed_hash(content, secret, hash);
     return gift->fd < 0 ? -1 : fcntl(gift->fd, F_DUPFD_CLOEXEC, 0);
 }
 

@@ -50,10 +50,8 @@ static void keyed_hashes(void *opaque, DedupOwnPage *own, unsigned n,
                          const uint8_t *secret)
 {
     for (unsigned i = 0; i < n; i++) {
-        own[i].is_there = own[i].page < PAGES;
-        if (own[i].is_there) {
-            own[i].hash = dedup_page_keyed_hash(pages[own[i].page], secret);
-        }
+        own[i].is_there = own[i].page < PAGES &&
+            dedup_page_keyed_hash(pages[own[i].page], secret, &own[i].hash);
     }
 }
 
@@ -63,7 +61,7 @@ static int segment_fd(void *opaque, uint32_t gid, uint32_t page,
     if (gid == 0 || gid > GIDS || page >= PAGES) {
         return -1;
     }
-    *hash = dedup_page_keyed_hash(pages[page], secret);
+    dedup_page_keyed_hash(pages[page], secret, hash);
     return fcntl(segment[gid], F_DUPFD_CLOEXEC, 0);
 }
 
@@ -228,9 +226,9 @@ static void ask(FuzzInput *in, FuzzClient *c, bool fetch)
         uint32_t page = how & 0x80 ? fuzz_u32(in) : how % (PAGES + 1);
         uint32_t gid = how & 0x20 ? fuzz_u32(in) : 1 + how / 8 % (GIDS + 1);
         uint8_t value[DEDUP_PROOF_SIZE];
-        DedupHash128 digest = dedup_page_keyed_hash(pages[page % PAGES],
-                                                    key.secret);
+        DedupHash128 digest;
 
+        dedup_page_keyed_hash(pages[page % PAGES], key.secret, &digest);
         dedup_proof_value(&key, fetch ? DEDUP_PROOF_FETCH : DEDUP_PROOF_ASK,
                           i, &digest, value);
         value[i % DEDUP_PROOF_SIZE] ^= how & 0x40 ? fuzz_u8(in) : 0;

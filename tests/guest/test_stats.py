@@ -14,6 +14,7 @@ import time
 
 import dedup
 import host
+import poison
 import tap
 import vm as vms
 from host import MIB, PAGE
@@ -494,6 +495,24 @@ def check_huge_kept(_):
         # All the equal pages lie in them.
         near('pages-huge-kept', got['pages-huge-kept'], 2048, huge - 2048)
         tap.check(got['pages-merged'] == 0, str(got['pages-merged']))
+    vm.kill()
+
+
+@member('pages-poisoned')
+def check_poisoned(_):
+    """Pages that break while nobody uses them; one of each is whole, too."""
+    vm = Machine('e', backing='memfd-shared', dedup=dict(
+        dedup.FULL_SPEED, run='off')).start()
+    start = vm.ram_range()[1]
+    vm.write(16 * MIB, pages(1, 64))
+    broken = poison.fill_and_break(vm.pid, start + 48 * MIB,
+                                   pages(1, 32))
+    if not broken:
+        tap.note('no UFFDIO_POISON (Linux 6.6), or no userfaultfd')
+    dedup.run(vm, True)
+    dedup.wait_scans([vm], 3)
+    near('pages-poisoned', dedup.stats(vm)['pages-poisoned'],
+         32 if broken else 0, 0)
     vm.kill()
 
 

@@ -81,8 +81,7 @@ static bool keyed_hash(void *opaque, uint32_t page, const uint8_t *secret,
     if (page >= TEST_PAGES || m->absent[page]) {
         return false;
     }
-    *hash = dedup_page_keyed_hash(m->pages[page], secret);
-    return true;
+    return dedup_page_keyed_hash(m->pages[page], secret, hash);
 }
 
 static int segment_fd(void *opaque, uint32_t gid, uint32_t page,

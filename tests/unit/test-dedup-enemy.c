@@ -183,9 +183,10 @@ static void dawdle(int sock, void *opaque)
         reply.head.n = m.head.n;
         dedup_proof_key(&key, nonce, m.nonce, 7);
         for (unsigned i = 0; i < m.head.n; i++) {
-            DedupHash128 digest = dedup_page_keyed_hash(f->b->pages[i],
-                                                        key.secret);
+            DedupHash128 digest;
 
+            g_assert_true(dedup_page_keyed_hash(f->b->pages[i], key.secret,
+                                                &digest));
             reply.answer[i].yes = 1;
             dedup_proof_value(&key, DEDUP_PROOF_ANSWER, i, &digest,
                               reply.answer[i].answer);

@@ -140,9 +140,10 @@ static void fetch_ask(DedupMessage *m, unsigned i, const DedupProofKey *key,
                       DedupProofRole role, TestMember *owner, uint32_t gid,
                       uint32_t page)
 {
-    DedupHash128 digest = dedup_page_keyed_hash(owner->pages[page],
-                                                key->secret);
+    DedupHash128 digest;
 
+    g_assert_true(dedup_page_keyed_hash(owner->pages[page], key->secret,
+                                        &digest));
     m->fetch[i].gid = gid;
     m->fetch[i].page = page;
     dedup_proof_value(key, role, i, &digest, m->fetch[i].ask);

@@ -8,8 +8,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "engine.h"
@@ -287,7 +290,7 @@ static void test_hostile_asker(TestPair *f, gconstpointer data)
     m.head.n = 1;
     dedup_nonce_make(m.nonce);
     dedup_proof_key(&key, greeting.nonce, m.nonce, 1);
-    digest = dedup_page_keyed_hash(f->a->pages[9], key.secret);
+    g_assert_true(dedup_page_keyed_hash(f->a->pages[9], key.secret, &digest));
     m.ask[0].page = 9;
     dedup_proof_value(&key, DEDUP_PROOF_ASK, 0, &digest, m.ask[0].ask);
     first = m;
@@ -437,6 +440,58 @@ static void test_full_queue(TestPair *f, gconstpointer data)
     test_fake_free(fake);
 }
 
+/* Connects to a socket as another user, and waits until it is closed. */
+static pid_t connect_as(const struct sockaddr_un *addr, uid_t uid)
+{
+    pid_t pid = fork();
+    char byte;
+    int s;
+
+    g_assert_cmpint(pid, >=, 0);
+    if (!pid) {
+        s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (setresuid(uid, uid, uid) < 0 ||
+            connect(s, (const struct sockaddr *)addr, sizeof(*addr)) < 0) {
+            _exit(1);
+        }
+        _exit(read(s, &byte, 1) != 0);
+    }
+    return pid;
+}
+
+/* Only a peer of our own user is one of ours. */
+static void test_other_user(void)
+{
+    static const struct { uid_t uid; bool ours; } users[] = {
+        { 0, true }, { 65534, false },
+    };
+    struct sockaddr_un addr = { .sun_family = AF_UNIX };
+    int listener, status;
+
+    if (getuid() != 0) {
+        g_test_skip("needs root");
+        return;
+    }
+    /* in no file system, so that everybody may connect */
+    snprintf(addr.sun_path + 1, sizeof(addr.sun_path) - 1,
+             "test-dedup-peer-%d", getpid());
+    listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    g_assert_no_errno(bind(listener, (struct sockaddr *)&addr,
+                           sizeof(addr)));
+    g_assert_no_errno(listen(listener, 1));
+    for (unsigned i = 0; i < G_N_ELEMENTS(users); i++) {
+        pid_t pid = connect_as(&addr, users[i].uid);
+        int s = accept(listener, NULL, NULL);
+
+        g_assert_cmpint(s, >=, 0);
+        g_assert_true(dedup_peer_is_ours(s) == users[i].ours);
+        close(s);
+        g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
+        g_assert_cmpint(status, ==, 0);
+    }
+    close(listener);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -448,5 +503,6 @@ int main(int argc, char **argv)
     test_pair_add("/peer/broken-messages", test_broken_messages);
     test_pair_add("/peer/flood", test_flood);
     test_pair_add("/peer/full-queue", test_full_queue);
+    g_test_add_func("/peer/other-user", test_other_user);
     return g_test_run();
 }

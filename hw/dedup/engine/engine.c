@@ -14,6 +14,7 @@
 #include "engine-internal.h"
 #include "host/freeze.h"
 #include "host/mutant.h"
+#include "host/reader.h"
 
 /* How often to try again for what could not be had. */
 #define RETRY_US (2 * G_TIME_SPAN_SECOND)
@@ -140,6 +141,9 @@ DedupEngine *dedup_engine_new(const DedupConfig *config, GError **error)
         g_set_error(error, DEDUP_ERROR, DEDUP_ERROR_SYSTEM,
                     "pages of %zu bytes are not supported, only of %zu",
                     config->page_size, DEDUP_PAGE_SIZE);
+        return NULL;
+    }
+    if (!dedup_reader_install(error)) {
         return NULL;
     }
     dedup_mutants_init();
@@ -375,6 +379,7 @@ static void rest(DedupEngine *e)
 
 void dedup_engine_begin(DedupEngine *e)
 {
+    dedup_reader_thread();
     dedup_figures_begin_thread(&e->figures);
     dedup_space_set_scanner(e->space, pause_scanner);
     join(e);

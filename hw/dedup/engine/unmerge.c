@@ -33,6 +33,8 @@ void dedup_restore_error(uint64_t left, unsigned lacks, GError **error)
         { DEDUP_LACK_FREEZE, "a background snapshot or an incoming "
                              "migration works on the RAM, or vhost without a "
                              "userfaultfd, or vCPUs cannot be held" },
+        { DEDUP_LACK_POISON, "their memory is broken (a memory error of the "
+                             "host): reset the guest and try again" },
     };
     g_autoptr(GString) text = g_string_new(NULL);
 

@@ -163,9 +163,11 @@ bool dedup_peer_fetch(DedupPeer *p, unsigned holder, DedupFetch *items,
     }
     dedup_proof_key(&key, p->nonce, m.nonce, holder);
     for (unsigned i = 0; i < n; i++) {
-        DedupHash128 digest = dedup_page_keyed_hash(items[i].content,
-                                                    key.secret);
+        DedupHash128 digest;
 
+        if (!dedup_page_keyed_hash(items[i].content, key.secret, &digest)) {
+            return false;
+        }
         m.fetch[i].gid = items[i].gid;
         m.fetch[i].page = items[i].page;
         dedup_proof_value(&key, DEDUP_PROOF_FETCH, i, &digest,
@@ -214,9 +216,11 @@ bool dedup_peer_prove(DedupPeer *p, unsigned holder, DedupProof *proofs,
     }
     dedup_proof_key(&key, p->nonce, m.nonce, holder);
     for (unsigned i = 0; i < n; i++) {
-        DedupHash128 digest = dedup_page_keyed_hash(proofs[i].content,
-                                                    key.secret);
+        DedupHash128 digest;
 
+        if (!dedup_page_keyed_hash(proofs[i].content, key.secret, &digest)) {
+            return false;
+        }
         m.ask[i].page = proofs[i].page;
         dedup_proof_value(&key, DEDUP_PROOF_ASK, i, &digest, m.ask[i].ask);
         dedup_proof_value(&key, DEDUP_PROOF_ANSWER, i, &digest, expected[i]);

@@ -30,6 +30,7 @@
 #include "host/clock.h"
 #include "host/error.h"
 #include "host/mutant.h"
+#include "host/reader.h"
 #include "host/sys.h"
 
 /* One per member, and some that join. */
@@ -313,6 +314,7 @@ static void *peer_thread(void *opaque)
     DedupPeerServer *s = opaque;
     struct pollfd pfd[POLL_CLIENTS + MAX_CLIENTS];
 
+    dedup_reader_thread();
     for (;;) {
         int rest = rest_ms(s);
         unsigned n = rest ? 0 : s->clients;

@@ -44,6 +44,7 @@
 
 #include "host/error.h"
 #include "host/freeze-ops.h"
+#include "host/handler.h"
 #include "host/mutant.h"
 #include "host/page.h"
 #include "host/sys.h"
@@ -228,43 +229,18 @@ static bool is_ours(const siginfo_t *info, const void *context)
 static void handle(int number, siginfo_t *info, void *context)
 {
     int saved = errno;
+    bool ours = is_ours(info, context);
 
-    if (is_ours(info, context)) {
-        errno = saved;
-        return;
-    }
     errno = saved;
-    if (before.sa_flags & SA_SIGINFO) {
-        before.sa_sigaction(number, info, context);
-    } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
-        before.sa_handler(number);
-    } else {
-        /* it comes again, and ends the process as if we were not there */
-        sigaction(number, &(struct sigaction) { .sa_handler = SIG_DFL },
-                  NULL);
-        if (info->si_code <= 0) {
-            raise(number); /* somebody has sent it: it does not */
-        }
+    if (!ours) {
+        dedup_handler_pass_on(&before, number, info, context);
     }
 }
 
-/*
- * It stays for ever: a thread that met a window may come to it late.  Installed
- * with the mask of whoever is called after it.
- */
+/* It stays for ever: a thread that met a window may come to it late. */
 static bool install(GError **error)
 {
-    struct sigaction action = { .sa_sigaction = handle };
-
-    if (installed) {
-        return true;
-    }
-    if (sigaction(SIGSEGV, NULL, &before) == 0) {
-        action.sa_mask = before.sa_mask;
-        action.sa_flags = SA_SIGINFO | SA_RESTART |
-                          (before.sa_flags & SA_ONSTACK);
-        installed = sigaction(SIGSEGV, &action, NULL) == 0;
-    }
+    installed = installed || dedup_handler_install(SIGSEGV, handle, &before);
     if (!installed) {
         dedup_error_errno(error, "cannot handle SIGSEGV");
     }

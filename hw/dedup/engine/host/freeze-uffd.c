@@ -365,8 +365,7 @@ static bool uffd_refill(DedupFrozen *z, void *addr, const void *content,
         if (uffd_copy(uffd, addr, content)) {
             return true;
         }
-        dedup_page_copy(spare, content);
-        if (uffd_move(uffd, addr, spare)) {
+        if (dedup_page_copy(spare, content) && uffd_move(uffd, addr, spare)) {
             return true;
         }
         if (uffd_poison(uffd, addr)) {

@@ -9,6 +9,8 @@
  * XXH3 in its shared library (which is not instrumented) and have loops of
  * their own instead of memcmp() and memcpy(), whose interceptors would
  * complain.
+ *
+ * Each may come upon memory that is broken (reader.h), and says so.
  */
 
 #ifdef DEDUP_XXHASH_DISPATCH
@@ -20,6 +22,7 @@
 
 #include "host/mutant.h"
 #include "host/page.h"
+#include "host/reader.h"
 #include "host/sys.h"
 
 #define PAGE_WORDS (DEDUP_PAGE_SIZE / sizeof(uint64_t))
@@ -36,33 +39,47 @@ int (*dedup_sys_hook)(DedupSysCall *call);
 
 #define DEDUP_UNINSTRUMENTED \
     __attribute__((no_sanitize("thread", "address", "undefined"), noinline))
+/* The part of such a function that reads. */
+#define DEDUP_READS \
+    __attribute__((no_sanitize("thread", "address", "undefined")))
 
 DEDUP_UNINSTRUMENTED
 uint64_t dedup_page_hash(const void *page, uint64_t salt)
 {
-    uint64_t hash = XXH3_64bits_withSeed(page, DEDUP_PAGE_SIZE, salt);
+    uint64_t hash;
 
+    if (DEDUP_READ_FAILS()) {
+        dedup_read_close();
+        return DEDUP_UNREADABLE;
+    }
+    hash = XXH3_64bits_withSeed(page, DEDUP_PAGE_SIZE, salt);
+    dedup_read_close();
 #ifdef CONFIG_DEDUP_MUTANTS
     hash &= dedup_hash_mask;
 #endif
-    return hash;
+    return hash != DEDUP_UNREADABLE ? hash : DEDUP_UNREADABLE + 1;
 }
 
 DEDUP_UNINSTRUMENTED
-DedupHash128 dedup_page_keyed_hash(const void *page, const uint8_t *secret)
+bool dedup_page_keyed_hash(const void *page, const uint8_t *secret,
+                           DedupHash128 *hash)
 {
-    XXH128_hash_t hash = XXH3_128bits_withSecret(page, DEDUP_PAGE_SIZE,
-                                                 secret, DEDUP_SECRET_SIZE);
+    XXH128_hash_t h;
 
-    return (DedupHash128) { .low = hash.low64, .high = hash.high64 };
+    if (DEDUP_READ_FAILS()) {
+        dedup_read_close();
+        return false;
+    }
+    h = XXH3_128bits_withSecret(page, DEDUP_PAGE_SIZE, secret,
+                                DEDUP_SECRET_SIZE);
+    dedup_read_close();
+    *hash = (DedupHash128) { .low = h.low64, .high = h.high64 };
+    return true;
 }
 
-DEDUP_UNINSTRUMENTED
-bool dedup_page_equal(const void *a, const void *b)
+DEDUP_READS
+static bool differ(const uint64_t *x, const uint64_t *y)
 {
-    const uint64_t *x = a;
-    const uint64_t *y = b;
-
     for (size_t i = 0; i < PAGE_WORDS; i += BLOCK_WORDS) {
         uint64_t diff = 0;
 
@@ -70,30 +87,29 @@ bool dedup_page_equal(const void *a, const void *b)
             diff |= x[i + j] ^ y[i + j];
         }
         if (diff) {
-            return false;
+            return true;
         }
     }
-    return true;
+    return false;
 }
 
 DEDUP_UNINSTRUMENTED
-bool dedup_page_similar(const void *a, const void *b)
+bool dedup_page_equal(const void *a, const void *b)
 {
-    const uint64_t *x = a;
-    const uint64_t *y = b;
-    uint64_t diff = 0;
+    bool equal;
 
-    for (size_t i = 0; i < BLOCK_WORDS; i++) {
-        diff |= x[i] ^ y[i];
+    if (DEDUP_READ_FAILS()) {
+        dedup_read_close();
+        return false;
     }
-    return !diff;
+    equal = !differ(a, b);
+    dedup_read_close();
+    return equal;
 }
 
-DEDUP_UNINSTRUMENTED
-bool dedup_page_is_zero(const void *page)
+DEDUP_READS
+static bool has_any(const uint64_t *x)
 {
-    const uint64_t *x = page;
-
     for (size_t i = 0; i < PAGE_WORDS; i += BLOCK_WORDS) {
         uint64_t any = 0;
 
@@ -101,14 +117,28 @@ bool dedup_page_is_zero(const void *page)
             any |= x[i + j];
         }
         if (any) {
-            return false;
+            return true;
         }
     }
-    return true;
+    return false;
 }
 
 DEDUP_UNINSTRUMENTED
-void dedup_page_copy(void *to, const void *from)
+bool dedup_page_is_zero(const void *page)
+{
+    bool zero;
+
+    if (DEDUP_READ_FAILS()) {
+        dedup_read_close();
+        return false;
+    }
+    zero = !has_any(page);
+    dedup_read_close();
+    return zero;
+}
+
+DEDUP_READS
+static void copy_words(void *to, const void *from)
 {
     /* volatile: the compiler must not make a memcpy() of the loop */
     volatile uint64_t *x = to;
@@ -121,8 +151,26 @@ void dedup_page_copy(void *to, const void *from)
 }
 
 DEDUP_UNINSTRUMENTED
-void dedup_page_touch(const void *page)
+bool dedup_page_copy(void *to, const void *from)
 {
+    if (DEDUP_READ_FAILS()) {
+        dedup_read_close();
+        return false;
+    }
+    copy_words(to, from);
+    dedup_read_close();
+    return true;
+}
+
+DEDUP_UNINSTRUMENTED
+bool dedup_page_touch(const void *page)
+{
+    if (DEDUP_READ_FAILS()) {
+        dedup_read_close();
+        return false;
+    }
     /* volatile: the read is wanted, its value is not */
     (void)*(const volatile uint8_t *)page;
+    dedup_read_close();
+    return true;
 }

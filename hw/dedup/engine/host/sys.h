@@ -20,6 +20,7 @@
 #include <fcntl.h>
 #include <glib.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/eventfd.h>
@@ -161,6 +162,9 @@ DEDUP_SYS(int, poll, (struct pollfd *fds, nfds_t n, int ms),
           poll(fds, n, ms), -1, .data = fds)
 DEDUP_SYS(int, eventfd, (unsigned value, int flags), eventfd(value, flags),
           -1, .arg = flags)
+DEDUP_SYS(int, rt_tgsigqueueinfo, (pid_t pid, pid_t tid, siginfo_t *info),
+          syscall(SYS_rt_tgsigqueueinfo, pid, tid, info->si_signo, info), -1,
+          .data = info)
 DEDUP_SYS(long, futex, (uint32_t *word, int op, uint32_t value),
           syscall(SYS_futex, word, op, value, NULL, NULL, 0), -1,
           .addr = word, .arg = op)

@@ -234,6 +234,7 @@ typedef struct DedupParams {
  * @pinned: left alone because of a pin counter
  * @swapped: on swap
  * @huge_kept: left alone because of a huge page
+ * @poisoned: left alone because they could not be read
  */
 typedef struct DedupCounts {
     uint64_t unshared;
@@ -241,6 +242,7 @@ typedef struct DedupCounts {
     uint64_t pinned;
     uint64_t swapped;
     uint64_t huge_kept;
+    uint64_t poisoned;
 } DedupCounts;
 
 /**

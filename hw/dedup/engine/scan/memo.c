@@ -265,6 +265,7 @@ void dedup_memo_take_counts(DedupMemo *m, DedupCounts *sum)
     sum->volatiles += m->counting.volatiles;
     sum->pinned += m->counting.pinned;
     sum->swapped += m->counting.swapped;
+    sum->poisoned += m->counting.poisoned;
     sum->huge_kept += m->counting.huge_kept;
     memset(&m->counting, 0, sizeof(m->counting));
 }

@@ -58,7 +58,7 @@ typedef struct DedupChunk Chunk;
 
 /* ---- look ---- */
 
-static void see(void *opaque, uint32_t page, const void *content,
+static bool see(void *opaque, uint32_t page, const void *content,
                 bool broken, bool breaks)
 {
     DedupScan *scan = opaque;
@@ -71,25 +71,29 @@ static void see(void *opaque, uint32_t page, const void *content,
     }
     if (c->rests) {
         c->memo->counting.volatiles++;
-        return;
+        return true;
     }
     if (!dedup_memo_is_due(c->memo, page, &scan->clock)) {
-        return;
+        return true;
     }
     p = &c->pages[c->npages];
     p->zero = dedup_page_is_zero(content);
     if (!p->zero && scan->now.mode == DEDUP_MODE_ZERO) {
         c->nother++;
-        return;
+        return dedup_page_touch(content);
+    }
+    p->hash = p->zero ? 0 : dedup_page_hash(content, scan->salt);
+    if (!p->zero && p->hash == DEDUP_UNREADABLE) {
+        return false;
     }
     c->npages++;
     p->page = page;
     p->broken = p->settles = broken;
-    p->hash = p->zero ? 0 : dedup_page_hash(content, scan->salt);
     p->stable = dedup_memo_see(c->memo, page, p->hash);
     if (!p->zero) {
         dedup_index_prefetch(scan->index, p->hash);
     }
+    return true;
 }
 
 /* False: nothing may be done here now. */
@@ -105,6 +109,7 @@ static bool look(DedupScan *scan, Chunk *c)
     c->memo->counting.pinned += seen.pinned;
     c->memo->counting.swapped += seen.swapped;
     c->memo->counting.huge_kept += seen.huge_kept;
+    c->memo->counting.poisoned += seen.poisoned;
     dedup_memo_judge(c->memo, chunk, scan->clock.now, seen.kept, c->broke);
     if (seen.is_empty && !seen.kept) {
         dedup_memo_forget(c->memo, chunk, 1);

@@ -89,7 +89,8 @@ static void announce(DedupScan *scan, const DedupSegment *s)
         uint64_t hash = dedup_page_hash(dedup_segment_page(s, p), scan->salt);
         DedupHint hint = dedup_scan_published(s, p);
 
-        if (!is_announced(scan, hash, s->gid, p)) {
+        if (hash != DEDUP_UNREADABLE &&
+            !is_announced(scan, hash, s->gid, p)) {
             dedup_index_insert(scan->index, hash, &hint);
         }
     }

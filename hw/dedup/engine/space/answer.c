@@ -104,10 +104,8 @@ void dedup_space_keyed_hashes(DedupSpace *space, DedupOwnPage *pages,
         for (unsigned k = i; k < end; k++) {
             const uint8_t *content = find_content(space, pages[k].page, true);
 
-            if (content) {
-                pages[k].is_there = true;
-                pages[k].hash = dedup_page_keyed_hash(content, secret);
-            }
+            pages[k].is_there = content &&
+                dedup_page_keyed_hash(content, secret, &pages[k].hash);
         }
         dedup_space_unlock(space);
     }
@@ -123,7 +121,8 @@ void dedup_space_hashes(DedupSpace *space, const DedupOwnPage *pages,
             const uint8_t *content = pages[k].is_there ?
                 find_content(space, pages[k].page, false) : NULL;
 
-            hashes[k] = content ? dedup_page_hash(content, salt) : 0;
+            hashes[k] = content ? dedup_page_hash(content, salt)
+                                : DEDUP_UNREADABLE;
         }
         dedup_space_unlock(space);
     }

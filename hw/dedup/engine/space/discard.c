@@ -6,6 +6,7 @@
 
 #include "space/ledger.h"
 #include "space/own.h"
+#include "space/poison.h"
 #include "space/presence.h"
 
 /*
@@ -83,6 +84,7 @@ bool dedup_space_discard_begin(DedupSpace *space, void *host, uint64_t size)
 
         if (dedup_region_intersect(r, host, end, &first, &n)) {
             forget_own(r, first, first + n);
+            dedup_poison_forget(r, first, n);
             ok &= discard_locked(r, first, n);
         }
     }

@@ -111,9 +111,9 @@ int dedup_holding_fd(DedupSpace *space, uint32_t gid, uint32_t page,
 
     dedup_space_lock_to_read(space);
     h = dedup_holding_find(space, gid);
-    if (h && page < h->segment->npages) {
-        *hash = dedup_page_keyed_hash(dedup_segment_page(h->segment, page),
-                                      secret);
+    if (h && page < h->segment->npages &&
+        dedup_page_keyed_hash(dedup_segment_page(h->segment, page), secret,
+                              hash)) {
         fd = sys_fcntl(h->segment->fd, F_DUPFD_CLOEXEC, 0);
     }
     dedup_space_unlock(space);

@@ -98,7 +98,8 @@ bool dedup_own_write(DedupRegion *r, uint32_t page, uint32_t n,
             continue;
         }
         if (ret <= 0) {
-            r->lacks |= DEDUP_LACK_FILE;
+            r->lacks |= ret < 0 && errno == EFAULT ? DEDUP_LACK_POISON
+                                                   : DEDUP_LACK_FILE;
             dedup_punch_replaced(r, page, n);
             return false;
         }
@@ -166,6 +167,17 @@ bool dedup_own_move(DedupRegion *r, uint8_t *from, uint32_t page,
     return false;
 }
 
+static bool copy_pages(uint8_t *to, const uint8_t *from, uint32_t n)
+{
+    bool ok = true;
+
+    for (uint32_t i = 0; ok && i < n; i++) {
+        ok = dedup_page_copy(to + ((size_t)i << DEDUP_PAGE_SHIFT),
+                             from + ((size_t)i << DEDUP_PAGE_SHIFT));
+    }
+    return ok;
+}
+
 bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
                      const uint8_t *content)
 {
@@ -190,11 +202,8 @@ bool dedup_fill_hole(DedupRegion *r, uint32_t page, uint32_t n,
         return false;
     }
     sys_munmap(staging + len, DEDUP_PAGE_SIZE);
-    for (uint32_t i = 0; content && i < n; i++) {
-        dedup_page_copy(staging + ((size_t)i << DEDUP_PAGE_SHIFT),
-                        content + ((size_t)i << DEDUP_PAGE_SHIFT));
-    }
-    if (!dedup_own_move(r, staging, page, n)) {
+    if ((content && !copy_pages(staging, content, n)) ||
+        !dedup_own_move(r, staging, page, n)) {
         sys_munmap(staging, len);
         return false;
     }

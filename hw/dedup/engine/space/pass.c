@@ -13,6 +13,7 @@
 #include "space/holdings.h"
 #include "space/ksm.h"
 #include "space/ledger.h"
+#include "space/poison.h"
 #include "space/presence.h"
 #include "space/punch.h"
 
@@ -143,13 +144,17 @@ static void see_pages(DedupPlace *p, const uint8_t *flags, DedupSeen *seen,
         if (!(flags[i] & DEDUP_PRESENT)) {
             continue;
         }
-        if (dedup_region_pinned(r, page)) {
+        if (dedup_poison_has(r, page)) {
+            seen->poisoned++;
+        } else if (dedup_region_pinned(r, page)) {
             seen->pinned++;
         } else if ((flags[i] & DEDUP_HUGE) && !split) {
             seen->huge_kept++;
-        } else {
-            see(opaque, page, dedup_region_addr(r, page),
-                dedup_entry_at(r, page) != DEDUP_OWN, flags[i] & BREAKS);
+        } else if (!see(opaque, page, dedup_region_addr(r, page),
+                        dedup_entry_at(r, page) != DEDUP_OWN,
+                        flags[i] & BREAKS)) {
+            dedup_poison_add(r, page);
+            seen->poisoned++;
         }
     }
 }
@@ -197,10 +202,8 @@ bool dedup_space_copy(DedupRegion *r, uint32_t page, void *copy)
     bool ok;
 
     dedup_space_lock(r->space);
-    ok = is_readable(r, page);
-    if (ok) {
-        dedup_page_copy(copy, dedup_region_addr(r, page));
-    }
+    ok = is_readable(r, page) &&
+         dedup_page_copy(copy, dedup_region_addr(r, page));
     dedup_space_unlock(r->space);
     return ok;
 }
@@ -211,15 +214,15 @@ static DedupRelation relate(DedupRegion *r, uint32_t page, DedupRegion *r2,
 {
     const uint8_t *other = dedup_region_addr(r2, page2);
 
-    if (!is_readable(r, page) || !is_readable(r2, page2)) {
+    if (!is_readable(r, page) || !is_readable(r2, page2) ||
+        !dedup_page_copy(copy, dedup_region_addr(r, page))) {
         return DEDUP_PAGES_GONE;
     }
-    dedup_page_copy(copy, dedup_region_addr(r, page));
     if (dedup_page_equal(copy, other)) {
         return DEDUP_PAGES_SAME;
     }
     *hash = dedup_page_hash(other, salt);
-    return DEDUP_PAGES_DIFFER;
+    return *hash != DEDUP_UNREADABLE ? DEDUP_PAGES_DIFFER : DEDUP_PAGES_GONE;
 }
 
 DedupRelation dedup_space_relate(DedupRegion *r, uint32_t page,

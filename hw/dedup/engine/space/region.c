@@ -14,6 +14,7 @@
 
 #include "host/mutant.h"
 #include "space/array.h"
+#include "space/poison.h"
 #include "space/space-internal.h"
 #include "space/zeroes.h"
 
@@ -44,6 +45,7 @@ DedupRegion *dedup_region_new(DedupSpace *space, const DedupRegionInfo *info,
 
 void dedup_region_free(DedupRegion *r)
 {
+    dedup_poison_clear(r);
     dedup_array_free(r->entry, (size_t)r->npages * sizeof(r->entry[0]));
     dedup_array_free(r->chunk, dedup_region_chunks(r) * sizeof(r->chunk[0]));
     dedup_array_free(r->area, dedup_region_chunks(r));

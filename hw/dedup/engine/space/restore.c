@@ -304,16 +304,16 @@ static void restore_private(Span *s)
     }
     for (uint32_t i = 0, n; next_run(s, &i, &n); i += n) {
         size_t off = (size_t)i << DEDUP_PAGE_SHIFT;
-        bool ok;
+        bool ok = true;
 
-        for (uint32_t k = i; k < i + n; k++) {
-            if (move[k]) {
-                dedup_page_copy(staging + ((size_t)k << DEDUP_PAGE_SHIFT),
-                                addr + ((size_t)k << DEDUP_PAGE_SHIFT));
-            }
+        for (uint32_t k = i; ok && k < i + n; k++) {
+            ok = !move[k] ||
+                 dedup_page_copy(staging + ((size_t)k << DEDUP_PAGE_SHIFT),
+                                 addr + ((size_t)k << DEDUP_PAGE_SHIFT));
         }
+        r->lacks |= ok ? 0 : DEDUP_LACK_POISON;
         DEDUP_MUTANT_HOOK(COPIED);
-        ok = is_still_frozen(r, s->first + i, n);
+        ok = ok && is_still_frozen(r, s->first + i, n);
         if (ok) {
             ok = dedup_own_move(r, staging + off, s->first + i, n);
             r->lacks |= ok ? 0 : DEDUP_LACK_MAPS;
@@ -347,6 +347,17 @@ static void populate(Span *s)
     }
 }
 
+/*
+ * Map a page that is to be read in the freeze.  If what it is merged to is
+ * broken it stays so: its contents are nowhere.  A guest that touches it is
+ * told, as of a broken page of its own.
+ */
+static void touch(Span *s, uint32_t i)
+{
+    s->take[i] = dedup_page_touch(dedup_region_addr(s->r, s->first + i));
+    s->r->lacks |= s->take[i] ? 0 : DEDUP_LACK_POISON;
+}
+
 /* A part of a restore's range; returns how many pages of it are left. */
 static unsigned restore_part(DedupRegion *r, uint32_t first, unsigned n)
 {
@@ -367,7 +378,7 @@ static unsigned restore_part(DedupRegion *r, uint32_t first, unsigned n)
     } else if (choose(&s)) {
         for (uint32_t i = 0; i < s.n; i++) {
             if (s.take[i]) {
-                dedup_page_touch(dedup_region_addr(r, s.first + i));
+                touch(&s, i);
             }
         }
         if (r->info.memory == DEDUP_MEMORY_SHARED) {

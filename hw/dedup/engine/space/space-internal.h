@@ -64,6 +64,7 @@ struct DedupRegion {
     DedupChunkSums *chunk;    /* of the ledger, one per chunk */
     uint8_t *area;            /* DEDUP_AREA bits, one byte per chunk */
     DedupRegionSums sums;
+    GHashTable *poisoned;     /* NULL: none; poison.c */
 
     void *memo;               /* the scanner's */
     GDestroyNotify memo_free;

@@ -44,6 +44,7 @@ typedef enum DedupLack {
     DEDUP_LACK_MAPS = 1 << 1,     /* the kernel has no more mappings for us */
     DEDUP_LACK_FILE = 1 << 2,     /* the file's file system is full */
     DEDUP_LACK_FREEZE = 1 << 3,   /* the RAM cannot be frozen, or not now */
+    DEDUP_LACK_POISON = 1 << 4,   /* what they are merged to cannot be read */
 } DedupLack;
 
 /* ---- life ---- */
@@ -188,8 +189,9 @@ bool dedup_space_go_on(DedupSpace *space, DedupPlace *place, uint32_t at,
  * A page that has memory of its own, in its place; remap lock held.
  * @broken: it was merged, and written since
  * @breaks: it was merged or dropped, and that it was written is seen only now
+ * Returns false if it cannot be read: it is not shown again (poison.h).
  */
-typedef void (*DedupSeeFn)(void *opaque, uint32_t page, const void *content,
+typedef bool (*DedupSeeFn)(void *opaque, uint32_t page, const void *content,
                            bool broken, bool breaks);
 
 /* What was there beside. */
@@ -197,6 +199,7 @@ typedef struct DedupSeen {
     uint32_t pinned;
     uint32_t swapped;
     uint32_t huge_kept;
+    uint32_t poisoned;
     uint32_t kept;            /* merged or dropped, and not written since */
     bool is_empty;            /* the chunk has no memory of its own */
 } DedupSeen;

@@ -69,8 +69,11 @@ static bool admit(const DedupRegion *r, DedupAction *a, uint8_t flags)
     if (dedup_region_held(r, a->page)) {
         return false;
     }
-    if (a->holding && !a->holding->zeroes) {
-        dedup_page_touch(dedup_segment_page(a->holding->segment, a->index));
+    if (a->holding && !a->holding->zeroes &&
+        !dedup_page_touch(dedup_segment_page(a->holding->segment,
+                                             a->index))) {
+        a->differs = true; /* it is broken, and equal to none */
+        return false;
     }
     return true;
 }

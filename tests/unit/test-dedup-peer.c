@@ -482,9 +482,11 @@ static void test_other_user(void)
     for (unsigned i = 0; i < G_N_ELEMENTS(users); i++) {
         pid_t pid = connect_as(&addr, users[i].uid);
         int s = accept(listener, NULL, NULL);
+        pid_t peer;
 
         g_assert_cmpint(s, >=, 0);
-        g_assert_true(dedup_peer_is_ours(s) == users[i].ours);
+        g_assert_true(dedup_peer_is_ours(s, &peer) == users[i].ours);
+        g_assert_cmpint(peer, ==, pid);
         close(s);
         g_assert_cmpint(waitpid(pid, &status, 0), ==, pid);
         g_assert_cmpint(status, ==, 0);

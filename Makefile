@@ -57,8 +57,8 @@ lock = mkdir -p $(B) && \
 
 build = $(lock) env FULL=$(FULL) PREFIX=$(prefix) JOBS=$(JOBS)
 
-.PHONY: all deps tree qemu engine demo check check-engine check-versions \
-        check-kernels fuzz fuzzers bench \
+.PHONY: all deps tree qemu engine demo check check-engine check-model \
+        check-versions check-kernels check-qemu fuzz fuzzers bench \
         soak install uninstall deb debian-series clean help
 all: qemu
 
@@ -72,6 +72,7 @@ help:
 	@echo 'make check          all tests'
 	@echo 'make check-engine   the engine alone, in a minute; LONG=1: all of its tests,'
 	@echo '                    as SANITIZE=address or SANITIZE=thread runs them'
+	@echo 'make check-model    a model of the window, in all of its states (SPIN)'
 	@echo 'make check-versions builds every other version of QEMU, runs what tests it'
 	@echo '                    without a guest'
 	@echo 'make check-kernels  the engine, and guests of guests, under other kernels: KERNELS,'
@@ -127,6 +128,10 @@ check: engine fuzzers
 	@scripts/link-mutants
 	@scripts/build-relay-fuzzer
 	@scripts/run-tests
+
+check-model:
+	@env MODEL=1 scripts/install-deps
+	@tests/model/check_models.py
 
 check-versions: $(others:%=check-version-%)
 

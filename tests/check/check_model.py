@@ -39,7 +39,9 @@ def runner():
 
 def options(model):
     """The mutants that a model has."""
-    text = read(model) + read('tests/model/page.inc')
+    text = read(model)
+    for name in re.findall(r'^#include "(.+)"', text, re.M):
+        text += read(f'tests/model/{name}')
     return {m for line in OPTION.findall(text)
             for m in re.findall(r'\b(?:[MX]\d+|FAST_KSM)\b', line)}
 

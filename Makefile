@@ -72,7 +72,7 @@ help:
 	@echo 'make check          all tests'
 	@echo 'make check-engine   the engine alone, in a minute; LONG=1: all of its tests,'
 	@echo '                    as SANITIZE=address or SANITIZE=thread runs them'
-	@echo 'make check-model    a model of the window, in all of its states (SPIN)'
+	@echo 'make check-model    models of the window, and of segments, in all states: SPIN'
 	@echo 'make check-versions builds every other version of QEMU, runs what tests it'
 	@echo '                    without a guest'
 	@echo 'make check-kernels  the engine, and guests of guests, under other kernels: KERNELS,'

@@ -31,6 +31,7 @@ PLAN = [
     ('window', 'ANON', 'M1 M2 M3 M5 M15 M16 X2 X3 X4'),
     ('window', 'MPROTECT', 'M3 M4 M5 M9 M11 M21 M22 M24 X1 X4'),
     ('window', 'ANON MPROTECT', 'M3 M5 M21 M22 X4'),
+    ('life', '', 'M5 M8 M12 X11 X12 X14 X15 X16 X17'),
 ]
 
 

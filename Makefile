@@ -80,6 +80,8 @@ help:
 	@echo 'make fuzz           the fuzzers, each for SECONDS=60 of CPU time; wants clang'
 	@echo 'make soak           guests at work, and all that may happen to them, at random:'
 	@echo '                    MINUTES=n (60), SEED=n to do the same again'
+	@echo 'make check-qemu     runs what tests QEMU has of its own: as it came, with'
+	@echo '                    dedup, with a scanner in every VM. NAMES="qmp hmp"'
 	@echo 'make bench          measured beside KSM: the engine, and guests if QEMU is built'
 	@echo 'make install        prefix=DIR (/usr/local), DESTDIR=DIR; FULL=1'
 	@echo 'make uninstall      takes all of that away again'
@@ -132,6 +134,10 @@ check: engine fuzzers
 check-model:
 	@env MODEL=1 scripts/install-deps
 	@tests/model/check_models.py
+check-qemu: deps
+	@$(lock) env FULL= PLAIN=1 PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu
+	@$(build) FULL= scripts/build-qemu --with-tests
+	@scripts/compare-qemu $(NAMES)
 
 check-versions: $(others:%=check-version-%)
 

@@ -134,6 +134,7 @@ check: engine fuzzers
 check-model:
 	@env MODEL=1 scripts/install-deps
 	@tests/model/check_models.py
+
 check-qemu: deps
 	@$(lock) env FULL= PLAIN=1 PREFIX=$(prefix) JOBS=$(JOBS) scripts/build-qemu
 	@$(build) FULL= scripts/build-qemu --with-tests

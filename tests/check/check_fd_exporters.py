@@ -52,6 +52,8 @@ HARMLESS = {
     'hw/ppc/spapr_nvdimm.c:spapr_nvdimm_validate': 'not x86',
     'hw/ppc/spapr_nvdimm.c:flush_worker_cb': 'not x86',
     'hw/ppc/spapr_nvdimm.c:h_scm_flush': 'not x86',
+    'backends/hostmem-file.c:file_backend_unparent':
+        'empties the file when the scanner has let go of the range',
     'backends/hostmem.c:host_memory_backend_set_prealloc': 'preallocates',
     'backends/hostmem.c:host_memory_backend_memory_complete': 'preallocates',
     'system/memory.c:memory_region_get_fd': 'the getter',

@@ -14,6 +14,7 @@
 #include <sys/socket.h>
 
 #include "fuzz-file.h"
+#include "fuzz-packet.h"
 #include "group/peer.h"
 
 #define PAGES 8
@@ -41,30 +42,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         fuzz_file_page(pages[i], i);
     }
     return 0;
-}
-
-static void send_packet(int sock, const void *data, size_t size,
-                        const int *fds, unsigned nfds)
-{
-    union {
-        struct cmsghdr align;
-        char bytes[CMSG_SPACE(253 * sizeof(int))];
-    } control = { 0 };
-    struct iovec iov = { .iov_base = (void *)data, .iov_len = size };
-    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
-
-    if (nfds) {
-        struct cmsghdr *h;
-
-        msg.msg_control = &control;
-        msg.msg_controllen = CMSG_SPACE(nfds * sizeof(int));
-        h = CMSG_FIRSTHDR(&msg);
-        h->cmsg_level = SOL_SOCKET;
-        h->cmsg_type = SCM_RIGHTS;
-        h->cmsg_len = CMSG_LEN(nfds * sizeof(int));
-        memcpy(CMSG_DATA(h), fds, nfds * sizeof(int));
-    }
-    sendmsg(sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
 /* A reply to what will be asked; how it is wrong the input says. */
@@ -120,7 +97,7 @@ static void put_reply(FuzzInput *in, int sock, Round *r,
     r->all_right = r->first && !(how & 47) &&
                    type == DEDUP_MESSAGE_PROVE_REPLY;
     r->first = false;
-    send_packet(sock, &m, size, fds, nfds);
+    fuzz_send(sock, &m, size, fds, nfds);
     while (nfds) {
         close(fds[--nfds]);
     }

@@ -16,6 +16,7 @@
 #include <sys/un.h>
 
 #include "fuzz-input.h"
+#include "fuzz-packet.h"
 #include "group/peer-server.c"
 
 #define PAGES 8
@@ -189,27 +190,12 @@ static void start(FuzzClient *c)
 static void send_raw(FuzzClient *c, const void *data, size_t size,
                      unsigned nfds)
 {
-    union {
-        struct cmsghdr align;
-        char bytes[CMSG_SPACE(253 * sizeof(int))];
-    } control = { 0 };
-    struct iovec iov = { .iov_base = (void *)data, .iov_len = size };
-    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+    int fds[FUZZ_FDS_MOST];
 
-    if (nfds) {
-        struct cmsghdr *h;
-
-        msg.msg_control = &control;
-        msg.msg_controllen = CMSG_SPACE(nfds * sizeof(int));
-        h = CMSG_FIRSTHDR(&msg);
-        h->cmsg_level = SOL_SOCKET;
-        h->cmsg_type = SCM_RIGHTS;
-        h->cmsg_len = CMSG_LEN(nfds * sizeof(int));
-        for (unsigned i = 0; i < nfds; i++) {
-            memcpy(CMSG_DATA(h) + i * sizeof(int), &segment[0], sizeof(int));
-        }
+    for (unsigned i = 0; i < nfds; i++) {
+        fds[i] = segment[0];
     }
-    sendmsg(c->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+    fuzz_send(c->fd, data, size, fds, nfds);
 }
 
 /* Questions of which the input says how each is wrong. */
@@ -276,7 +262,7 @@ static void send_any(FuzzInput *in, FuzzClient *c)
         size = how & 2 ? MIN(size + more, sizeof(m)) : size - MIN(size, more);
     }
     memset(c->right, 0, sizeof(c->right));
-    send_raw(c, &m, size, how & 8 ? fuzz_u8(in) % 254 : 0);
+    send_raw(c, &m, size, how & 8 ? fuzz_u8(in) % (FUZZ_FDS_MOST + 1) : 0);
 }
 
 static void step(FuzzInput *in)

@@ -29,6 +29,9 @@ SIZE = 8
 RAM = 6                        # MiB
 PAGES = (RAM - 2) * MIB // PAGE
 ERAS = 128
+# Segments that a member has open for itself: a draft, and what the end of a pass
+# lets go of.
+UNUSED = 2
 AT_ONCE = 3                     # die and join
 # Member i of the group has these, and so has who comes in its place.
 KINDS = [('memfd-shared', 'auto'), ('plain', 'auto'),
@@ -356,14 +359,21 @@ class Herd:
         return (len(set(groups)) == 1 and groups[0][0] == SIZE and
                 groups[0][1] + groups[0][2] == merged)
 
+    def unused(self, used):
+        """(Member, how many segments it has open that nobody uses.)"""
+        return [(m, len(self.segments(m) - used)) for m in self.members]
+
     def rest(self):
         """Stop all scanners.  Each figure is then that of the moment when it
-        was stopped; lean segments may still be left until then."""
+        was stopped; lean segments may still be left until then, and segments
+        open that the next passes let go of."""
         for member in self.members:
             dedup.run(member, False)
         for member in self.members:
             dedup.wait_state(member, ['stopped'])
-        if self.agree():
+        used = {inode for m in self.members
+                for inode, _ in Outside(m).merged}
+        if self.agree() and all(n <= UNUSED for _, n in self.unused(used)):
             return True
         for member in self.members:
             dedup.run(member, True)
@@ -379,9 +389,10 @@ class Herd:
             dedup.wait_until(lambda: self.agree() and self.rest(),
                              'agreement', 180, 0.3)
         except Timeout:
-            for member in self.members:
+            for member, held in self.unused(set()):
                 tap.note(dedup.summary(member))
-                tap.note(dedup.group_summary(member))
+                tap.note('%s, %d segments open' % (
+                    dedup.group_summary(member), held))
             raise
         self.count()
         for member in self.members:
@@ -420,11 +431,9 @@ class Herd:
 
     def check_left(self, used, pages):
         """Nothing is left of who has died: descriptors, memory."""
-        for member in self.members:
-            held = self.segments(member) - used
-            # A draft, and what the end of a pass lets go of
-            tap.check(len(held) <= 2, '%s has %d segments open that nobody uses' %
-                      (member.name, len(held)))
+        for member, held in self.unused(used):
+            tap.check(held <= UNUSED, '%s has %d segments open that nobody '
+                      'uses' % (member.name, held))
             base = '/proc/%d/fd' % member.pid
             socks = [fd for fd in os.listdir(base) if os.readlink(
                 '%s/%s' % (base, fd)).startswith('socket:')]
@@ -445,8 +454,9 @@ class Herd:
             self.died(victim, 'NONE')
         self.join(0)
         last = self.members.pop()
+        # It may not have joined yet.
         dedup.wait_until(
-            lambda: dedup.stats(last)['group']['members'] == 1,
+            lambda: dedup.stats(last).get('group', {}).get('members') == 1,
             'a group of one')
         last.quit()
         self.listener.end()

@@ -2,7 +2,8 @@
 /*
  * Members that mean no good, and what they cost the others at most:
  *
- *   floods     a tenth of a processor, and two rounds of an answer's time
+ *   floods     two seconds of CPU time, then a tenth of a processor, and two
+ *              rounds of an answer's time
  *   crowds     nothing: a process has few connections, and they give way to
  *              each other
  *   dawdles    a second and a half of a pass, as one that is silent
@@ -90,13 +91,24 @@ static void test_flood(TestPair *f, gconstpointer data)
 {
     Flood fl = { .dir = f->dir };
     GThread *threads[FLOODERS];
-    int64_t start = g_get_monotonic_time(), now = start;
-    uint64_t cpu = dedup_group_cpu_ns(f->b->g);
+    int64_t start, now;
+    uint64_t cpu;
     unsigned answered = 0, asked = 0;
 
     for (unsigned i = 0; i < FLOODERS; i++) {
         threads[i] = g_thread_new("flooder", flood, &fl);
     }
+    /* what nobody used until now, and what comes to it meanwhile */
+    start = g_get_monotonic_time();
+    do {
+        prove(f->a, 1, ALL);
+        now = g_get_monotonic_time();
+    } while (dedup_group_cpu_ns(f->b->g) < DEDUP_PEER_CREDIT_NS / 100 * 99 +
+             (uint64_t)(now - start) * 100);
+    /* who joins is not slowed: with a tenth it would take ten times as long */
+    g_assert_cmpint(now - start, <, DEDUP_PEER_CREDIT_NS * 9 / 1000);
+    cpu = dedup_group_cpu_ns(f->b->g);
+    start = now = g_get_monotonic_time();
     for (; asked < ROUNDS || now - start < G_TIME_SPAN_SECOND; asked++) {
         int64_t before = g_get_monotonic_time();
 
@@ -116,7 +128,7 @@ static void test_flood(TestPair *f, gconstpointer data)
                    (unsigned)fl.sent, (unsigned)(cpu / 1000000));
     g_assert_cmpuint(fl.sent, >, 0);
     g_assert_cmpuint(answered, >, asked / 2);
-    /* 10 ms in 100 ms, and what is begun is done */
+    /* a tenth, and what is begun is done */
     g_assert_cmpuint(cpu, <, (now - start) * 1000 / 5 + 50000000);
 }
 

@@ -8,9 +8,10 @@
  * to a newcomer: of its own process, if that has many.
  *
  * One that asks without end gets its turn, and the others theirs.  All of them
- * together get a part of a processor (SERVE_NS in PERIOD_US): what is spent
- * here is taken from our own scan (scan/pace.c), and from the guest where the
- * cgroup has a CPU quota.
+ * together get a tenth of a processor: what is spent here is taken from our
+ * own scan (scan/pace.c), and from the guest where the cgroup has a CPU quota.
+ * What they did not use they may use later, up to DEDUP_PEER_CREDIT_NS: a
+ * member that joins asks for most of its memory at once, and waits for answers.
  *
  * Owner: the server owns the listening socket and all connections.  All of
  * it is touched by the peer thread only, but for the eventfd that stops it
@@ -38,9 +39,11 @@
 /* A process is one member; some of them join again. */
 #define PROCESS_CLIENTS 16
 
-/* In each period so much CPU time is spent, and no more. */
-#define PERIOD_US (100 * G_TIME_SPAN_MILLISECOND)
-#define SERVE_NS (10 * INT64_C(1000000))
+/* A part of the time that goes by is CPU time for whoever asks. */
+#define SERVE_PART 10
+/* Nobody is left without an answer for longer: there are time-outs. */
+#define REST_MOST_MS 100
+#define DEBT_NS (REST_MOST_MS * INT64_C(1000000) / SERVE_PART)
 
 /* How long new clients wait when this process has no fd for them. */
 #define NO_FDS_PAUSE_MS 100
@@ -69,8 +72,8 @@ struct DedupPeerServer {
     unsigned clients;
     uint64_t heard;
     bool paused;                /* no fds: not accepting */
-    int64_t period_us;          /* when it began, */
-    int64_t period_ns;          /* and the thread's CPU time then */
+    int64_t credit_ns;          /* CPU time that may be spent; below 0: is */
+    int64_t seen_us, seen_ns;   /* the time, and the thread's, as of then */
 };
 
 static void client_close(DedupPeerServer *s, unsigned i)
@@ -298,15 +301,15 @@ static int rest_ms(DedupPeerServer *s)
 {
     int64_t cpu = dedup_thread_cpu_ns();
     int64_t now = g_get_monotonic_time();
-    int64_t left = s->period_us + PERIOD_US - now;
 
     __atomic_store_n(s->cpu_ns, s->cpu_before + cpu, __ATOMIC_RELAXED);
-    if (left <= 0) {
-        s->period_us = now;
-        s->period_ns = cpu;
-    }
-    return left > 0 && cpu - s->period_ns > SERVE_NS && !DEDUP_NEVER_RESTS ?
-           left / G_TIME_SPAN_MILLISECOND + 1 : 0;
+    s->credit_ns = MIN(s->credit_ns + (now - s->seen_us) * 1000 / SERVE_PART,
+                       DEDUP_PEER_CREDIT_NS) - (cpu - s->seen_ns);
+    s->credit_ns = MAX(s->credit_ns, -DEBT_NS);
+    s->seen_us = now;
+    s->seen_ns = cpu;
+    return s->credit_ns < 0 && !DEDUP_NEVER_RESTS ?
+           -s->credit_ns * SERVE_PART / 1000000 + 1 : 0;
 }
 
 static void *peer_thread(void *opaque)

@@ -58,6 +58,9 @@
 #define DEDUP_PROOF_SIZE 16
 #define DEDUP_PEER_TIMEOUT_MS 500
 
+/* CPU time that a server has for those who ask before it goes slower. */
+#define DEDUP_PEER_CREDIT_NS (2 * INT64_C(1000000000))
+
 typedef enum DedupMessageType {
     DEDUP_MESSAGE_GREETING = 1,
     DEDUP_MESSAGE_HELLO,

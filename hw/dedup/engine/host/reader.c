@@ -45,7 +45,23 @@ void dedup_reader_block(void)
 void dedup_reader_thread(void)
 {
     change_mask(SIG_UNBLOCK, NULL);
-    dedup_reader.ours = true;
+    dedup_reader.takes = true;
+}
+
+void dedup_reader_enter(void)
+{
+    if (!dedup_reader.takes) {
+        dedup_reader_unblock();
+        dedup_reader.takes = dedup_reader.borrowed = true;
+    }
+}
+
+void dedup_reader_leave(void)
+{
+    if (dedup_reader.borrowed) {
+        dedup_reader.takes = dedup_reader.borrowed = false;
+        dedup_reader_block();
+    }
 }
 
 /* For an access of the thread's own?  Not what tells of an error elsewhere. */
@@ -60,10 +76,12 @@ static bool is_synchronous(const siginfo_t *info)
  */
 static bool put_off(siginfo_t *info, ucontext_t *context)
 {
-    if (dedup_reader.ours || !dedup_reader.reads ||
+    if ((dedup_reader.takes ? !dedup_reader.borrowed : !dedup_reader.reads) ||
         !sigismember(&dedup_reader.before, SIGBUS)) {
         return false;
     }
+    /* blocked from here on: each read that is to come takes it for itself */
+    dedup_reader.takes = dedup_reader.borrowed = false;
     sigaddset(&context->uc_sigmask, SIGBUS);
     return sys_rt_tgsigqueueinfo(getpid(), gettid(), info) == 0;
 }

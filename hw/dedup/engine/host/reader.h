@@ -13,8 +13,8 @@
  * signal before: QEMU's own handler tells the guest.
  *
  * What such a signal must not find is a thread that blocks it: then it ends the
- * process.  QEMU's threads do, so each thread takes it while it reads a page;
- * the engine's own always take it, see dedup_reader_thread().
+ * process.  QEMU's threads do, so each takes it while it reads a page, or some
+ * (dedup_reader_enter()); the engine's own always do (dedup_reader_thread()).
  *
  * Thread: any; each has its own.
  */
@@ -30,7 +30,8 @@
 typedef struct DedupReader {
     sigjmp_buf back;          /* where it goes on if a read fails */
     bool reads;               /* it is reading: @back is valid */
-    bool ours;                /* the thread always takes the signal */
+    bool takes;               /* the thread takes the signal, */
+    bool borrowed;            /* and only until dedup_reader_leave() */
     sigset_t before;          /* another's mask, when it does not read */
 } DedupReader;
 
@@ -42,13 +43,20 @@ bool dedup_reader_install(GError **error);
 /* The calling thread is the engine's, and takes the signal from now on. */
 void dedup_reader_thread(void);
 
+/*
+ * The calling thread, whoever's it is, reads many pages until leave(): two
+ * system calls in all rather than for each of them.  Not nested.
+ */
+void dedup_reader_enter(void);
+void dedup_reader_leave(void);
+
 /* For the next two. */
 void dedup_reader_unblock(void);
 void dedup_reader_block(void);
 
 static inline void dedup_read_open(void)
 {
-    if (!dedup_reader.ours) {
+    if (!dedup_reader.takes) {
         dedup_reader_unblock();
     }
     dedup_reader.reads = true;
@@ -60,7 +68,7 @@ static inline void dedup_read_close(void)
 {
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     dedup_reader.reads = false;
-    if (!dedup_reader.ours) {
+    if (!dedup_reader.takes) {
         dedup_reader_block();
     }
 }

@@ -21,6 +21,7 @@
 #include <sys/stat.h>
 
 #include "host/mutant.h"
+#include "host/reader.h"
 #include "host/sys.h"
 #include "space/ksm.h"
 #include "space/ledger.h"
@@ -405,10 +406,12 @@ unsigned dedup_restore_locked(DedupRegion *r, uint32_t first, unsigned n)
 
     g_assert(n <= DEDUP_RESTORE_PAGES);
     dedup_space_assert_locked(r->space);
+    dedup_reader_enter();
     /* what cannot be frozen is left, page by page: a part of its own */
     for (uint32_t i = 0, part; !r->dead && i < n; i += part) {
         part = MAX(dedup_region_freezable(r, first + i, n - i), 1);
         left += restore_part(r, first + i, part);
     }
+    dedup_reader_leave();
     return left;
 }

@@ -35,6 +35,17 @@ def wait_saved(usage, before, least):
     return before - usage()
 
 
+def wait_online(vm, mib):
+    """Wait until the guest's kernel has found so much that was plugged."""
+    blocks = 0
+
+    def found():
+        nonlocal blocks
+        blocks += vm.agent.get('online')['blocks']
+        return blocks * 128 >= mib
+    wait_until(found, 'plugged memory in the guest')
+
+
 def stats(vm):
     """query-dedup-stats of the VM's object."""
     found = vm.qmp.command('query-dedup-stats')

@@ -49,6 +49,12 @@ class Machine(vms.VM):
             self.ask('b64write 0x%x 0x%x %s' % (
                 address + at, len(part), base64.b64encode(part).decode()))
 
+    def read(self, address, size):
+        """Read guest memory, as a device would."""
+        return b''.join(base64.b64decode(self.ask('b64read 0x%x 0x%x' % (
+            at, min(MIB, address + size - at))))
+                        for at in range(address, address + size, MIB))
+
 
 def pages(seed, count, start=0):
     """Contents of pages: the same for the same seed, else unique."""

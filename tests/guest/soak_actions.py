@@ -84,13 +84,7 @@ def dimm(_, vm):
                                   'share': True})
     vm.qmp.command('device_add', {'driver': 'pc-dimm', 'id': 'dimm1',
                                   'memdev': 'mem1'})
-    online = 0
-
-    def plugged():
-        nonlocal online
-        online += vm.agent.get('online')['blocks']
-        return online
-    dedup.wait_until(plugged, 'plugged memory in the guest', 60, 0.2)
+    dedup.wait_online(vm, 128)
     vm.agent.ask('alloc p 16000 dup 4')
 
 

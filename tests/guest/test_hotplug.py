@@ -32,14 +32,7 @@ def plug_unplug(backend, properties):
             **properties))
         vm.qmp.command('device_add', {'driver': 'pc-dimm', 'id': 'dimm1',
                                       'memdev': 'mem1'})
-        # The guest's kernel finds it in its own time.
-        online = 0
-
-        def plugged():
-            nonlocal online
-            online += vm.agent.get('online')['blocks']
-            return online * 128 >= SIZE
-        dedup.wait_until(plugged, 'plugged memory in the guest')
+        dedup.wait_online(vm, SIZE)
         # More than the main memory has left.
         vm.agent.ask('alloc d 50000 dup 4')
         dedup.wait_until(

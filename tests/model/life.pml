@@ -224,10 +224,12 @@ inline scan() {
                 /* ask.c: ask_member(); group-ask.c: dedup_group_prove() */
                 ok = (alive[other] && page[other] == c);
 #ifdef M8
-                assert(ok);                                   /* (I10) */
+                ok = 1;
 #endif
                 if
-                :: ok -> draft(c)  /* ask.c: publish_proven() */
+                :: ok ->
+                    assert(alive[other] && page[other] == c); /* (I10) */
+                    draft(c)       /* ask.c: publish_proven() */
                 :: else -> replace(CLAIMED(k), CAND(k), ok)
                 fi
             :: else

@@ -256,10 +256,9 @@ uint64_t fx_max_maps(void);
 
 /* ---- processes ---- */
 
-/*
- * Runs @body in a process of its own, made by fork: no thread may exist.
- * Returns its wait status; it is killed after @seconds.
- */
+/* @body in a process of its own, made by fork: no thread may exist. */
+pid_t fx_fork(void (*body)(void *opaque), void *opaque);
+/* The same.  Returns its wait status; it is killed after @seconds. */
 int fx_in_child(void (*body)(void *opaque), void *opaque, unsigned seconds);
 /* The same; the test fails if it does not exit with 0. */
 void fx_must_pass(void (*body)(void *opaque), void *opaque,

@@ -318,10 +318,8 @@ uint64_t fx_max_maps(void)
 
 /* ---- processes ---- */
 
-int fx_in_child(void (*body)(void *opaque), void *opaque, unsigned seconds)
+pid_t fx_fork(void (*body)(void *opaque), void *opaque)
 {
-    gint64 end = g_get_monotonic_time() + seconds * G_USEC_PER_SEC;
-    int status;
     pid_t pid;
 
     fflush(stdout);
@@ -332,6 +330,15 @@ int fx_in_child(void (*body)(void *opaque), void *opaque, unsigned seconds)
         fflush(stdout);
         _exit(0);
     }
+    return pid;
+}
+
+int fx_in_child(void (*body)(void *opaque), void *opaque, unsigned seconds)
+{
+    gint64 end = g_get_monotonic_time() + seconds * G_USEC_PER_SEC;
+    pid_t pid = fx_fork(body, opaque);
+    int status;
+
     for (;;) {
         pid_t ret = waitpid(pid, &status, WNOHANG);
 

@@ -179,17 +179,9 @@ static int run_child(Batch *b)
 {
     gint64 moved = g_get_monotonic_time();
     unsigned at = UINT_MAX;
+    pid_t pid = fx_fork(run_batch, b);
     int status;
-    pid_t pid;
 
-    fflush(stdout);
-    pid = fork();
-    g_assert_cmpint(pid, >=, 0);
-    if (!pid) {
-        run_batch(b);
-        fflush(stdout);
-        _exit(0);
-    }
     while (waitpid(pid, &status, WNOHANG) == 0) {
         unsigned now = __atomic_load_n(&shared->at, __ATOMIC_SEQ_CST);
 
